@@ -1,0 +1,305 @@
+"""What every run needs and no reader must study: options from a Config, the run folder with its lock and its log,
+seeded generators, atomic checkpoints with lineage, and exact resume.
+
+A run is resumed bitwise because everything random is a function of (seed, stream, step), and because a checkpoint
+remembers how long each log file was: what was logged after it is cut off before the run goes on.
+"""
+import argparse
+import ctypes
+import functools
+import hashlib
+import inspect
+import io
+import json
+import math
+import os
+import re
+import signal
+import sys
+import tempfile
+import typing
+import zipfile
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+
+import torch
+
+from data.tokenizer import Tokenizer
+from model import GPT, ModelConfig
+
+try:
+    import fcntl
+except ImportError:      # Windows: runs work, but are not locked
+    fcntl = None
+
+FORMAT = "earlybird checkpoint 1"
+
+
+class UserError(ValueError):
+    """Something a person can mend: shown as one line, without a traceback."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+# ---- options ------------------------------------------------------------------------------------------------------
+
+def number(text: str) -> int:
+    """An integer as people write it: 8000000, 8_000_000, 8e6, 8M, 500k."""
+    match = re.fullmatch(r"(-?[0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]{1,2})?)([kMG]?)", text)
+    value = float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[match[2]] if match else .5
+    if value != int(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number (such as 8000000, 8e6 or 8M)")
+    return int(value)
+
+
+def parse(cls: type, argv: list[str] | None = None) -> typing.Any:
+    """The command line of a Config: field `lr` is option `--lr`, the comment on its line is the help text, and fields
+    without a default are positional (one or more values). A tuple is written with commas."""
+    module = sys.modules[cls.__module__]
+    parser = argparse.ArgumentParser(description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    comments = dict(re.findall(r"^ +(\w+):.*?# *(.*)$", inspect.getsource(cls), re.MULTILINE))
+    hints = typing.get_type_hints(cls)
+    for f in fields(cls):
+        kind, text = hints[f.name], comments.get(f.name, "").replace("%", "%%")
+        if f.default is MISSING:
+            parser.add_argument(f.name, nargs="+", help=text)
+        elif kind is bool:
+            parser.add_argument("--" + f.name.replace("_", "-"), action=argparse.BooleanOptionalAction,
+                                default=f.default, help=text)
+        else:
+            many = typing.get_origin(kind) is tuple
+            one = typing.get_args(kind)[0] if typing.get_args(kind) else kind
+            one = number if one is int else one
+            read = (lambda s, one=one: tuple(one(x) for x in s.split(",") if x)) if many else one
+            shown = ",".join(map(str, f.default)) if many else f.default
+            parser.add_argument("--" + f.name.replace("_", "-"), type=read, default=f.default, metavar="X",
+                                help=f"{text} (default: {shown if shown != '' else 'none'})")
+    values = vars(parser.parse_args(argv))
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def main(function: typing.Callable, cls: type) -> None:
+    """Run function(config) from the command line. What a person can mend ends in one line and exit status 2."""
+    try:
+        function(parse(cls))
+    except (UserError, OSError) as error:
+        where = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {where}".replace("\n", " "))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def setup(device: str, threads: int) -> torch.device:
+    """Choose the device and the number of threads (0: all cores); keep big blocks of memory in the process."""
+    require(threads >= 0, f"--threads {threads}: must be 0 (all cores) or more")
+    if threads:
+        torch.set_num_threads(threads)
+    if sys.platform == "linux":
+        # glibc hands every big temporary back to the system, and fresh pages are ten times slower to write: keep them.
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            for option, value in ((-1, 1 << 30), (-2, 1 << 28), (-3, 1 << 30)):   # trim threshold, top pad, mmap threshold
+                libc.mallopt(option, value)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(1, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: not available here ({str(error).splitlines()[0]}); "
+                        "use cpu, cuda or auto") from None
+
+
+def generator(seed: int, stream: str, step: int = 0) -> torch.Generator:
+    """A CPU generator for one stream ('data', 'rollouts', 'evaluation') at one step: no stream disturbs another."""
+    digest = hashlib.blake2b(f"{seed} {stream} {step}".encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(n: int, seed: int, epoch: int) -> list[int]:
+    return torch.randperm(n, generator=generator(seed, "data", epoch)).tolist()
+
+
+def batch_indices(n: int, batch: int, step: int, seed: int) -> list[int]:
+    """Which of n examples make up batch number `step`: a function of the seed and the step alone, so that resuming
+    needs no state. Every epoch sees every example once, in an order of its own."""
+    return [permutation(n, seed, i // n)[i % n] for i in range(step * batch, (step + 1) * batch)]
+
+
+# ---- checkpoints --------------------------------------------------------------------------------------------------
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Write a file so that at every moment either the old or the new content is there, whole."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def save_checkpoint(path: Path, model: GPT, tokenizer: Tokenizer, lineage: list[dict], **more: typing.Any) -> None:
+    """Everything that is needed to use the model elsewhere. `more` must be plain types and tensors."""
+    weights = {name.replace("_orig_mod.", ""): w.detach().cpu().clone() for name, w in model.state_dict().items()}
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, "model": weights, "config": asdict(model.config), "tokenizer": tokenizer.spec,
+                "lineage": lineage, **more}, buffer)
+    atomic_write(Path(path), buffer.getvalue())
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """Read a checkpoint on the CPU; never runs code from it. Raises UserError naming the file and what is wrong."""
+    path = Path(path)
+    require(path.is_file(), f"{path}: no such checkpoint file")
+    try:
+        with zipfile.ZipFile(path) as z:
+            damaged = z.testzip()     # compares every record with its CRC-32
+        require(damaged is None, f"{path}: damaged (checksum of {damaged} does not match); restore it from a copy")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path}: not a checkpoint, or a truncated one ({type(error).__name__})") from None
+    require(isinstance(content, dict) and content.get("format") == FORMAT,
+            f"{path}: a PyTorch file, but not a checkpoint of this project (no format {FORMAT!r})")
+    return content
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[GPT, Tokenizer, dict]:
+    """(model, tokenizer, checkpoint). Raises UserError if the weights do not fit the model or are not finite."""
+    content = load_checkpoint(path)
+    try:
+        model = GPT(ModelConfig(**content["config"]))
+        model.load_state_dict(content["model"])
+        tokenizer = Tokenizer(content["tokenizer"])
+    except Exception as error:
+        raise UserError(f"{path}: weights, model config and tokenizer do not fit together "
+                        f"({' '.join(str(error).split())[:200]})") from None
+    for name, weight in content["model"].items():
+        require(bool(weight.isfinite().all()), f"{path}: {name} has values that are not finite")
+    return model.to(device), tokenizer, content
+
+
+def file_sha256(path: str | Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+# ---- a run folder -------------------------------------------------------------------------------------------------
+
+class Run:
+    """A run folder: config.json, log.jsonl (one line per logged step), samples.txt, last.pt for resuming.
+
+    `last` is the content of last.pt, or None in a new run. `interrupted` turns True on Ctrl-C or SIGTERM: the loop
+    then saves after the step at hand and stops. A second Ctrl-C stops at once."""
+
+    def __init__(self, config: typing.Any):
+        self.out, self.interrupted = Path(config.out), False
+        self.skipped, self.bad_in_a_row = 0, 0                           # updates whose gradient was not finite
+        self.script = Path(inspect.getfile(type(config))).name
+        self.config = json.loads(json.dumps(asdict(config)))             # tuples become lists, as in the file
+        self.out.mkdir(parents=True, exist_ok=True)
+        if fcntl:
+            self.lock = open(self.out / ".lock", "w")
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"{self.out}: another process is working in this run folder; wait for it, "
+                                "or choose another --out") from None
+        self._compare_config()
+        last = self.out / "last.pt"
+        self.last = load_checkpoint(last) if last.exists() else None
+        if self.last:
+            self.skipped, self.bad_in_a_row = self.last["skipped"]
+            print(f"{self.out}: going on after step {self.last['step']}")
+        self.files = {}
+        for name in ("log.jsonl", "samples.txt"):
+            self.files[name] = open(self.out / name, "ab")
+            self.files[name].truncate(self.last["bytes"][name] if self.last else 0)
+        for sign in (signal.SIGINT, signal.SIGTERM):
+            try:
+                signal.signal(sign, self._interrupt)
+            except ValueError:      # not the main thread: the caller handles signals
+                break
+
+    def finished(self, final: Path, steps: int) -> bool:
+        """True, and says so, if this run was completed by an earlier call."""
+        done = self.last is not None and self.last["step"] == steps and final.exists()
+        if done:
+            print(f"{self.out}: finished already; the result is {final}")
+        return done
+
+    def _compare_config(self) -> None:
+        path = self.out / "config.json"
+        if path.exists():
+            there = json.loads(path.read_text())
+            different = [f"{k}={there.get(k)} there, {v} asked" for k, v in self.config.items()
+                         if k not in ("device", "threads", "out") and there.get(k) != v]
+            require(not different, f"{path}: this folder holds a run with another configuration "
+                                   f"({'; '.join(different)}); choose another --out")
+        atomic_write(path, json.dumps(self.config, indent=1).encode())
+
+    def _interrupt(self, sign: int, frame: typing.Any) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        print("\nstopping after this step (once more: stop at once)", file=sys.stderr)
+
+    def log(self, **numbers: typing.Any) -> None:
+        self.files["log.jsonl"].write((json.dumps(numbers) + "\n").encode())
+        self.files["log.jsonl"].flush()
+
+    def write(self, text: str) -> None:
+        """Append to samples.txt, for people to read."""
+        self.files["samples.txt"].write((text + "\n").encode())
+        self.files["samples.txt"].flush()
+
+    def lineage(self, earlier: list[dict], **counts: typing.Any) -> list[dict]:
+        """The parent's lineage and this stage: its script, options and counts (tokens, updates, FLOPs, seconds)."""
+        return earlier + [{"script": self.script, "config": self.config, **counts}]
+
+    def save_last(self, model: GPT, tokenizer: Tokenizer, lineage: list[dict], optimizer: torch.optim.Optimizer,
+                  step: int, **state: typing.Any) -> None:
+        """The one file to resume from. Log files are on disk before it is."""
+        for f in self.files.values():
+            os.fsync(f.fileno())
+        sizes = {name: f.tell() for name, f in self.files.items()}
+        save_checkpoint(self.out / "last.pt", model, tokenizer, lineage, optimizer=optimizer.state_dict(), step=step,
+                        bytes=sizes, skipped=[self.skipped, self.bad_in_a_row], **state)
+
+    def step(self, model: GPT, optimizer: torch.optim.Optimizer, grad_clip: float) -> float:
+        """Clip the gradient to norm `grad_clip`, update, clear the gradient; returns the norm before clipping.
+
+        A gradient that is not finite is not used: the update is skipped, and after three in a row the run ends with
+        UserError, the last saved state being whole."""
+        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
+        if math.isfinite(norm):
+            optimizer.step()
+            self.bad_in_a_row = 0
+        else:
+            self.bad_in_a_row += 1
+            self.skipped += 1
+            print(f"\n{self.out}: gradient is not finite, update skipped ({self.skipped} so far)", file=sys.stderr)
+        optimizer.zero_grad(set_to_none=True)
+        require(self.bad_in_a_row < 3, f"{self.out}: three gradients in a row were not finite; last.pt has the last "
+                                       "good state. Lower --lr, or look into the data")
+        return norm
+
+    def stop(self) -> None:
+        """End an interrupted run, after it was saved."""
+        print(f"saved; to go on, run the same command again (--out {self.out})")
+        raise KeyboardInterrupt

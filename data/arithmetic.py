@@ -1,0 +1,130 @@
+"""Arithmetic word problems with several correct solutions each: the skill that reinforcement learning must improve.
+
+    Nora has 37 shells. Nora finds 48. Nora loses 20. How many shells?     <- question (the prompt adds a newline)
+    37+48=85                                                               <- one of four solution styles
+    85-20=65
+    #### 65                                                                <- the one exact form of an answer
+
+Easy problems have 1-2 operations, hard ones 3-4. Every problem belongs to exactly one split, computed from a hash of
+its canonical form, so that no list has to be kept and anyone can check any problem: `split_of(canonical(...))`.
+"""
+import random
+import re
+from functools import cache
+from zlib import crc32
+
+NAMES = ("Nora Tom Ann Ben Lena Omar Mia Sam Ivy Max Eva Leo Zoe Jack Ruth Paul Lily Hugo Rosa Dan Ella Finn Kate Adam "
+         "Sara Noah Jane Karl Amy Luis Vera Mark Nina Otto Tess Rob Ida Ian Dora Hans").split()
+ITEMS = "shells coins cards books pens stones apples stamps nuts beads".split()
+GAINS = "finds buys gets wins".split()
+LOSSES = "loses sells gives drops".split()
+OPERANDS = (2, 99)      # smallest and largest number in a question
+LARGEST = 199           # no intermediate result of any solution style is larger (nor smaller than 0)
+DIFFICULTY = {"easy": (1, 2), "hard": (3, 4)}          # number of operations
+STYLES = ("equations", "words", "regrouped", "tens")   # plus "bare" (the answer alone), in pretraining only
+
+
+def canonical(start: int, operations: list[tuple[str, int]]) -> str:
+    """The problem without its wording and order: gains sorted, then losses sorted, e.g. '37+48-20'.
+
+    Addition commutes, so 'has 37, finds 48' and 'has 48, finds 37' are one problem and land in one split."""
+    gains = sorted([start] + [n for sign, n in operations if sign == "+"])
+    losses = sorted(n for sign, n in operations if sign == "-")
+    return "+".join(map(str, gains)) + "".join(f"-{n}" for n in losses)
+
+
+@cache
+def split_of(canonical_problem: str) -> str:
+    """'pretrain' 70 %, 'train' 20 % (SFT and RL), 'val' 5 %, 'test' 5 %: by hash, hence the same for every seed."""
+    bucket = crc32(canonical_problem.encode()) % 20
+    return "val" if bucket == 0 else "test" if bucket == 1 else "train" if bucket < 6 else "pretrain"
+
+
+def facts(text: str) -> list[str]:
+    """Canonical form of every single sum or difference that a text spells out ('37+48', '85 minus 20')."""
+    text = text.replace(" plus ", "+").replace(" minus ", "-")
+    return [canonical(int(a), [(sign, int(b))]) for a, sign, b in re.findall(r"([0-9]+)([+-])(?=([0-9]+))", text)]
+
+
+def chain(start: int, operations: list[tuple[str, int]]) -> list[tuple[int, str, int, int]]:
+    """Steps (a, sign, b, result) from left to right."""
+    steps = []
+    for sign, n in operations:
+        result = start + n if sign == "+" else start - n
+        steps.append((start, sign, n, result))
+        start = result
+    return steps
+
+
+def solve(start: int, operations: list[tuple[str, int]]) -> dict[str, str]:
+    """Style -> complete solution, final line '#### answer' included. All end in the same answer and differ as text."""
+    steps = chain(start, operations)
+    answer = steps[-1][3]
+    # regrouped: add up all gains (largest first), then all losses, then one subtraction
+    gains = sorted([start] + [n for sign, n in operations if sign == "+"], reverse=True)
+    losses = sorted((n for sign, n in operations if sign == "-"), reverse=True)
+
+    def total(numbers: list[int]) -> list[str]:
+        lines = [f"{a}+{b}={c}" for a, _, b, c in chain(numbers[0], [("+", n) for n in numbers[1:]])]
+        return lines or [str(numbers[0])]
+    regrouped = ["plus: " + " ".join(total(gains))]
+    if losses:
+        regrouped += ["minus: " + " ".join(total(losses)), f"{sum(gains)}-{sum(losses)}={answer}"]
+
+    def by_tens(a: int, sign: str, b: int, c: int) -> str:   # '37+48: 77, 85' adds 40, then 8
+        middle = a + b // 10 * 10 if sign == "+" else a - b // 10 * 10
+        return f"{a}{sign}{b}: {c}" if b < 10 or b % 10 == 0 else f"{a}{sign}{b}: {middle}, {c}"
+    word = {"+": "plus", "-": "minus"}
+    bodies = {
+        "equations": "\n".join(f"{a}{sign}{b}={c}" for a, sign, b, c in steps),
+        "words": " ".join(f"{a} {word[sign]} {b} is {c}." for a, sign, b, c in steps),
+        "regrouped": "\n".join(regrouped),
+        "tens": "\n".join(by_tens(*step) for step in steps),
+    }
+    return {style: f"{body}\n#### {answer}" for style, body in bodies.items()}
+
+
+def style_of(completion: str) -> str:
+    """Which of STYLES (or 'bare', 'other') a completion is written in; the inverse of `solve`, for evaluation."""
+    first = completion.split("\n")[0]
+    number = r"[0-9]+"
+    patterns = {"bare": rf"#### {number}", "equations": rf"{number}[+-]{number}={number}",
+                "words": rf"{number} (plus|minus) {number} is .*", "regrouped": r"plus: .*",
+                "tens": rf"{number}[+-]{number}: .*"}
+    return next((style for style, pattern in patterns.items() if re.fullmatch(pattern, first)), "other")
+
+
+def draw_problem(rng: random.Random, difficulty: str, split: str) -> dict:
+    """One random problem of a split: {"question", "answer", "solutions": {style: text}, "difficulty", "split",
+    "canonical"}. No solution of a pretrain or train problem spells out a val or test problem as one of its steps."""
+    while True:
+        start = rng.randint(*OPERANDS)
+        operations = [(rng.choice("+-"), rng.randint(*OPERANDS)) for _ in range(rng.choice(DIFFICULTY[difficulty]))]
+        results = [step[3] for step in chain(start, operations)]
+        gained = start + sum(n for sign, n in operations if sign == "+")
+        if min(results) < 0 or gained > LARGEST:
+            continue
+        key = canonical(start, operations)
+        if split_of(key) != split:
+            continue
+        solutions = solve(start, operations)
+        if split in ("pretrain", "train") and any(
+                split_of(fact) in ("val", "test") for text in solutions.values() for fact in facts(text)):
+            continue
+        name, item = rng.choice(NAMES), rng.choice(ITEMS)
+        sentences = [f"{name} {rng.choice(GAINS if sign == '+' else LOSSES)} {n}." for sign, n in operations]
+        question = f"{name} has {start} {item}. {' '.join(sentences)} How many {item}?"
+        return {"question": question, "answer": str(results[-1]), "solutions": solutions,
+                "difficulty": difficulty, "split": split, "canonical": key}
+
+
+def draw_document(rng: random.Random, hard_fraction: float, split: str = "pretrain") -> list[str]:
+    """A pretraining document: one to four question-and-solution texts in a row, all in one style, so that few-shot
+    prompts are in the training distribution. Each text ends a sequence (the caller appends EOS to each)."""
+    style = rng.choices(STYLES + ("bare",), weights=(25, 25, 15, 20, 15))[0]
+    texts = []
+    for _ in range(rng.choices((1, 2, 3, 4), weights=(70, 10, 10, 10))[0]):
+        problem = draw_problem(rng, "hard" if rng.random() < hard_fraction else "easy", split)
+        solution = f"#### {problem['answer']}" if style == "bare" else problem["solutions"][style]
+        texts.append(f"{problem['question']}\n{solution}")
+    return texts

@@ -1,0 +1,79 @@
+"""Byte-level BPE: trained here in a few lines, run by tiktoken, stored as our own JSON.
+
+ids 0..255 are the bytes, 256+i is merge i, and the special tokens come last: EOS (ends every document and every
+answer) and PAD (never trained, never scored). Digits are single tokens, since the splitting pattern isolates them.
+`encode` treats its input as plain text, so no text can inject a special token.
+"""
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+
+import regex
+import tiktoken
+
+PATTERN = r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"   # covers every string: tiktoken drops what none matches
+EOS, PAD = "<|endoftext|>", "<|pad|>"
+
+
+def train_bpe(texts: list[str], vocab_size: int) -> list[list[int]]:
+    """Merges [[left id, right id], ...] in order of creation: always the most frequent adjacent pair
+    (Sennrich et al. 2016), ties to the smaller ids. Stops early if no pair occurs twice."""
+    words = Counter(word for text in texts for word in regex.findall(PATTERN, text))
+    pieces = {word: list(word.encode()) for word in words}
+    merges: list[list[int]] = []
+    while 256 + len(merges) + 2 < vocab_size:
+        pairs: Counter = Counter()
+        for word, ids in pieces.items():
+            for pair in zip(ids, ids[1:]):
+                pairs[pair] += words[word]
+        if not pairs:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        if pairs[best] < 2:
+            break
+        new = 256 + len(merges)
+        merges.append(list(best))
+        for ids in pieces.values():
+            i = 0
+            while i < len(ids) - 1:
+                if (ids[i], ids[i + 1]) == best:
+                    ids[i:i + 2] = [new]
+                i += 1
+    return merges
+
+
+class Tokenizer:
+    """tiktoken around our merges. `spec` is a plain dict (pattern, merges), which checkpoints carry along."""
+
+    def __init__(self, spec: dict):
+        self.spec = spec
+        tokens = [bytes([i]) for i in range(256)]
+        for left, right in spec["merges"]:
+            tokens.append(tokens[left] + tokens[right])
+        self.eos, self.pad = len(tokens), len(tokens) + 1
+        self.n_vocab = len(tokens) + 2
+        self.encoding = tiktoken.Encoding(
+            "earlybird", pat_str=spec["pattern"], mergeable_ranks={token: i for i, token in enumerate(tokens)},
+            special_tokens={EOS: self.eos, PAD: self.pad})
+
+    def encode(self, text: str) -> list[int]:
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.encoding.decode(ids)
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(json.dumps(self.spec, sort_keys=True).encode()).hexdigest()
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(self.spec))
+
+    @classmethod
+    def load(cls, path: Path) -> "Tokenizer":
+        return cls(json.loads(Path(path).read_text()))
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
+    return Tokenizer({"pattern": PATTERN, "merges": train_bpe(texts, vocab_size)})

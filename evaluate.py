@@ -1,0 +1,372 @@
+"""Measure a checkpoint: pass@k on arithmetic problems, general benchmarks, bits per byte. Two checkpoints: compare.
+
+    python evaluate.py runs/base/8M.pt                    on validation problems; a table, and JSON beside the file
+    python evaluate.py runs/rl/final.pt runs/base/8M.pt --split test
+
+The scorer `grade` is the reward of rl.py too. Intervals are 95 % bootstrap intervals over problems (samples of one
+problem are not independent evidence); two models are compared on the same resampled problems. Validation is the
+default, so that nobody tunes on the test problems by accident.
+"""
+import json
+import math
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoint import UserError, atomic_write, file_sha256, generator, load_model, main, require, setup
+from data.arithmetic import style_of
+from data.tokenizer import EOS, Tokenizer
+from model import GPT, micro_batches, pack, sample
+
+
+@dataclass
+class Config:
+    checkpoints: tuple[str, ...]    # one checkpoint, or two to compare (first minus second)
+    data: str = "data/tiny"         # folder made by data/prepare.py
+    split: str = "val"              # val or test; tune on val only
+    problems: str = ""              # problem file to use instead of DATA/SPLIT.jsonl
+    n_problems: int = 200           # of each difficulty
+    samples: int = 64               # per problem; at least 2 k makes pass@k more than a coin flip per problem
+    k: tuple[int, ...] = (1, 8, 32)  # the k of pass@k
+    temperature: float = 0.6        # of the sampling; the paper's value
+    max_new: int = 64               # longest answer, tokens
+    shots: int = 0                  # solved examples before each question
+    benchmarks: bool = True         # general benchmarks and bits per byte too
+    seed: int = 0                   # of the sampling, the examples and the bootstrap
+    device: str = "auto"            # cpu, cuda, auto
+    threads: int = 0                # CPU threads, 0 = all cores
+
+
+def check(c: Config) -> None:
+    require(len(c.checkpoints) in (1, 2), f"{len(c.checkpoints)} checkpoints given: one, or two to compare")
+    require(c.split in ("val", "test"), f"--split {c.split}: must be val or test")
+    require(bool(c.k) and 0 < min(c.k) and max(c.k) <= c.samples,
+            f"--samples {c.samples}: pass@{max(c.k, default=0)} needs at least that many (and k at least 1)")
+    require(c.n_problems > 0 and c.max_new > 0, "--n-problems and --max-new must be positive")
+    require(c.temperature > 0, f"--temperature {c.temperature}: must be positive (greedy accuracy is measured anyway)")
+    require(c.shots >= 0, f"--shots {c.shots}: must not be negative")
+
+
+# ---- the scorer ---------------------------------------------------------------------------------------------------
+
+INTEGER = r"-?(?:0|[1-9][0-9]*)"
+
+
+def grade(completion: str, answer: str, finished: bool = True) -> str:
+    """'right', 'wrong' or 'unparsed' for the text before the first EOS.
+
+    Parsed means: it ends in exactly one line '#### N' with N in canonical form and ASCII digits, and '####' occurs
+    nowhere else. Numbers are compared as text: no eval, no int() of what a model wrote, no tolerance. A completion cut
+    off before its EOS counts only if the line is complete, that is, ended by a newline."""
+    if EOS in completion:
+        completion, finished = completion.split(EOS)[0], True
+    match = re.fullmatch(rf"(?:[\s\S]*\n)?#### ({INTEGER})(\n?)", completion)
+    if not match or completion.count("####") != 1 or not (finished or match[2]):
+        return "unparsed"
+    return "right" if match[1] == answer else "wrong"
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Probability that k of n samples, c of them right, drawn without replacement, hold a right one
+    (Chen et al. 2021, equation 1). Raises ValueError if k > n."""
+    if not 0 <= c <= n or not 0 < k <= n:
+        raise ValueError(f"pass@{k} of {n} samples with {c} right: needs 0 <= right <= n and 1 <= k <= n")
+    if n - c < k:
+        return 1.0
+    return 1.0 - math.prod(1.0 - k / i for i in range(n - c + 1, n + 1))
+
+
+# ---- intervals ----------------------------------------------------------------------------------------------------
+
+def bootstrap_means(values: np.ndarray, seed: int, replicates: int = 2_000) -> np.ndarray:
+    """Means (replicates, ...) of values (problems, ...) over problems drawn with replacement. The same seed and number
+    of problems draw the same problems: subtract two models' means for a paired comparison."""
+    index = np.random.default_rng(seed).integers(0, len(values), (replicates, len(values)))
+    return np.stack([values[i].mean(0) for i in index])
+
+
+def interval(replicates: np.ndarray) -> tuple[float, float]:
+    """95 % percentile interval."""
+    low, high = np.percentile(replicates, (2.5, 97.5))
+    return float(low), float(high)
+
+
+# ---- data -----------------------------------------------------------------------------------------------------
+
+def open_data(folder: str) -> tuple[dict, Tokenizer, dict[str, np.ndarray]]:
+    """(manifest, tokenizer, shard name -> memory-mapped uint16 tokens), checked against each other."""
+    path = Path(folder)
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        tokenizer = Tokenizer.load(path / "tokenizer.json")
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename}: not found; make the data with: python data/prepare.py --out {folder}") from None
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{folder}: manifest.json or tokenizer.json is damaged ({error}); make the data again") from None
+    require(manifest.get("tokenizer_sha256") == tokenizer.sha256,
+            f"{path / 'tokenizer.json'}: not the tokenizer that made the shards in {folder}; make the data again")
+    shards = {}
+    for name in manifest["shards"]:
+        require((path / name).is_file(), f"{path / name}: not found, although the manifest lists it")
+        require(file_sha256(path / name) == manifest["sha256"][name],
+                f"{path / name}: checksum differs from manifest.json (truncated or changed); make the data again")
+        shards[name.removesuffix(".bin")] = np.memmap(path / name, dtype=np.uint16, mode="r")
+    return manifest, tokenizer, shards
+
+
+def load_problems(path: str | Path, difficulty: str = "all", solutions: bool = False) -> list[dict]:
+    """Problems of a JSON-lines file. Raises UserError naming file, line and fault."""
+    path = Path(path)
+    require(path.is_file(), f"{path}: no such problem file")
+    problems = []
+    for i, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            p = json.loads(line.decode())
+        except ValueError as error:
+            p = error
+        require(isinstance(p, dict), f"{path}, line {i}: not a JSON object in UTF-8")
+        for key in ("question", "answer"):
+            require(isinstance(p.get(key), str) and p[key].strip() != "", f"{path}, line {i}: {key!r} must be a text")
+        require(re.fullmatch(INTEGER, p["answer"]) is not None,
+                f"{path}, line {i}: answer {p['answer'][:40]!r} is not an integer such as 12 or -3")
+        if solutions:
+            texts = p.get("solutions")
+            require(isinstance(texts, list) and texts and all(isinstance(t, str) for t in texts),
+                    f"{path}, line {i}: 'solutions' must be a list of at least one text")
+            for text in texts:
+                require(grade(text, p["answer"]) == "right",
+                        f"{path}, line {i}: a solution does not end in the line '#### {p['answer']}'")
+        if difficulty in ("all", p.get("difficulty", "all")):
+            problems.append(p)
+    require(bool(problems), f"{path}: has no problem of difficulty {difficulty}")
+    return problems
+
+
+def prompt_ids(tokenizer: Tokenizer, problem: dict) -> list[int]:
+    return tokenizer.encode(problem["question"] + "\n")
+
+
+def few_shot_prefix(tokenizer: Tokenizer, examples: list[dict], shots: int, seed: int) -> list[int]:
+    """Ids of `shots` solved examples, each ended by EOS as in the pretraining documents with several questions."""
+    rng = np.random.default_rng(seed)
+    ids = []
+    for i in rng.choice(len(examples), shots, replace=False):
+        solution = examples[i]["solutions"][rng.integers(len(examples[i]["solutions"]))]
+        ids += prompt_ids(tokenizer, examples[i]) + tokenizer.encode(solution) + [tokenizer.eos]
+    return ids
+
+
+@dataclass
+class Attempts:
+    """P·n graded completions, row p·n + i being attempt i at problem p."""
+    texts: list[str]
+    grades: list[str]
+    truncated: int
+
+    def right(self, n: int) -> np.ndarray:
+        """Number of right attempts (P,) of n each."""
+        return np.array([g == "right" for g in self.grades]).reshape(-1, n).sum(1)
+
+
+def attempt(model: GPT, tokenizer: Tokenizer, problems: list[dict], n: int, temperature: float, max_new: int,
+            gen: torch.Generator, prefix: list[int] = (), bar: tqdm | None = None) -> Attempts:
+    """Sample n completions of each problem and grade them."""
+    result = Attempts([], [], 0)
+    per_call = max(1, 2048 // n)                                         # so that the progress bar moves
+    for i in range(0, len(problems), per_call):
+        part = problems[i:i + per_call]
+        prompts = [list(prefix) + prompt_ids(tokenizer, p) for p in part]
+        longest = max(map(len, prompts))
+        require(longest + max_new <= model.config.context,
+                f"a prompt of {longest} tokens and an answer of up to --max-new {max_new} exceed the model's context of "
+                f"{model.config.context}; use fewer --shots, shorter problems or a smaller --max-new")
+        out = sample(model, prompts, n, max_new, tokenizer.eos, tokenizer.pad, gen, temperature)
+        for row, (ids, finished) in enumerate(zip(out.completions(), out.finished.tolist())):
+            text = tokenizer.decode(ids[:-1] if finished else ids)
+            result.texts.append(text)
+            result.grades.append(grade(text, part[row // n]["answer"], finished))
+            result.truncated += not finished
+        if bar is not None:
+            bar.update(len(part))
+    return result
+
+
+def measure_problems(model: GPT, tokenizer: Tokenizer, problems: list[dict], c: Config, prefix: list[int],
+                     desc: str) -> dict:
+    """Everything about one set of problems, per-problem counts included."""
+    bar = tqdm(total=2 * len(problems), desc=desc, unit="problem")
+    sampled = attempt(model, tokenizer, problems, c.samples, c.temperature, c.max_new,
+                      generator(c.seed, "evaluation"), prefix, bar)
+    greedy = attempt(model, tokenizer, problems, 1, 0.0, c.max_new, generator(c.seed, "evaluation"), prefix, bar)
+    bar.close()
+    right, total = sampled.right(c.samples), len(sampled.grades)
+    passes = np.array([[pass_at_k(c.samples, r, k) for k in c.k] for r in right.tolist()])       # (P, K)
+    means = bootstrap_means(passes, c.seed)
+    groups = [range(i, i + c.samples) for i in range(0, total, c.samples)]
+    return {
+        "problems": len(problems), "samples": c.samples,
+        **{f"pass@{k}": {"mean": float(passes[:, i].mean()), "interval": interval(means[:, i])}
+           for i, k in enumerate(c.k)},
+        "greedy": greedy.grades.count("right") / len(problems),
+        "unparsed": sampled.grades.count("unparsed") / total, "truncated": sampled.truncated / total,
+        "answer_entropy": float(np.mean([entropy([sampled.texts[j].split("####")[-1] for j in g]) for g in groups])),
+        "distinct_completions": float(np.mean([len({sampled.texts[j] for j in g}) for g in groups])),
+        "styles": {k: v / total for k, v in sorted(Counter(map(style_of, sampled.texts)).items())},
+        "right_per_problem": right.tolist(),
+    }
+
+
+def entropy(values: list[str]) -> float:
+    """Entropy, in nats, of the observed distribution of values."""
+    p = np.array(list(Counter(values).values())) / len(values)
+    return float(-(p * np.log(p)).sum())
+
+
+# ---- general capabilities -----------------------------------------------------------------------------------------
+
+def pick(scores: list[float], choices: list[str]) -> tuple[int, int]:
+    """(choice by acc, choice by acc_norm) as in lm-evaluation-harness: largest log-likelihood, and largest
+    log-likelihood per character of the choice without its leading space; the first of equals."""
+    norm = [s / len(c.removeprefix(" ")) for s, c in zip(scores, choices)]
+    return scores.index(max(scores)), norm.index(max(norm))
+
+
+@torch.inference_mode()
+def score_rows(model: GPT, contexts: list[list[int]], continuations: list[list[int]], pad: int,
+               tokens: int = 8192) -> tuple[list[float], list[bool]]:
+    """Per row: log-likelihood of the continuation given the context, and whether greedy decoding would produce it."""
+    device = model.head.weight.device
+    sums, exact = [0.0] * len(contexts), [False] * len(contexts)
+    for rows in micro_batches([len(a) + len(b) for a, b in zip(contexts, continuations)], tokens):
+        ids, target = pack([contexts[r] for r in rows], [continuations[r] for r in rows], pad, device)
+        logits = model.logits(model.hidden(ids[:, :-1])[target[:, 1:]]).float()
+        wanted = ids[:, 1:][target[:, 1:]]
+        logp = logits.log_softmax(-1).gather(-1, wanted[:, None]).squeeze(-1)
+        hit = logits.argmax(-1) == wanted
+        sizes = target.sum(1).tolist()
+        for r, lp, h in zip(rows, logp.split(sizes), hit.split(sizes)):
+            sums[r], exact[r] = float(lp.sum()), bool(h.all())
+    return sums, exact
+
+
+def measure_benchmarks(model: GPT, tokenizer: Tokenizer, items: list[dict]) -> dict:
+    """Task -> accuracy (acc_norm; for an item with a single choice: exact match), standard error, chance, hits."""
+    rows = [(tokenizer.encode(item["context"]), tokenizer.encode(choice)) for item in items for choice in item["choices"]]
+    sums, exact = score_rows(model, [a for a, _ in rows], [b for _, b in rows], tokenizer.pad)
+    hits: dict[str, list[tuple[int, int, float]]] = {}
+    at = 0
+    for item in items:
+        n = len(item["choices"])
+        if n == 1:
+            by_sum = by_norm = int(exact[at])
+        else:
+            by_sum, by_norm = (int(i == item["answer"]) for i in pick(sums[at:at + n], item["choices"]))
+        hits.setdefault(item["task"], []).append((by_sum, by_norm, item["chance"]))
+        at += n
+    return {task: {"acc_norm": np.mean([h[1] for h in v]).item(), "acc": np.mean([h[0] for h in v]).item(),
+                   "stderr": float(np.std([h[1] for h in v], ddof=1) / len(v) ** .5), "chance": float(v[0][2]),
+                   "items": len(v), "hits": [h[1] for h in v]} for task, v in hits.items()}
+
+
+@torch.inference_mode()
+def bits_per_byte(model: GPT, tokenizer: Tokenizer, shard: np.ndarray, blocks: int = 128) -> float:
+    """−log-likelihood / (bytes · ln 2) of the first blocks of a shard; a block's first token is context only."""
+    size, device = model.config.context, model.head.weight.device
+    blocks = min(blocks, len(shard) // size)
+    require(blocks > 0, f"the validation shard has {len(shard)} tokens, fewer than one context of {size}")
+    ids = torch.from_numpy(shard[:blocks * size].astype(np.int64)).view(blocks, size)
+    total = 0.0
+    for part in ids.to(device).split(16):
+        logits: Tensor = model(part[:, :-1]).float()
+        total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum"))
+    n_bytes = sum(len(tokenizer.encoding.decode_single_token_bytes(i)) if i < tokenizer.eos else 0
+                  for i in ids[:, 1:].flatten().tolist())
+    return total / (n_bytes * math.log(2))
+
+
+# ---- a whole evaluation -------------------------------------------------------------------------------------------
+
+def evaluate(path: str, c: Config) -> dict:
+    """Measure one checkpoint and write CHECKPOINT.SPLIT.Nshot.json beside it."""
+    check(c)
+    device = setup(c.device, c.threads)
+    model, tokenizer, content = load_model(path, device)
+    _, data_tokenizer, shards = open_data(c.data)
+    require(data_tokenizer.sha256 == tokenizer.sha256, f"{path}: made with another tokenizer than {c.data} holds")
+    problems = load_problems(c.problems or f"{c.data}/{c.split}.jsonl")
+    prefix = []
+    if c.shots:
+        examples = load_problems(f"{c.data}/train.jsonl", "easy", solutions=True)
+        prefix = few_shot_prefix(tokenizer, examples, c.shots, c.seed)
+    name = Path(path).name
+    result = {"checkpoint": str(path), "lineage": content["lineage"],
+              "config": {k: v for k, v in asdict(c).items() if k != "checkpoints"}, "problems": {}}
+    for difficulty in sorted({p.get("difficulty", "all") for p in problems}):
+        chosen = [p for p in problems if p.get("difficulty", "all") == difficulty][:c.n_problems]
+        result["problems"][difficulty] = measure_problems(model, tokenizer, chosen, c, prefix, f"{name} {difficulty}")
+    if c.benchmarks:
+        items = [json.loads(line) for line in Path(c.data, "benchmarks.jsonl").read_text().splitlines()]
+        result["benchmarks"] = measure_benchmarks(model, tokenizer, items)
+        result["general_mean"] = float(np.mean([b["acc_norm"] for b in result["benchmarks"].values()]))
+        result["bits_per_byte"] = bits_per_byte(model, tokenizer, shards["val_general"])
+    out = Path(path).with_suffix(f".{c.split}.{c.shots}shot.json")
+    atomic_write(out, json.dumps(result, indent=1).encode())
+    print(f"\n{table(result)}\nwritten: {out}")
+    return result
+
+
+def table(result: dict) -> str:
+    c = result["config"]
+    lines = [f"{result['checkpoint']}   ({c['split']}, {c['shots']}-shot, {c['samples']} samples at T={c['temperature']})"]
+    for name, d in result["problems"].items():
+        for k in c["k"]:
+            m = d[f"pass@{k}"]
+            lines.append(f"  {name:8s}pass@{k:<4d}{m['mean']:7.1%}   [{m['interval'][0]:.1%}, {m['interval'][1]:.1%}]")
+        lines.append(f"  {name:8s}greedy {d['greedy']:.1%}, unparsed {d['unparsed']:.1%}, truncated {d['truncated']:.1%}, "
+                     f"answer entropy {d['answer_entropy']:.2f} nats, {d['distinct_completions']:.1f} distinct of "
+                     f"{d['samples']}")
+        lines.append(f"  {name:8s}styles " + ", ".join(f"{s} {v:.0%}" for s, v in d["styles"].items()))
+    for task, b in result.get("benchmarks", {}).items():
+        lines.append(f"  {task:10s}{b['acc_norm']:6.1%} ± {b['stderr']:.1%}  (chance {b['chance']:.0%})")
+    if "general_mean" in result:
+        lines.append(f"  general mean {result['general_mean']:.1%}, general text {result['bits_per_byte']:.3f} bits per byte")
+    return "\n".join(lines)
+
+
+def compare(a: dict, b: dict, seed: int) -> dict:
+    """First minus second: pass@k per difficulty and the general mean, each with its paired 95 % interval."""
+    differences = {}
+    for difficulty in a["problems"]:
+        pa, pb = a["problems"][difficulty], b["problems"][difficulty]
+        for k in a["config"]["k"]:
+            gap = np.array([pass_at_k(pa["samples"], x, k) - pass_at_k(pb["samples"], y, k)
+                            for x, y in zip(pa["right_per_problem"], pb["right_per_problem"])])
+            differences[f"{difficulty} pass@{k}"] = (float(gap.mean()), *interval(bootstrap_means(gap, seed)))
+    if "benchmarks" in a:
+        gaps = [np.array(a["benchmarks"][t]["hits"]) - np.array(b["benchmarks"][t]["hits"]) for t in a["benchmarks"]]
+        means = np.mean([bootstrap_means(g, seed + i) for i, g in enumerate(gaps)], axis=0)   # items within each task
+        differences["general mean"] = (float(np.mean([g.mean() for g in gaps])), *interval(means))
+    return differences
+
+
+def run(c: Config) -> list[dict]:
+    """Evaluate each checkpoint; for two, print the paired differences too."""
+    check(c)
+    results = [evaluate(path, c) for path in c.checkpoints]
+    if len(results) == 2:
+        print(f"\n{c.checkpoints[0]} minus {c.checkpoints[1]} (paired 95 % intervals)")
+        for name, (mean, low, high) in compare(*results, c.seed).items():
+            print(f"  {name:16s}{100 * mean:+6.1f} points  [{100 * low:+.1f}, {100 * high:+.1f}]")
+    return results
+
+
+if __name__ == "__main__":
+    main(run, Config)

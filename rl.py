@@ -1,0 +1,305 @@
+"""GRPO by hand: reinforcement learning on any checkpoint with a reward that is checked by a program.
+
+    python rl.py --init runs/base/8M.pt --out runs/rl
+
+Every step: sample G answers to each of P problems, reward 1 for a right final answer and 0 otherwise, call an answer
+good or bad relative to its group (Shao et al. 2024), and raise or lower the log-probability of its tokens. The model
+never sees a reference solution. Left out: a value network (GRPO's point), a reward model (the reward is exact), length
+penalties, top-k or top-p sampling (they would make the sampled distribution another one than the scored one).
+"""
+import copy
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoint import Run, batch_indices, file_sha256, generator, load_model, main, require, save_checkpoint, setup
+from data.tokenizer import Tokenizer
+from evaluate import attempt, grade, load_problems, pass_at_k, prompt_ids
+from model import GPT, completion_logprobs, micro_batches, pack, sample
+
+
+@dataclass
+class Config:
+    init: str = ""                  # checkpoint to start from
+    data: str = "data/tiny"         # folder made by data/prepare.py
+    problems: str = ""              # problem file to train on instead of DATA/train.jsonl
+    out: str = "runs/rl"            # run folder; the same call again resumes an unfinished run
+    difficulty: str = "easy"        # which problems to train and validate on: easy, hard, all
+    n_problems: int = 64            # P, problems per step
+    rollouts: int = 16              # G, sampled answers per problem
+    steps: int = 50                 # batches of rollouts
+    updates: int = 1                # optimizer steps per batch of rollouts (the batch is split by problems)
+    lr: float = 3e-4                # AdamW, constant after the warm-up
+    warmup: int = 0                 # steps until lr is reached
+    weight_decay: float = 0.0       # of AdamW
+    grad_clip: float = 1.0          # largest gradient norm
+    std: bool = True                # divide the advantage by the group's standard deviation
+    clip_low: float = 0.2           # the ratio counts down to 1 - clip_low ...
+    clip_high: float = 0.2          # ... and up to 1 + clip_high (0.28: "clip higher"); idle with one update per batch
+    kl: float = 0.0                 # coefficient of the KL penalty towards the start
+    temperature: float = 1.0        # of the rollouts
+    max_new: int = 64               # longest answer, tokens
+    micro_batch: int = 4_096        # tokens per forward pass of the update
+    eval_every: int = 10            # steps between validations (and transcripts)
+    eval_problems: int = 100        # validation problems
+    eval_samples: int = 16          # samples of each, at T=0.6
+    save_every: int = 5             # steps between states to resume from
+    checkpoints_at: tuple[int, ...] = ()    # steps after which to keep a checkpoint, besides the last
+    seed: int = 0                   # of the order of problems and of the rollouts
+    device: str = "auto"            # cpu, cuda, auto
+    threads: int = 0                # CPU threads, 0 = all cores
+
+
+def check(c: Config) -> None:
+    require(c.init != "", "--init is missing: give the checkpoint to start from")
+    require(c.difficulty in ("easy", "hard", "all"), f"--difficulty {c.difficulty}: must be easy, hard or all")
+    require(c.rollouts >= 2, f"--rollouts {c.rollouts}: a group needs at least 2 for a relative advantage")
+    for name in ("n_problems", "steps", "updates", "lr", "grad_clip", "temperature", "max_new", "micro_batch", "eval_every",
+                 "eval_problems", "eval_samples", "save_every"):
+        require(getattr(c, name) > 0, f"--{name.replace('_', '-')} {getattr(c, name)}: must be positive")
+    for name in ("warmup", "weight_decay", "clip_low", "clip_high", "kl"):
+        require(getattr(c, name) >= 0, f"--{name.replace('_', '-')} {getattr(c, name)}: must not be negative")
+    require(c.n_problems % c.updates == 0,
+            f"--updates {c.updates}: does not divide --n-problems {c.n_problems}")
+    late = [s for s in c.checkpoints_at if not 0 < s <= c.steps]
+    require(not late, f"--checkpoints-at {','.join(map(str, late))}: outside the run, which has --steps {c.steps}")
+
+
+# ---- the algorithm ------------------------------------------------------------------------------------------------
+
+def advantages(rewards: Tensor, std: bool = True) -> Tensor:
+    """(P, G) rewards -> (P, G) advantages: reward minus the group's mean, over its unbiased standard deviation.
+
+    A group with equal rewards says nothing and gets exactly 0; that is decided by comparing, as the standard deviation
+    of equal floats need not be 0 (Shao et al. 2024, section 4.1.2; without std: Liu et al. 2025)."""
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    if std:
+        centred = centred / (rewards.std(dim=1, keepdim=True) + 1e-6)
+    signal = rewards.amax(dim=1, keepdim=True) != rewards.amin(dim=1, keepdim=True)
+    return torch.where(signal, centred, 0.0)
+
+
+def policy_loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> Tensor:
+    """Clipped loss of each token (N,), not yet averaged (Schulman et al. 2017, equation 7)."""
+    ratio = (logp - old_logp).exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
+
+
+def kl_k3(logp: Tensor, reference_logp: Tensor) -> Tensor:
+    """Estimate of KL(policy || reference) at each token sampled from the policy: exp(d) - d - 1 with
+    d = reference_logp - logp, never negative (Schulman 2020, 'k3'). expm1 keeps small d exact."""
+    d = reference_logp - logp
+    return torch.expm1(d) - d
+
+
+@dataclass
+class Batch:
+    """B = P·G graded rollouts, row p·G + g being rollout g of problem p."""
+    prompts: list[list[int]]        # B
+    completions: list[list[int]]    # B, EOS included where generated
+    logprobs: list[Tensor]          # B of (length,): under the distribution they were sampled from
+    grades: list[str]               # B: right, wrong, unparsed
+    texts: list[str]                # B
+    rewards: Tensor                 # (P, G) of 0. and 1.
+    entropy: float                  # nats per sampled token
+    truncated: float                # share of rollouts without EOS
+
+
+def collect(model: GPT, tokenizer: Tokenizer, problems: list[dict], group: int, c: Config, gen: torch.Generator) -> Batch:
+    """Sample `group` answers to every problem at the training temperature and grade them."""
+    prompts = [prompt_ids(tokenizer, p) for p in problems]
+    out = sample(model, prompts, group, c.max_new, tokenizer.eos, tokenizer.pad, gen, c.temperature)
+    completions, finished = out.completions(), out.finished.tolist()
+    texts = [tokenizer.decode(ids[:-1] if done else ids) for ids, done in zip(completions, finished)]
+    grades = [grade(text, problems[row // group]["answer"], done) for row, (text, done) in enumerate(zip(texts, finished))]
+    rewards = torch.tensor([float(g == "right") for g in grades]).view(len(problems), group)
+    return Batch([p for p in prompts for _ in range(group)], completions,
+                 [row[:n] for row, n in zip(out.logprobs, out.lengths.tolist())], grades, texts, rewards,
+                 float(out.entropy.sum() / out.lengths.sum()), 1 - sum(finished) / len(finished))
+
+
+def policy_gradient(model: GPT, reference: GPT, batch: Batch, advantage: Tensor, rows: range, c: Config,
+                    pad: int) -> dict[str, float] | None:
+    """Add the GRPO gradient of these rows to the model's .grad; returns figures per token, or None if no row says
+    anything (then .grad is untouched).
+
+    The loss is the mean over *all* completion tokens of the rows, truncated and signal-free ones included, whatever the
+    micro-batches (Yu et al. 2025, token-mean). Rows without advantage add nothing to the sum, so they are not computed.
+    """
+    device = model.head.weight.device
+    total = sum(len(batch.completions[r]) for r in rows)
+    useful = [r for r in rows if advantage[r] != 0 or c.kl > 0]
+    if not useful:
+        return None
+    sums = dict.fromkeys(("loss", "ratio", "clipped", "kl_penalty", "tokens", "positions"), 0.0)
+    for part in micro_batches([len(batch.prompts[r]) + len(batch.completions[r]) for r in useful], c.micro_batch):
+        part = [useful[i] for i in part]
+        ids, target = pack([batch.prompts[r] for r in part], [batch.completions[r] for r in part], pad, device)
+        logp = completion_logprobs(model, ids, target, c.temperature)                             # (N,)
+        # one update per batch is exactly on-policy: the ratio is 1, its gradient that of REINFORCE
+        old = logp.detach() if c.updates == 1 else torch.cat([batch.logprobs[r] for r in part]).to(device)
+        sizes = torch.tensor([len(batch.completions[r]) for r in part])
+        token_advantage = advantage[part].repeat_interleave(sizes).to(device)
+        loss = policy_loss(logp, old, token_advantage, c.clip_low, c.clip_high)
+        if c.kl > 0:
+            with torch.no_grad():
+                reference_logp = completion_logprobs(reference, ids, target, c.temperature)
+            penalty = kl_k3(logp, reference_logp)
+            loss = loss + c.kl * penalty
+            sums["kl_penalty"] += float(penalty.detach().sum())
+        (loss.sum() / total).backward()
+        ratio = (logp.detach() - old).exp()
+        outside = (ratio > 1 + c.clip_high) & (token_advantage > 0) | (ratio < 1 - c.clip_low) & (token_advantage < 0)
+        for name, value in (("loss", loss.detach()), ("ratio", ratio), ("clipped", outside)):
+            sums[name] += float(value.sum())
+        sums["tokens"] += len(logp)
+        sums["positions"] += sum(len(batch.prompts[r]) + len(batch.completions[r]) for r in part)
+    return {"loss": sums["loss"] / total, "ratio": sums["ratio"] / sums["tokens"],
+            "clip_fraction": sums["clipped"] / total, "kl_penalty": sums["kl_penalty"] / total,
+            "positions": sums["positions"]}
+
+
+# ---- measurements -------------------------------------------------------------------------------------------------
+
+def signal_probability(n: int, right: int, group: int) -> float:
+    """Probability that `group` of n answers, `right` of them right, drawn without replacement, are neither all right
+    nor all wrong."""
+    return pass_at_k(n, right, group) + pass_at_k(n, n - right, group) - 1
+
+
+@torch.inference_mode()
+def kl_to_start(reference: GPT, batch: Batch, c: Config, pad: int, rows: int = 64) -> float:
+    """KL(policy || start) in nats per token, estimated on `rows` rollouts spread over the batch; the policy's
+    log-probabilities are the recorded ones."""
+    chosen = range(0, len(batch.prompts), max(1, len(batch.prompts) // rows))
+    ids, target = pack([batch.prompts[r] for r in chosen], [batch.completions[r] for r in chosen], pad,
+                       reference.head.weight.device)
+    logp = torch.cat([batch.logprobs[r] for r in chosen])
+    return float(kl_k3(logp, completion_logprobs(reference, ids, target, c.temperature).cpu()).mean())
+
+
+def probe(model: GPT, tokenizer: Tokenizer, problems: list[dict], c: Config) -> None:
+    """Measure the success rate before the first step, print the expected share of groups with a signal, and warn."""
+    n = 2 * c.rollouts
+    batch = collect(model, tokenizer, problems, n, c, generator(c.seed, "probe"))
+    right = batch.rewards.sum(1).int().tolist()
+    rate = sum(right) / (n * len(right))
+    signal = float(np.mean([signal_probability(n, r, c.rollouts) for r in right]))
+    print(f"before training: {rate:.1%} of {n * len(right)} answers right, {batch.grades.count('unparsed') / len(batch.grades):.1%} "
+          f"without a readable answer; {signal:.0%} of groups of {c.rollouts} will have a signal")
+    if signal == 0:
+        print("WARNING: no group has a signal, so RL cannot learn anything here. Start from a later checkpoint, or use easier "
+              "problems or more --rollouts.")
+    elif signal < .3:
+        print("WARNING: few groups have a signal and a rare success gets a large advantage: updates will be noisy. More "
+              "--n-problems or --rollouts, or a smaller --lr, are safer.")
+
+
+def transcript(batch: Batch, problems: list[dict], step: int, group: int) -> str:
+    """Two answers to each of three problems, with their grades."""
+    parts = [f"======== step {step}"]
+    for p in range(min(3, len(problems))):
+        parts.append(f"{problems[p]['question']}   (answer {problems[p]['answer']})")
+        parts += [f"  [{batch.grades[r]}] " + json.dumps(batch.texts[r]) for r in range(p * group, p * group + 2)]
+    return "\n".join(parts)
+
+
+# ---- training -----------------------------------------------------------------------------------------------------
+
+def train(c: Config) -> Path:
+    """Run (or resume) RL; returns the path of the last checkpoint."""
+    check(c)
+    device = setup(c.device, c.threads)
+    problems = load_problems(c.problems or f"{c.data}/train.jsonl", c.difficulty)
+    validation = load_problems(f"{c.data}/val.jsonl", c.difficulty)[:c.eval_problems]
+    model, tokenizer, start = load_model(c.init, device)
+    parent = file_sha256(c.init)
+    longest = max(len(prompt_ids(tokenizer, p)) for p in problems + validation)
+    require(longest + c.max_new <= model.config.context, f"the longest prompt has {longest} tokens: with --max-new {c.max_new} "
+            f"that exceeds the context of {model.config.context}")
+    reference = copy.deepcopy(model).requires_grad_(False)
+    run = Run(c)
+    final = run.out / "final.pt"
+    if run.finished(final, c.steps):
+        return final
+    optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=c.weight_decay, fused=True)
+    step, counts = 0, {"tokens": 0, "updates": 0, "flops": 0, "seconds": 0.0}
+    if run.last:
+        model.load_state_dict(run.last["model"])
+        optimizer.load_state_dict(run.last["optimizer"])
+        step, counts = run.last["step"], run.last["counts"]
+    else:
+        probe(model, tokenizer, [problems[i] for i in batch_indices(len(problems), c.n_problems, 0, c.seed)], c)
+
+    def lineage() -> list[dict]:
+        return run.lineage(start["lineage"], parent=parent, **counts)
+    bar = tqdm(total=c.steps, initial=step, unit="step", desc="rl")
+    while True:
+        started = time.perf_counter()
+        # ---- learning rate
+        for group in optimizer.param_groups:
+            group["lr"] = c.lr * min(1.0, (step + 1) / max(1, c.warmup))
+        # ---- evaluate and checkpoint
+        line = {}
+        if step % c.eval_every == 0 or step == c.steps:
+            tried = attempt(model, tokenizer, validation, c.eval_samples, .6, c.max_new, generator(c.seed, "evaluation"))
+            line = {"val_pass@1": tried.grades.count("right") / len(tried.grades)}
+        if step in c.checkpoints_at:
+            save_checkpoint(run.out / f"step{step}.pt", model, tokenizer, lineage())
+        if step == c.steps:
+            break
+        # ---- collect
+        chosen = [problems[i] for i in batch_indices(len(problems), c.n_problems, step, c.seed)]
+        batch = collect(model, tokenizer, chosen, c.rollouts, c, generator(c.seed, "rollouts", step))
+        advantage = advantages(batch.rewards, c.std).flatten()                                    # (B,)
+        kl = kl_to_start(reference, batch, c, tokenizer.pad)
+        # ---- update
+        rows, figures = len(advantage) // c.updates, []
+        for i in range(c.updates):
+            part = policy_gradient(model, reference, batch, advantage, range(i * rows, (i + 1) * rows), c, tokenizer.pad)
+            if part:                                  # no signal, no step: momentum and decay must not move the model
+                figures.append(part | {"grad_norm": run.step(model, optimizer, c.grad_clip)})
+        # ---- log
+        step += 1
+        sampled = sum(map(len, batch.completions))
+        B = len(batch.prompts)
+        length = sampled / B
+        trained = sum(f.pop("positions") for f in figures)               # prompts included
+        counts["tokens"] += sampled
+        counts["updates"] += len(figures)
+        counts["flops"] += int(model.flops_per_token(longest + int(length)) * (sampled + 3 * trained))
+        counts["seconds"] += time.perf_counter() - started
+        means = {k: float(np.mean([f[k] for f in figures])) for k in figures[0]} if figures else {}
+        reward = float(batch.rewards.mean())
+        signal = float((batch.rewards.std(1) > 0).float().mean())
+        run.log(step=step, reward=reward, **line, signal=signal, unparsed=batch.grades.count("unparsed") / B,
+                truncated=batch.truncated, length=length, entropy=batch.entropy, kl=kl, **means,
+                lr=optimizer.param_groups[0]["lr"], skipped=run.skipped,
+                **{k: round(v, 3) for k, v in counts.items()})
+        if line:
+            run.write(transcript(batch, chosen, step, c.rollouts))
+        bar.update(1)
+        bar.set_postfix_str(f"reward {reward:.3f} entropy {batch.entropy:.2f} kl {kl:.3f} "
+                            + " ".join(f"{k} {v:.3f}" for k, v in line.items()), refresh=False)
+        # ---- stop
+        if step % c.save_every == 0 or step == c.steps or run.interrupted:
+            run.save_last(model, tokenizer, lineage(), optimizer, step, counts=counts)
+        if run.interrupted and step < c.steps:
+            run.stop()
+    run.log(step=step, **line)
+    bar.close()
+    save_checkpoint(final, model, tokenizer, lineage())
+    print(f"{final}: {counts['updates']} updates, {c.steps * c.n_problems * c.rollouts:,} rollouts, "
+          f"{counts['seconds'] / 60:.1f} min, validation pass@1 {line['val_pass@1']:.1%}\n"
+          f"next: python evaluate.py {final} {c.init}")
+    return final
+
+
+if __name__ == "__main__":
+    main(train, Config)
