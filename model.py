@@ -42,16 +42,34 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Cache:
-    """Keys and values of everything decoded so far: two tensors (L, B, H, capacity, D), filled up to `length`."""
+    """Keys and values of everything decoded so far: two tensors (L, B·H, capacity, D), filled up to `length`.
+
+    The decode step attends over the whole capacity, unfilled columns masked: a product with a contiguous tensor is
+    several times faster on a CPU than one with a slice of it. The capacity therefore grows in small steps."""
 
     def __init__(self, c: ModelConfig, batch: int, capacity: int, device: torch.device):
-        shape = (c.n_layers, batch, c.n_heads, capacity, c.d_model // c.n_heads)
-        self.k, self.v = torch.empty(shape, device=device), torch.empty(shape, device=device)
-        self.length = 0
+        self.heads, self.length = c.n_heads, 0
+        shape = (c.n_layers, batch * c.n_heads, capacity, c.d_model // c.n_heads)
+        self.k, self.v = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
+
+    def room(self, columns: int) -> int:
+        """Make room for so many further columns; returns the capacity."""
+        missing = self.length + columns - self.k.shape[2]
+        if missing > 0:
+            self.k, self.v = (F.pad(x, (0, 0, 0, max(16, missing))) for x in (self.k, self.v))
+        return self.k.shape[2]
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k, v (B, H, T, D) to a layer; returns all keys and values (B, H, capacity, D). `length` stays."""
+        columns = slice(self.length, self.length + k.shape[2])
+        every = tuple(x[layer].unflatten(0, (-1, self.heads)) for x in (self.k, self.v))
+        every[0][:, :, columns], every[1][:, :, columns] = k, v
+        return every
 
     def select(self, rows: Tensor) -> None:
         """Keep (or repeat) these rows, in this order."""
-        self.k, self.v = self.k.index_select(1, rows), self.v.index_select(1, rows)
+        self.k, self.v = (x.unflatten(1, (-1, self.heads)).index_select(1, rows).flatten(1, 2)
+                          for x in (self.k, self.v))
 
 
 class Block(nn.Module):
@@ -73,10 +91,13 @@ class Block(nn.Module):
         q, k, v = (y.view(B, T, self.n_heads, -1).transpose(1, 2) for y in (q, k, v))             # (B, H, T, D)
         q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
         if cache is not None:
-            end = cache.length + T
-            cache.k[layer, :, :, cache.length:end], cache.v[layer, :, :, cache.length:end] = k, v
-            k, v = cache.k[layer, :, :, :end], cache.v[layer, :, :, :end]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
+            k, v = cache.store(layer, k, v)
+        if cache is not None and T == 1:      # PyTorch's fused attention is slow for single queries on a CPU
+            scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).unflatten(0, (B, -1))        # (B, H, 1, capacity)
+            weights = (scores * q.shape[-1] ** -.5).masked_fill(~mask, -torch.inf).softmax(-1)
+            y = torch.bmm(weights.flatten(0, 1), v.flatten(0, 1)).unflatten(0, (B, -1))           # (B, H, 1, D)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
         x = x + rms_norm(self.out(y.transpose(1, 2).reshape(B, T, d)), self.attention_norm)       # norm after, not before
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return x + rms_norm(self.down(F.silu(gate) * up), self.mlp_norm)
@@ -98,15 +119,21 @@ class GPT(nn.Module):
         self.register_buffer("cos", angles.cos(), persistent=False)      # (context, D/2), fp32
         self.register_buffer("sin", angles.sin(), persistent=False)
 
-    def hidden(self, ids: Tensor, cache: Cache | None = None, mask: Tensor | None = None) -> Tensor:
+    def hidden(self, ids: Tensor, cache: Cache | None = None, seen: Tensor | None = None) -> Tensor:
         """Final hidden states (B, T, d_model) of ids (B, T), which follow what the cache holds.
 
-        `mask` (B or 1, 1, T, T_total) is True where a query may look; None means causal, and is right with a cache only
-        for T = 1 or an empty cache (the causal flag of PyTorch aligns top-left)."""
+        `seen` (B, columns) is False at columns of the cache that hold padding; None: there is none. With a cache the
+        mask is explicit, as the causal flag of PyTorch aligns top-left when there are more keys than queries."""
         start = 0 if cache is None else cache.length
         end = start + ids.shape[1]
-        if mask is None and start and ids.shape[1] > 1:
-            mask = torch.ones(ids.shape[1], end, dtype=torch.bool, device=ids.device).tril(start)
+        mask = None
+        if cache is not None:
+            capacity = cache.room(ids.shape[1])
+            mask = torch.ones(ids.shape[1], capacity, dtype=torch.bool, device=ids.device).tril(start)   # (T, capacity)
+            if seen is not None:                                         # a padding query still looks at itself
+                known = F.pad(seen, (0, max(0, capacity - seen.shape[1])))[:, None, None, :capacity]
+                itself = torch.eye(ids.shape[1], capacity, dtype=torch.bool, device=ids.device) if start == 0 else False
+                mask = mask & known | itself                             # (B, 1, T, capacity)
         x = self.embed(ids)
         for layer, block in enumerate(self.blocks):
             x = block(x, self.cos[start:end], self.sin[start:end], mask, cache, layer)
@@ -182,18 +209,14 @@ def sample_block(model: GPT, prompts: list[list[int]], group: int, max_new: int,
     # relative: counting a row's positions from its padding on changes no attention score.
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)            # (P, T)
     padding = torch.tensor([width - len(p) for p in prompts], device=device)
-    column = torch.arange(width + max_new, device=device)
-    seen = column[None, None, None, :] >= padding[:, None, None, None]                           # (P, 1, 1, T + max_new)
-    causal = column[:width, None] >= column[None, :width]
-    itself = column[:width, None] == column[None, :width]                # so that no padding query has an empty row
-    cache = Cache(model.config, len(prompts), width + max_new, device)
-    hidden = model.hidden(ids, cache, mask=seen[..., :width] & causal | itself)[:, -1]           # (P, d_model)
+    seen = torch.arange(width + max_new, device=device) >= padding[:, None] if padding.any() else None
+    cache = Cache(model.config, len(prompts), width, device)
+    hidden = model.hidden(ids, cache, seen)[:, -1]                       # (P, d_model)
 
     rows = torch.arange(len(prompts), device=device).repeat_interleave(group)
-    hidden, seen = hidden[rows], seen[rows]
+    hidden, seen = hidden[rows], seen if seen is None else seen[rows]
     cache.select(rows)
     B = len(rows)
-    padded = bool(padding.any())
     alive = torch.arange(B, device=device)                               # row of the output that each live row fills
     out = Rollouts(torch.full((B, max_new), pad, device=device), torch.full((B,), max_new, device=device),
                    torch.zeros(B, dtype=torch.bool, device=device), torch.zeros(B, max_new, device=device),
@@ -222,10 +245,9 @@ def sample_block(model: GPT, prompts: list[list[int]], group: int, max_new: int,
             break
         if compact and left <= .8 * len(alive):                          # copying the cache is worth it now and then
             keep = (~done).nonzero().squeeze(-1)
-            alive, token, seen = alive[keep], token[keep], seen[keep]
+            alive, token, seen = alive[keep], token[keep], seen if seen is None else seen[keep]
             cache.select(keep)
-        mask = seen[..., :cache.length + 1] if padded else None
-        hidden = model.hidden(token[:, None], cache, mask)[:, -1]
+        hidden = model.hidden(token[:, None], cache, seen)[:, -1]
     past = torch.arange(max_new, device=device) >= out.lengths[:, None]
     out.tokens[past], out.logprobs[past], out.entropy[past] = pad, 0, 0
     return out

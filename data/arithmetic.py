@@ -1,20 +1,22 @@
-"""Arithmetic word problems with several correct solutions each: the skill that reinforcement learning must improve.
+"""Arithmetic word problems with several correct solutions each:
+the skill that reinforcement learning must improve.
 
-    Nora has 37 shells. Nora finds 48. Nora loses 20. How many shells?     <- question (the prompt adds a newline)
-    37+48=85                                                               <- one of four solution styles
+    Nora has 37 shells. Nora finds 48. Nora loses 20. How many shells?   <- question (prompt adds a newline)
+    37+48=85                                                             <- one of four solution styles
     85-20=65
-    #### 65                                                                <- the one exact form of an answer
+    #### 65                                                              <- the one exact form of an answer
 
-Easy problems have 1-2 operations, hard ones 3-4. Every problem belongs to exactly one split, computed from a hash of
-its canonical form, so that no list has to be kept and anyone can check any problem: `split_of(canonical(...))`.
+Easy problems have 1-2 operations, hard ones 3-4. Every problem belongs to exactly one split, computed from a
+hash of its canonical form, so that no list has to be kept and anyone can check any problem:
+`split_of(canonical(...))`.
 """
 import random
 import re
 from functools import cache
 from zlib import crc32
 
-NAMES = ("Nora Tom Ann Ben Lena Omar Mia Sam Ivy Max Eva Leo Zoe Jack Ruth Paul Lily Hugo Rosa Dan Ella Finn Kate Adam "
-         "Sara Noah Jane Karl Amy Luis Vera Mark Nina Otto Tess Rob Ida Ian Dora Hans").split()
+NAMES = ("Nora Tom Ann Ben Lena Omar Mia Sam Ivy Max Eva Leo Zoe Jack Ruth Paul Lily Hugo Rosa Dan Ella Finn "
+         "Kate Adam Sara Noah Jane Karl Amy Luis Vera Mark Nina Otto Tess Rob Ida Ian Dora Hans").split()
 ITEMS = "shells coins cards books pens stones apples stamps nuts beads".split()
 GAINS = "finds buys gets wins".split()
 LOSSES = "loses sells gives drops".split()
@@ -35,7 +37,8 @@ def canonical(start: int, operations: list[tuple[str, int]]) -> str:
 
 @cache
 def split_of(canonical_problem: str) -> str:
-    """'pretrain' 70 %, 'train' 20 % (SFT and RL), 'val' 5 %, 'test' 5 %: by hash, hence the same for every seed."""
+    """'pretrain' 70 %, 'train' 20 % (SFT and RL), 'val' 5 %, 'test' 5 %:
+    by hash, hence the same for every seed."""
     bucket = crc32(canonical_problem.encode()) % 20
     return "val" if bucket == 0 else "test" if bucket == 1 else "train" if bucket < 6 else "pretrain"
 
@@ -43,7 +46,8 @@ def split_of(canonical_problem: str) -> str:
 def facts(text: str) -> list[str]:
     """Canonical form of every single sum or difference that a text spells out ('37+48', '85 minus 20')."""
     text = text.replace(" plus ", "+").replace(" minus ", "-")
-    return [canonical(int(a), [(sign, int(b))]) for a, sign, b in re.findall(r"([0-9]+)([+-])(?=([0-9]+))", text)]
+    return [canonical(int(a), [(sign, int(b))])
+            for a, sign, b in re.findall(r"([0-9]+)([+-])(?=([0-9]+))", text)]
 
 
 def chain(start: int, operations: list[tuple[str, int]]) -> list[tuple[int, str, int, int]]:
@@ -57,7 +61,8 @@ def chain(start: int, operations: list[tuple[str, int]]) -> list[tuple[int, str,
 
 
 def solve(start: int, operations: list[tuple[str, int]]) -> dict[str, str]:
-    """Style -> complete solution, final line '#### answer' included. All end in the same answer and differ as text."""
+    """Style -> complete solution, final line '#### answer' included.
+    All end in the same answer and differ as text."""
     steps = chain(start, operations)
     answer = steps[-1][3]
     # regrouped: add up all gains (largest first), then all losses, then one subtraction
@@ -85,7 +90,8 @@ def solve(start: int, operations: list[tuple[str, int]]) -> dict[str, str]:
 
 
 def style_of(completion: str) -> str:
-    """Which of STYLES (or 'bare', 'other') a completion is written in; the inverse of `solve`, for evaluation."""
+    """Which of STYLES (or 'bare', 'other') a completion is written in;
+    the inverse of `solve`, for evaluation."""
     first = completion.split("\n")[0]
     number = r"[0-9]+"
     patterns = {"bare": rf"#### {number}", "equations": rf"{number}[+-]{number}={number}",
@@ -95,11 +101,13 @@ def style_of(completion: str) -> str:
 
 
 def draw_problem(rng: random.Random, difficulty: str, split: str) -> dict:
-    """One random problem of a split: {"question", "answer", "solutions": {style: text}, "difficulty", "split",
-    "canonical"}. No solution of a pretrain or train problem spells out a val or test problem as one of its steps."""
+    """One random problem of a split: {"question", "answer", "solutions": {style: text}, "difficulty",
+    "split", "canonical"}. No solution of a pretrain or train problem spells out a val or test problem as one
+    of its steps."""
     while True:
         start = rng.randint(*OPERANDS)
-        operations = [(rng.choice("+-"), rng.randint(*OPERANDS)) for _ in range(rng.choice(DIFFICULTY[difficulty]))]
+        operations = [(rng.choice("+-"), rng.randint(*OPERANDS))
+                      for _ in range(rng.choice(DIFFICULTY[difficulty]))]
         results = [step[3] for step in chain(start, operations)]
         gained = start + sum(n for sign, n in operations if sign == "+")
         if min(results) < 0 or gained > LARGEST:
@@ -119,8 +127,9 @@ def draw_problem(rng: random.Random, difficulty: str, split: str) -> dict:
 
 
 def draw_document(rng: random.Random, hard_fraction: float, split: str = "pretrain") -> list[str]:
-    """A pretraining document: one to four question-and-solution texts in a row, all in one style, so that few-shot
-    prompts are in the training distribution. Each text ends a sequence (the caller appends EOS to each)."""
+    """A pretraining document: one to four question-and-solution texts in a row, all in one style, so that
+    few-shot prompts are in the training distribution. Each text ends a sequence
+    (the caller appends EOS to each)."""
     style = rng.choices(STYLES + ("bare",), weights=(25, 25, 15, 20, 15))[0]
     texts = []
     for _ in range(rng.choices((1, 2, 3, 4), weights=(70, 10, 10, 10))[0]):

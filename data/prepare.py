@@ -3,11 +3,13 @@
     python data/prepare.py --out data/tiny
 
 writes into the folder
-    train.bin, val_general.bin, val_arithmetic.bin   token shards, uint16, every document followed by EOS
-    train.jsonl, val.jsonl, test.jsonl               problems: {"id", "question", "answer", "solutions", ...} a line
-    benchmarks.jsonl                                 {"task", "context", "choices", "answer", "chance"} a line
-    tokenizer.json, manifest.json                    the manifest has the options, counts and sha256 of every file
-The same options write the same bytes. See arithmetic.py and world.py for what the texts are and what is held out.
+    train.bin, val_general.bin,          token shards, uint16,
+    val_arithmetic.bin                   every document followed by EOS
+    train.jsonl, val.jsonl, test.jsonl   problems: {"id", "question", "answer", "solutions", ...} a line
+    benchmarks.jsonl                     {"task", "context", "choices", "answer", "chance"} a line
+    tokenizer.json, manifest.json        the manifest has the options, counts and sha256 of every file
+The same options write the same bytes.
+See arithmetic.py and world.py for what the texts are and what is held out.
 """
 import hashlib
 import json
@@ -25,9 +27,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # so that this file also runs as a script
 
-from checkpoint import UserError, main, require                   # noqa: E402
-from data import arithmetic, world                                # noqa: E402
-from data.tokenizer import Tokenizer, train_tokenizer             # noqa: E402
+from checkpoint import UserError, main, require  # noqa: E402
+from data import arithmetic, world  # noqa: E402
+from data.tokenizer import Tokenizer, train_tokenizer  # noqa: E402
 
 
 @dataclass
@@ -47,7 +49,8 @@ class Config:
 def check(c: Config) -> None:
     require(0 <= c.math_fraction <= 1, f"--math-fraction {c.math_fraction}: must be between 0 and 1")
     require(0 <= c.hard_fraction <= 1, f"--hard-fraction {c.hard_fraction}: must be between 0 and 1")
-    require(260 <= c.vocab_size <= 65_536, f"--vocab-size {c.vocab_size}: must be between 260 and 65536 (uint16)")
+    require(260 <= c.vocab_size <= 65_536,
+            f"--vocab-size {c.vocab_size}: must be between 260 and 65536 (uint16)")
     for name in ("tokens", "val_tokens", "train_problems", "eval_problems", "benchmark_items"):
         require(getattr(c, name) > 0, f"--{name.replace('_', '-')} {getattr(c, name)}: must be positive")
 
@@ -57,7 +60,8 @@ def general_split(text: str) -> str:
     return "val" if crc32(text.encode()) % 50 == 0 else "pretrain"
 
 
-def draw_texts(rng: random.Random, people: dict, kind: str, split: str, hard_fraction: float) -> tuple[str, list[str]]:
+def draw_texts(rng: random.Random, people: dict, kind: str, split: str,
+               hard_fraction: float) -> tuple[str, list[str]]:
     """(kind of document, its texts); EOS will follow each text."""
     if kind == "arithmetic":
         return kind, arithmetic.draw_document(rng, hard_fraction, split)
@@ -67,14 +71,15 @@ def draw_texts(rng: random.Random, people: dict, kind: str, split: str, hard_fra
             return general_kind, [text]
 
 
-def write_shard(path: Path, c: Config, people: dict, tokenizer: Tokenizer, stream: str, split: str, tokens: int,
-                math_fraction: float) -> dict:
+def write_shard(path: Path, c: Config, people: dict, tokenizer: Tokenizer, stream: str, split: str,
+                tokens: int, math_fraction: float) -> dict:
     """Write a shard of `tokens` tokens, documents shuffled; returns kind -> {"documents", "tokens"}."""
     rng = random.Random(f"{c.seed} {stream}")
     documents, made, counts = [], {"arithmetic": 0, "general": 0}, {}
     bar = tqdm(total=tokens, unit="tok", unit_scale=True, desc=path.name)
     while sum(made.values()) < tokens:
-        behind = made["arithmetic"] < math_fraction * (sum(made.values()) + 1)   # keeps the mixture exact by tokens
+        # keeps the mixture exact by tokens
+        behind = made["arithmetic"] < math_fraction * (sum(made.values()) + 1)
         group = "arithmetic" if behind and math_fraction > 0 else "general"
         kind, texts = draw_texts(rng, people, group, split, c.hard_fraction)
         ids = [i for text in texts for i in [*tokenizer.encode(text), tokenizer.eos]]
@@ -101,7 +106,8 @@ def write_problems(path: Path, seed: int, split: str, counts: dict[str, int]) ->
             problems.setdefault(problem["canonical"], problem)
             tries += 1
             if tries > 200 * wanted + 1000:
-                raise UserError(f"{path.name}: there are not {wanted} different {difficulty} problems; ask for fewer")
+                raise UserError(f"{path.name}: there are not {wanted} different {difficulty} problems; "
+                                "ask for fewer")
     lines = list(problems.values())
     rng.shuffle(lines)
     with path.open("w") as f:
@@ -147,8 +153,8 @@ def write_all(folder: Path, c: Config) -> dict:
                                  c.math_fraction),
         "val_general.bin": write_shard(folder / "val_general.bin", c, people, tokenizer, "val general", "val",
                                        c.val_tokens, 0.0),
-        "val_arithmetic.bin": write_shard(folder / "val_arithmetic.bin", c, people, tokenizer, "val arithmetic", "val",
-                                          c.val_tokens, 1.0)}
+        "val_arithmetic.bin": write_shard(folder / "val_arithmetic.bin", c, people, tokenizer,
+                                          "val arithmetic", "val", c.val_tokens, 1.0)}
     hard = round(c.train_problems * c.hard_fraction)
     problems = {"train.jsonl": write_problems(folder / "train.jsonl", c.seed, "train",
                                               {"easy": c.train_problems - hard, "hard": hard})}
@@ -160,7 +166,8 @@ def write_all(folder: Path, c: Config) -> dict:
     manifest = {"config": {k: v for k, v in asdict(c).items() if k != "out"}, "n_vocab": tokenizer.n_vocab,
                 "tokenizer_sha256": tokenizer.sha256, "shards": shards, "problems": problems,
                 "benchmarks": dict(Counter(i["task"] for i in items)),
-                "sha256": {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}}
+                "sha256": {p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+                           for p in sorted(folder.iterdir())}}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
     return manifest
 
@@ -169,7 +176,8 @@ def report(out: Path, manifest: dict, c: Config) -> None:
     """Print what was made: counts, mixture, tokens per document, samples, and how to go on."""
     people, rng = world.population(c.seed), random.Random(f"{c.seed} report")
     print(f"\n{out}: vocabulary {manifest['n_vocab']}, problems {manifest['problems']}, "
-          f"benchmark items {manifest['benchmarks']}\n\ntrain.bin      documents     tokens   share  tokens/document")
+          f"benchmark items {manifest['benchmarks']}\n\n"
+          "train.bin      documents     tokens   share  tokens/document")
     for kind, n in manifest["shards"]["train.bin"].items():
         print(f"  {kind:12s}{n['documents']:10,d}{n['tokens']:11,d}{n['tokens'] / c.tokens:8.1%}"
               f"{n['tokens'] / n['documents']:10.1f}")
@@ -178,7 +186,8 @@ def report(out: Path, manifest: dict, c: Config) -> None:
         for _ in range(3):
             print(f"  [{kind}] {write(rng, people) if kind == 'recall' else write(rng)}")
     for _ in range(3):
-        print("  [arithmetic]", " <EOS> ".join(arithmetic.draw_document(rng, c.hard_fraction)).replace("\n", "\n      "))
+        print("  [arithmetic]",
+              " <EOS> ".join(arithmetic.draw_document(rng, c.hard_fraction)).replace("\n", "\n      "))
     print(f"\nnext: python pretrain.py --data {out} --out runs/base")
 
 

@@ -1,8 +1,8 @@
 """Byte-level BPE: trained here in a few lines, run by tiktoken, stored as our own JSON.
 
-ids 0..255 are the bytes, 256+i is merge i, and the special tokens come last: EOS (ends every document and every
-answer) and PAD (never trained, never scored). Digits are single tokens, since the splitting pattern isolates them.
-`encode` treats its input as plain text, so no text can inject a special token.
+ids 0..255 are the bytes, 256+i is merge i, and the special tokens come last: EOS (ends every document and
+every answer) and PAD (never trained, never scored). Digits are single tokens, since the splitting pattern
+isolates them. `encode` treats its input as plain text, so no text can inject a special token.
 """
 import hashlib
 import json
@@ -12,7 +12,8 @@ from pathlib import Path
 import regex
 import tiktoken
 
-PATTERN = r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"   # covers every string: tiktoken drops what none matches
+# covers every string: tiktoken drops what none matches
+PATTERN = r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 
 
@@ -54,7 +55,8 @@ class Tokenizer:
         self.eos, self.pad = len(tokens), len(tokens) + 1
         self.n_vocab = len(tokens) + 2
         self.encoding = tiktoken.Encoding(
-            "earlybird", pat_str=spec["pattern"], mergeable_ranks={token: i for i, token in enumerate(tokens)},
+            "earlybird", pat_str=spec["pattern"],
+            mergeable_ranks={token: i for i, token in enumerate(tokens)},
             special_tokens={EOS: self.eos, PAD: self.pad})
 
     def encode(self, text: str) -> list[int]:

@@ -1,50 +1,58 @@
-"""General text: a small world with exact ground truth, made of seven kinds of documents and one benchmark for each.
+"""General text: a small world with exact ground truth,
+made of seven kinds of documents and one benchmark for each.
 
-The benchmarks follow the manner of well-known ones, so that "general capability" is several skills, not one number:
+The benchmarks follow the manner of well-known ones,
+so that "general capability" is several skills, not one number:
 
-    recall     a fixed population's facts, asked in a wording never used for that person   (ARC)          chance 1/4
-    tracking   where an object is after several moves                                      (bAbI)         chance 1/4
-    ending     which ending fits a person's need in a story about several people           (HellaSwag)    chance 1/4
-    sequence   the next element of a list                                                  (OpenBookQA)   chance 1/4
-    agreement  verb number across an attractor noun                                        (BLiMP)        chance 1/2
-    order      which of two animals is bigger, for pairs never compared in training        (PIQA)         chance 1/2
-    dialogue   the exact last word, which only the context tells                           (LAMBADA)      chance ~0
+    recall     a fixed population's facts, in a wording never used for that person   (ARC)         chance 1/4
+    tracking   where an object is after several moves                                (bAbI)        chance 1/4
+    ending     which ending fits a person's need in a story about several people     (HellaSwag)   chance 1/4
+    sequence   the next element of a list                                            (OpenBookQA)  chance 1/4
+    agreement  verb number across an attractor noun                                  (BLiMP)       chance 1/2
+    order      which of two animals is bigger, for pairs never compared in training  (PIQA)        chance 1/2
+    dialogue   the exact last word, which only the context tells                     (LAMBADA)     chance ~0
 
-Whatever a benchmark asks is held out by construction: `held_out(key)` is a hash, and a training document that would
-state a held-out key is not drawn. A document ends where it ends; prepare.py appends EOS.
+Whatever a benchmark asks is held out by construction: `held_out(key)` is a hash, and a training document that
+would state a held-out key is not drawn. A document ends where it ends; prepare.py appends EOS.
 """
 import random
 from zlib import crc32
 
 from data.arithmetic import NAMES
 
-SURNAMES = ("Bell Cole Dean Ford Gray Hill Irons Kent Lake Moss Nash Park Reed Snow Todd Vale West York Zane Abbot "
-            "Birch Croft Drake Ellis Frost").split()
+SURNAMES = ("Bell Cole Dean Ford Gray Hill Irons Kent Lake Moss Nash Park Reed Snow Todd Vale West York Zane "
+            "Abbot Birch Croft Drake Ellis Frost").split()
 ATTRIBUTES = {   # attribute -> (values, wordings; all end in the value, so that each can be asked)
-    "city": ("Paris Rome Oslo Cairo Lima Delhi Tokyo Quito Bern Prague Dublin Athens Sofia Riga Seoul Accra".split(),
-             ("{n} lives in {x}.", "The home of {n} is in {x}.", "{n} has a house in {x}.", "You can visit {n} in {x}.")),
-    "job": ("baker nurse pilot farmer singer tailor judge painter miner sailor barber teacher dentist florist".split(),
+    "city": (("Paris Rome Oslo Cairo Lima Delhi Tokyo Quito Bern Prague Dublin Athens Sofia Riga "
+              "Seoul Accra").split(),
+             ("{n} lives in {x}.", "The home of {n} is in {x}.", "{n} has a house in {x}.",
+              "You can visit {n} in {x}.")),
+    "job": (("baker nurse pilot farmer singer tailor judge painter miner sailor barber teacher "
+             "dentist florist").split(),
             ("{n} works as a {x}.", "The job of {n} is that of a {x}.", "{n} earns money as a {x}.",
              "{n} wants to stay a {x}.")),
     "pet": ("dog cat parrot rabbit turtle hamster goat pony snake lizard duck goose".split(),
-            ("{n} has a {x}.", "The pet of {n} is a {x}.", "At home {n} keeps a {x}.", "{n} often plays with a {x}.")),
+            ("{n} has a {x}.", "The pet of {n} is a {x}.", "At home {n} keeps a {x}.",
+             "{n} often plays with a {x}.")),
     "food": ("rice soup bread fish cake beans pasta cheese salad plums honey corn stew pie".split(),
-             ("{n} likes {x}.", "The best food for {n} is {x}.", "{n} always orders {x}.", "For dinner {n} makes {x}.")),
+             ("{n} likes {x}.", "The best food for {n} is {x}.", "{n} always orders {x}.",
+              "For dinner {n} makes {x}.")),
 }
 OBJECTS = "key cup ball coin ring lamp hat pen rope doll".split()
 PLACES = "box bag drawer basket chest bucket jar cupboard".split()
-NEEDS = {"cold": "puts on a coat", "hungry": "eats some bread", "thirsty": "drinks some water", "tired": "goes to bed",
-         "bored": "reads a book", "dirty": "takes a bath", "lost": "looks at a map", "sick": "calls a doctor",
-         "hot": "opens a window", "sad": "phones a friend"}
-FILLERS = ("They walk to the park.", "It is a long day.", "The sun goes down.", "The bus is late.", "They talk a little.",
-           "A bird sings in the tree.")
+NEEDS = {"cold": "puts on a coat", "hungry": "eats some bread", "thirsty": "drinks some water",
+         "tired": "goes to bed", "bored": "reads a book", "dirty": "takes a bath", "lost": "looks at a map",
+         "sick": "calls a doctor", "hot": "opens a window", "sad": "phones a friend"}
+FILLERS = ("They walk to the park.", "It is a long day.", "The sun goes down.", "The bus is late.",
+           "They talk a little.", "A bird sings in the tree.")
 SPOTS = "lake hill bridge church river forest tower mill".split()
-SIZES = ("fly bee frog mouse rat hen cat fox lamb dog wolf pig goat deer seal lion bear horse camel bull moose rhino "
-         "hippo whale").split()   # from small to large: the fixed order that training pairs reveal
-NOUNS = {"boy": "boys", "girl": "girls", "dog": "dogs", "farmer": "farmers", "teacher": "teachers", "bird": "birds",
-         "king": "kings", "doctor": "doctors", "horse": "horses", "sailor": "sailors"}
-VERBS = {"runs": "run", "sings": "sing", "waits": "wait", "smiles": "smile", "sleeps": "sleep", "jumps": "jump",
-         "listens": "listen", "falls": "fall"}
+# from small to large: the fixed order that training pairs reveal
+SIZES = ("fly bee frog mouse rat hen cat fox lamb dog wolf pig goat deer seal lion bear horse camel bull "
+         "moose rhino hippo whale").split()
+NOUNS = {"boy": "boys", "girl": "girls", "dog": "dogs", "farmer": "farmers", "teacher": "teachers",
+         "bird": "birds", "king": "kings", "doctor": "doctors", "horse": "horses", "sailor": "sailors"}
+VERBS = {"runs": "run", "sings": "sing", "waits": "wait", "smiles": "smile", "sleeps": "sleep",
+         "jumps": "jump", "listens": "listen", "falls": "fall"}
 LINKS = "near behind with beside".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
@@ -59,7 +67,8 @@ def held_out(key: str, share: int = 10) -> bool:
 def population(seed: int) -> dict[str, dict[str, str]]:
     """Person -> attribute -> value; 1,000 people. The same seed gives the same people."""
     rng = random.Random(f"{seed} population")
-    return {f"{first} {last}": {attribute: rng.choice(values) for attribute, (values, _) in ATTRIBUTES.items()}
+    return {f"{first} {last}": {attribute: rng.choice(values)
+                                for attribute, (values, _) in ATTRIBUTES.items()}
             for first in NAMES for last in SURNAMES}
 
 
@@ -143,7 +152,8 @@ def ask_ending(rng: random.Random) -> dict:
     told = rng.randint(0, 1)   # endings already told before the asked one
     context = opening + [f"So {name} {NEEDS[need]}." for name, need in pairs[:told]]
     name, need = pairs[told]
-    others = [n for _, n in pairs if n != need]   # the two other needs of the story are choices, and one from outside
+    # the two other needs of the story are choices, and one from outside
+    others = [n for _, n in pairs if n != need]
     outside = rng.choice([n for n in NEEDS if n != need and n not in others])
     return item("ending", rng, " ".join(context + [f"So {name}"]), f" {NEEDS[need]}.",
                 [f" {NEEDS[n]}." for n in others + [outside]], 4)
@@ -183,19 +193,22 @@ def ask_sequence(rng: random.Random) -> dict:
     while True:
         key, elements, wrong = list_of_things(rng)
         if held_out(key):
-            return item("sequence", rng, " ".join(elements[:-1]), f" {elements[-1]}.", [f" {w}." for w in wrong], 4)
+            return item("sequence", rng, " ".join(elements[:-1]), f" {elements[-1]}.",
+                        [f" {w}." for w in wrong], 4)
 
 
 def clause(rng: random.Random, asked: bool) -> tuple[str, str, str]:
     """'The boys near the tree', its verb in the right number, the verb in the wrong number."""
     while True:
-        noun, other, link, verb = rng.choice(list(NOUNS)), rng.choice(list(NOUNS)), rng.choice(LINKS), rng.choice(list(VERBS))
+        noun, other, link, verb = (rng.choice(list(NOUNS)), rng.choice(list(NOUNS)),
+                                   rng.choice(LINKS), rng.choice(list(VERBS)))
         plural, other_plural = rng.random() < .5, rng.random() < .5
         if asked and plural == other_plural or noun == other:
             continue   # the benchmark asks only where the nearer noun misleads
         if held_out(f"{noun} {other} {verb} {plural}") != asked:
             continue
-        subject = f"The {NOUNS[noun] if plural else noun} {link} the {NOUNS[other] if other_plural else other}"
+        subject = (f"The {NOUNS[noun] if plural else noun} {link} "
+                   f"the {NOUNS[other] if other_plural else other}")
         forms = (VERBS[verb], verb) if plural else (verb, VERBS[verb])
         return subject, *forms
 

@@ -1,0 +1,197 @@
+"""The architecture, against a naive re-implementation written from its equations."""
+import math
+
+import pytest
+import torch
+
+from checkpoint import generator
+from model import GPT, SIZES, ModelConfig, rms_norm, rotate
+
+# ---- the equations again: float64, one position and one head at a time ---------------------------------
+
+
+def naive_rms(x, w):
+    return [wi * xi / math.sqrt(sum(v * v for v in x) / len(x) + 1e-6) for xi, wi in zip(x, w)]
+
+
+def naive_product(matrix, x):
+    return [sum(m * v for m, v in zip(row, x)) for row in matrix]
+
+
+def naive_rope(x, position, theta):
+    """Half-split: element i turns together with element i + d/2, by position · theta^(-2i/d)."""
+    half, out = len(x) // 2, list(x)
+    for i in range(half):
+        angle = position * theta ** (-2 * i / len(x))
+        out[i] = x[i] * math.cos(angle) - x[i + half] * math.sin(angle)
+        out[i + half] = x[i + half] * math.cos(angle) + x[i] * math.sin(angle)
+    return out
+
+
+def naive_logits(w, ids, n_layers, n_heads, theta):
+    """Logits of every position, as lists; w maps the names in correctness.md to nested lists."""
+    xs = [list(w["embed"][i]) for i in ids]
+    for layer in range(n_layers):
+        m = {name.removeprefix(f"{layer}."): value for name, value in w.items()}
+        qs = [naive_rms(naive_product(m["q"], x), m["q_norm"]) for x in xs]
+        ks = [naive_rms(naive_product(m["k"], x), m["k_norm"]) for x in xs]
+        vs = [naive_product(m["v"], x) for x in xs]
+        size = len(xs[0]) // n_heads
+        for t, x in enumerate(list(xs)):
+            heads = []
+            for h in range(n_heads):
+                part = slice(h * size, (h + 1) * size)
+                q = naive_rope(qs[t][part], t, theta)
+                scores = [sum(a * b for a, b in zip(q, naive_rope(ks[s][part], s, theta))) / math.sqrt(size)
+                          for s in range(t + 1)]
+                weights = [math.exp(score) for score in scores]
+                heads += [sum(p * vs[s][part][i] for s, p in enumerate(weights)) / sum(weights)
+                          for i in range(size)]
+            branch = naive_rms(naive_product(m["o"], heads), m["post_attention"])
+            x = [a + b for a, b in zip(x, branch)]
+            gate, up = naive_product(m["gate"], x), naive_product(m["up"], x)
+            inner = [g / (1 + math.exp(-g)) * u for g, u in zip(gate, up)]
+            branch = naive_rms(naive_product(m["down"], inner), m["post_feedforward"])
+            xs[t] = [a + b for a, b in zip(x, branch)]
+    return [naive_product(w["head"], naive_rms(x, w["final"])) for x in xs]
+
+
+def named_weights(model):
+    """The model's tensors under the names of the equations; head rows that no token uses left out."""
+    c = model.config
+    w = {"embed": model.embed.weight, "head": model.head.weight[:c.n_vocab], "final": model.norm}
+    for i, b in enumerate(model.blocks):
+        w |= {f"{i}.{n}": part for n, part in zip("qkv", b.qkv.weight.split(c.d_model))}
+        w |= {f"{i}.{n}": part for n, part in zip(("gate", "up"), b.gate_up.weight.split(c.d_ff))}
+        w |= {f"{i}.o": b.out.weight, f"{i}.down": b.down.weight, f"{i}.q_norm": b.q_norm,
+              f"{i}.k_norm": b.k_norm, f"{i}.post_attention": b.attention_norm,
+              f"{i}.post_feedforward": b.mlp_norm}
+    return {name: tensor.double().tolist() for name, tensor in w.items()}
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_heads": 1, "rope_theta": 100.}, {"d_ff": 24, "n_layers": 1}])
+def test_logits_equal_the_equations(make_gpt, changes):
+    """OLMo-2: the vectorised fp32 model equals the equations computed with loops in float64."""
+    model = make_gpt(1, d_model=16, **changes)
+    ids = [5, 60, 0, 5, 17, 33, 33, 2]
+    c = model.config
+    expected = torch.tensor(naive_logits(named_weights(model), ids, c.n_layers, c.n_heads, c.rope_theta))
+    with torch.inference_mode():
+        assert torch.allclose(model(torch.tensor([ids]))[0], expected.float(), atol=1e-5)
+
+
+def test_the_future_does_not_matter(gpt):
+    """OLMo-2: attention is causal; changing token t leaves all logits before t as they are."""
+    ids = torch.randint(0, 61, (3, 12), generator=generator(0, "test"))
+    changed = ids.clone()
+    changed[:, 7] = (changed[:, 7] + 1) % 61
+    a, b = gpt(ids), gpt(changed)
+    assert torch.allclose(a[:, :7], b[:, :7], atol=1e-6) and (a[:, 7:] - b[:, 7:]).abs().amax(-1).min() > 1e-3
+
+
+def test_unused_rows_get_no_logit(gpt):
+    """G8: rows above n_vocab exist for alignment only; they neither get a logit nor change any other."""
+    ids = torch.tensor([[1, 2, 3]])
+    before = gpt(ids)
+    with torch.no_grad():
+        gpt.head.weight[61:] = 1e6
+    assert before.shape == (1, 3, 61) and torch.equal(gpt(ids), before)
+    gpt(ids).sum().backward()
+    assert (gpt.head.weight.grad[61:] == 0).all() and (gpt.head.weight.grad[:61] != 0).any()
+
+
+def test_rms_norm_values():
+    """OLMo-2: RMS(x; w) = w·x/sqrt(mean(x²) + 1e-6); with x = 1e-3 the mean square equals the epsilon."""
+    x, w = torch.tensor([[3., 4.], [1e-3, 1e-3], [0., 0.]]), torch.tensor([1., 2.])
+    expected = torch.tensor([[3 / 12.5 ** .5, 8 / 12.5 ** .5], [.5 ** .5, 2 * .5 ** .5], [0., 0.]])
+    assert torch.allclose(rms_norm(x, w), expected, rtol=1e-5)
+
+
+def test_rms_norm_computes_in_fp32():
+    """OLMo-2: the norm runs in fp32 on bf16 input: a bf16 mean could be off by 0.4 %."""
+    x = torch.linspace(-300, 300, 64).bfloat16()
+    exact = x.double() / (x.double() ** 2).mean().add(1e-6).sqrt()
+    y = rms_norm(x, torch.ones(64))
+    assert y.dtype == torch.float32 and torch.allclose(y.double(), exact, rtol=1e-6)
+
+
+def test_rope_scores_depend_on_the_distance_only():
+    """OLMo-2: the score of a query at i and a key at j depends on i - j, and a rotation keeps lengths."""
+    model = GPT(ModelConfig(d_model=16, n_heads=2, context=50))
+    gen = generator(0, "test")
+    q, k = torch.randn(8, generator=gen), torch.randn(8, generator=gen)
+    turned_q, turned_k = (rotate(x.expand(1, 1, 50, 8), model.cos, model.sin)[0, 0] for x in (q, k))
+    scores = turned_q @ turned_k.T                                       # (i, j)
+    for distance in (-9, -1, 0, 1, 7, 30):
+        same = scores.diagonal(-distance)
+        assert torch.allclose(same, same[0].expand_as(same), atol=1e-5)
+    assert scores[10].std() > .1                                         # and it does depend on that
+    assert torch.allclose(turned_q.norm(dim=-1), q.norm().expand(50), rtol=1e-5)
+
+
+def test_rope_tables_are_fp32_and_turn_at_the_listed_rates():
+    """OLMo-2: inv_freq = theta^(-2i/head_dim), tables in fp32; an angle near 255 errs by 3e-5."""
+    model = GPT(ModelConfig(d_model=16, n_heads=2, context=256, rope_theta=500.))
+    assert model.cos.dtype == model.sin.dtype == torch.float32 and model.cos.shape == (256, 4)
+    for position in (0, 1, 3, 100, 255):
+        for i in range(4):
+            angle = position * 500. ** (-2 * i / 8)
+            assert abs(float(model.cos[position, i]) - math.cos(angle)) < 3e-5
+            assert abs(float(model.sin[position, i]) - math.sin(angle)) < 3e-5
+
+
+def test_initialisation_is_a_truncated_normal():
+    """OLMo-2: matrices are normal, std .02, cut at 3 sigma (which leaves .98658 of the std); gains are 1."""
+    model = GPT(ModelConfig(d_model=192, n_layers=2, n_heads=6, d_ff=512), generator(0, "weights"))
+    matrices = [p.detach() for p in model.parameters() if p.dim() == 2]
+    for w in matrices:
+        assert .058 < float(w.abs().max()) <= .06
+        assert abs(float(w.std()) / (.02 * .98658) - 1) < .02 and abs(float(w.mean())) < 5e-4
+    w = torch.cat([w.flatten() for w in matrices])
+    inside = float((w.abs() < .02).float().mean())
+    assert abs(inside - .68269 / .99730) < .002              # normal, not uniform
+    assert all((p == 1).all() for p in model.parameters() if p.dim() == 1)
+
+
+def test_initialisation_is_a_function_of_the_generator():
+    """R6: one seed gives the same weights, whatever the global generator did; another seed gives others."""
+    def weights(seed):
+        torch.rand(seed + 1)
+        return GPT(ModelConfig(d_model=16, n_heads=2), generator(seed, "weights")).blocks[0].qkv.weight
+    assert torch.equal(weights(0), weights(0)) and not torch.equal(weights(0), weights(1))
+
+
+def test_no_biases_and_no_tied_weights(gpt):
+    """OLMo-2: untied, no biases: the parameters of the equations and nothing else, counted by hand."""
+    assert not any("bias" in name for name, _ in gpt.named_parameters())
+    assert gpt.embed.weight.data_ptr() != gpt.head.weight.data_ptr()
+    d, ff, layers, rows = 32, 64, 2, 64
+    by_hand = 2 * rows * d + layers * (4 * d * d + 3 * d * ff + 4 * d) + d
+    assert sum(p.numel() for p in gpt.parameters()) == by_hand
+
+
+def test_flops_per_token_by_hand(make_gpt):
+    """V: 2 FLOPs per multiply-add of every product of one forward pass, counted product by product."""
+    model = make_gpt(n_layers=3)
+    d, ff, layers, vocabulary, length = 32, 64, 3, 61, 48
+    flops = 0
+    for t in range(length):
+        for _ in range(layers):
+            flops += 4 * 2 * d * d                                       # q, k, v, o
+            flops += 2 * (2 * d * (t + 1))               # t + 1 scores, sum of t + 1 values
+            flops += 3 * 2 * d * ff
+        flops += 2 * d * vocabulary
+    one_key_per_layer = layers * 2 * 2 * d                               # the estimate may drop the + 1
+    assert abs(model.flops_per_token(length) - flops / length) <= one_key_per_layer
+    assert model.flops_per_token(2 * length) - model.flops_per_token(length) == layers * 2 * d * length
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_have_the_parameters_that_their_name_says(name):
+    """Presets: the name is the parameter count at a vocabulary of 512, within 15 %, and shapes fit."""
+    d_model, n_layers, n_heads, d_ff = SIZES[name]
+    with torch.device("meta"):
+        model = GPT(ModelConfig(512, 512, 256, d_model, n_layers, n_heads, d_ff))
+    parameters = sum(p.numel() for p in model.parameters())
+    assert abs(parameters / (float(name.removesuffix("M")) * 1e6) - 1) < .15
+    assert d_model % (2 * n_heads) == 0                                  # rope turns pairs

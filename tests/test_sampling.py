@@ -1,0 +1,365 @@
+"""Sampling with a cache, padding and compaction, against full forward passes over one row at a time."""
+import pytest
+import torch
+
+from checkpoint import generator
+from model import Cache, completion_logprobs, micro_batches, pack, sample, sample_block
+
+EOS, PAD = 9, 10            # of small_gpt, which has 11 tokens in use
+LAST_UNIFORM = 1 - 2 ** -24  # the largest number that torch.rand draws in float32
+
+
+def prompts_of_all_lengths(longest=12, n_vocab=9, seed=0):
+    gen = generator(seed, "prompts")
+    return [torch.randint(0, n_vocab, (n,), generator=gen).tolist() for n in range(1, longest + 1)]
+
+
+def uniforms(rows, max_new, seed=0):
+    return torch.rand(rows, max_new, generator=generator(seed, "uniforms"))
+
+
+@torch.inference_mode()
+def draw_alone(model, prompt, u, temperature):
+    """Completion, its log-probabilities and entropies from full forward passes in a loop, inverse CDF by hand."""
+    ids, logprobs, entropies = list(prompt), [], []
+    for number in u.tolist():
+        logits = model(torch.tensor([ids]))[0, -1].double()
+        if temperature == 0:
+            token = int(logits.argmax())
+            p = logits.exp() / logits.exp().sum()
+        else:
+            p = (logits / temperature).exp()
+            p /= p.sum()
+            token, below = 0, 0.
+            while below + float(p[token]) <= number:
+                below += float(p[token])
+                token += 1
+        ids.append(token)
+        logprobs.append(float(p[token].log()))
+        entropies.append(float(-(p * p.log()).sum()))
+        if token == EOS:
+            break
+    return ids[len(prompt):], logprobs, entropies
+
+
+def spy_on_hidden(model):
+    """Lets the test see the shape of every batch that runs through the model."""
+    shapes, original = [], model.hidden
+
+    def hidden(ids, *args, **kwargs):
+        shapes.append(tuple(ids.shape))
+        return original(ids, *args, **kwargs)
+    model.hidden = hidden
+    return shapes
+
+
+# ---- S1: the cache --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 12])
+def test_prefill_in_chunks_equals_the_full_forward(gpt, chunk):
+    """S1: chunks into a cache give the logits of one full forward; a top-left causal mask would blind them."""
+    full = torch.randint(0, 61, (2, 15), generator=generator(0, "test"))
+    with torch.inference_mode():
+        for length in range(1, 13):
+            cache, parts = Cache(gpt.config, 2, 15, "cpu"), []
+            steps = list(full[:, :length].split(chunk, dim=1)) + list(full[:, length:].split(1, dim=1))
+            for part in steps:                                           # the prompt in chunks, then token by token
+                parts.append(gpt.logits(gpt.hidden(part, cache)))
+            assert torch.allclose(torch.cat(parts, 1), gpt(full), atol=1e-4)
+            assert cache.length == 15
+
+
+def test_decoding_in_a_padded_batch_equals_the_full_forward(small_gpt):
+    """S1: prompts of every length in one padded batch: same tokens, log-probabilities and entropies as alone."""
+    prompts = prompts_of_all_lengths()
+    u = uniforms(24, 10)
+    out = sample_block(small_gpt, prompts, 2, 10, EOS, PAD, u, 1.0, True)
+    assert 0 < int(out.finished.sum()) < 24
+    for row, completion in enumerate(out.completions()):
+        tokens, logprobs, entropies = draw_alone(small_gpt, prompts[row // 2], u[row], 1.0)
+        n = len(tokens)
+        assert completion == tokens and int(out.lengths[row]) == n
+        assert torch.allclose(out.logprobs[row, :n], torch.tensor(logprobs), atol=1e-4)
+        assert torch.allclose(out.entropy[row, :n], torch.tensor(entropies), atol=1e-4)
+
+
+def test_cached_keys_of_other_rows_stay_apart(gpt):
+    """S1: Cache.select repeats and reorders whole rows, keys and values alike."""
+    ids = torch.randint(0, 61, (3, 6), generator=generator(0, "test"))
+    order = torch.tensor([2, 0, 0, 1])
+    with torch.inference_mode():
+        cache = Cache(gpt.config, 3, 7, "cpu")
+        gpt.hidden(ids, cache)
+        cache.select(order)
+        last = torch.tensor([[4], [5], [6], [7]])
+        decoded = gpt.logits(gpt.hidden(last, cache))[:, 0]
+        assert torch.allclose(decoded, gpt(torch.cat([ids[order], last], 1))[:, -1], atol=1e-4)
+
+
+# ---- S2: one prefill per prompt -------------------------------------------------------------------------------------
+
+def test_a_prompt_is_computed_once_for_its_group(small_gpt):
+    """S2: the first pass has one row per prompt, all others one token; yet each row draws its own first token."""
+    prompts = prompts_of_all_lengths(4)
+    shapes = spy_on_hidden(small_gpt)
+    out = sample_block(small_gpt, prompts, 50, 5, EOS, PAD, uniforms(200, 5), 1.0, False)
+    assert shapes[0] == (4, 4) and set(shapes[1:]) == {(200, 1)}
+    for firsts in out.tokens[:, 0].view(4, 50):
+        assert len(firsts.unique()) >= 5
+
+
+def test_row_belongs_to_prompt_row_over_group(small_gpt):
+    """S2: row p·G + g continues prompt p, also where `sample` sorts prompts by length and cuts blocks."""
+    prompts = prompts_of_all_lengths(5)[::-1]
+    out = sample(small_gpt, prompts, 3, 6, EOS, PAD, generator(1, "test"), block=7)
+    for row, completion in enumerate(out.completions()):
+        ids, target = pack([prompts[row // 3]], [completion], PAD)
+        with torch.inference_mode():
+            expected = completion_logprobs(small_gpt, ids, target)
+        assert torch.allclose(out.logprobs[row, :len(completion)], expected, atol=1e-5)
+
+
+# ---- S3: compaction, order, frequencies -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("temperature", [1.0, .6])
+def test_compaction_changes_nothing(small_gpt, temperature):
+    """S3: dropping finished rows gives the same tokens, since each row has its own uniform numbers."""
+    prompts, u = prompts_of_all_lengths(6), uniforms(120, 20)
+    a, b = (sample_block(small_gpt, prompts, 20, 20, EOS, PAD, u, temperature, compact) for compact in (True, False))
+    assert torch.equal(a.tokens, b.tokens) and torch.equal(a.lengths, b.lengths)
+    assert torch.equal(a.finished, b.finished) and 20 < int(a.finished.sum())
+    assert torch.allclose(a.logprobs, b.logprobs, atol=1e-5) and torch.allclose(a.entropy, b.entropy, atol=1e-5)
+
+
+def test_compaction_drops_finished_rows(bigram):
+    """S3: of 40 rows 20 end at the first token; the next passes carry the other 20 (and all 40 without it)."""
+    model = bigram({0: {1: .5, 2: .5}, 1: {1: 1.}}, n_vocab=3)
+    u = torch.tensor([[.25] * 4, [.75] * 4]).repeat(20, 1)
+    for compact, rows in ((True, 20), (False, 40)):
+        shapes = spy_on_hidden(model)
+        out = sample_block(model, [[0]], 40, 4, 2, 2, u, 1.0, compact)
+        assert shapes == [(1, 1)] + [(rows, 1)] * 3
+        assert out.lengths.tolist() == [4, 1] * 20 and out.finished.tolist() == [False, True] * 20
+
+
+def test_sampling_stops_when_all_rows_are_finished(bigram):
+    """S3: nothing is computed after the last row's EOS."""
+    model = bigram({0: {1: 1.}, 1: {2: 1.}}, n_vocab=3)
+    shapes = spy_on_hidden(model)
+    out = sample(model, [[0]] * 3, 2, 30, 2, 2, generator(0, "test"))
+    assert out.completions() == [[1, 2]] * 6 and len(shapes) == 2
+
+
+def test_order_of_rows_is_irrelevant(small_gpt):
+    """S3: prompts in another order, with their uniform numbers, give the same completions in that order."""
+    prompts, u = prompts_of_all_lengths(8), uniforms(8, 12)
+    order = torch.randperm(8, generator=generator(0, "order"))
+    a = sample_block(small_gpt, prompts, 1, 12, EOS, PAD, u, 1.0, True)
+    b = sample_block(small_gpt, [prompts[i] for i in order], 1, 12, EOS, PAD, u[order], 1.0, True)
+    assert torch.equal(a.tokens[order], b.tokens) and torch.equal(a.lengths[order], b.lengths)
+
+
+@pytest.mark.parametrize("block", [1, 4, 9, 30])
+def test_blocks_are_irrelevant(small_gpt, block):
+    """S3: how many rows are decoded at a time changes no token and no figure."""
+    prompts = prompts_of_all_lengths(7)[::-1]
+    a, b = (sample(small_gpt, prompts, 4, 12, EOS, PAD, generator(3, "test"), block=n) for n in (1024, block))
+    assert torch.equal(a.tokens, b.tokens) and torch.equal(a.lengths, b.lengths)
+    assert torch.equal(a.finished, b.finished)
+    assert torch.allclose(a.logprobs, b.logprobs, atol=1e-5) and torch.allclose(a.entropy, b.entropy, atol=1e-5)
+
+
+def test_only_the_given_generator_is_used(small_gpt):
+    """R6: one seed gives the same rollouts whatever the global generator did, and leaves that one alone."""
+    def tokens(seed):
+        return sample(small_gpt, [[1, 2]], 20, 8, EOS, PAD, generator(seed, "test")).tokens
+    first = tokens(0)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    assert torch.equal(tokens(0), first) and not torch.equal(tokens(1), first)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("temperature", [1.0, .6])
+def test_frequencies_match_softmax(small_gpt, temperature):
+    """S3: first and second tokens of 6,000 rows: chi-square against the exact distribution stays in its range."""
+    rows = 6000
+    out = sample(small_gpt, [[3, 1]], rows, 2, EOS, PAD, generator(0, "test"), temperature)
+    with torch.inference_mode():
+        first = (small_gpt(torch.tensor([[3, 1]]))[0, -1].double() / temperature).softmax(-1)
+        after = small_gpt(torch.tensor([[3, 1, a] for a in range(11)]))[:, -1].double() / temperature
+    second = torch.stack([p * q for a, (p, q) in enumerate(zip(first, after.softmax(-1))) if a != EOS]).sum(0)
+    for seen, expected in ((out.tokens[:, 0], first), (out.tokens[out.lengths == 2, 1], second)):
+        counts = torch.bincount(seen, minlength=11).double()
+        expected = expected * rows
+        chi2 = float(((counts - expected) ** 2 / expected).sum())
+        assert chi2 < 29.6                                               # 99.9 % quantile with 10 degrees of freedom
+    assert first.max() / first.min() > 3                                 # far from uniform
+
+
+def test_the_inverse_cdf_hits_each_tokens_interval(bigram):
+    """S3: u in [0,.2) gives token 1, [.2,.5) token 3, [.5,1) token 4, whichever interval the row's u falls into."""
+    model = bigram({0: {1: .2, 3: .3, 4: .5}}, n_vocab=6)
+    u = torch.tensor([0., .1, .199, .201, .35, .499, .501, .9, LAST_UNIFORM])[:, None]
+    out = sample_block(model, [[0]], 9, 1, 5, 5, u, 1.0, True)
+    assert out.tokens[:, 0].tolist() == [1, 1, 1, 3, 3, 3, 4, 4, 4]
+
+
+@pytest.mark.parametrize("u, expected", [(0., 2), (LAST_UNIFORM, 3)])
+def test_a_token_of_probability_zero_is_never_drawn(bigram, u, expected):
+    """S3: at both ends of [0,1) the draw skips tokens whose probability is exactly 0 in float32."""
+    model = bigram({0: {2: .5, 3: .5}}, n_vocab=6)
+    with torch.no_grad():
+        for token in (0, 1, 4, 5):
+            model.head.weight[token] = -1000.
+    out = sample_block(model, [[0]], 1, 1, 5, 5, torch.tensor([[u]]), 1.0, True)
+    assert out.tokens.tolist() == [[expected]] and out.entropy.isfinite().all()
+
+
+# ---- G7: EOS --------------------------------------------------------------------------------------------------------
+
+def test_eos_is_a_target_with_a_gradient(gpt):
+    """G7: the completion [7, EOS] has two targets, and -logp pulls the EOS logit up at its own position."""
+    eos, seen, original = 60, [], gpt.logits
+
+    def logits(hidden):
+        seen.append(original(hidden))
+        seen[-1].retain_grad()
+        return seen[-1]
+    gpt.logits = logits
+    ids, target = pack([[1, 2, 3]], [[7, eos]], 0)
+    logp = completion_logprobs(gpt, ids, target)
+    assert int(target.sum()) == 2 and logp.shape == (2,)
+    (-logp.sum()).backward()
+    p = seen[0].detach().softmax(-1)
+    assert seen[0].grad.shape == (2, 61)                                 # the head runs at two positions only
+    assert torch.allclose(seen[0].grad[1, eos], p[1, eos] - 1, atol=1e-6)
+    assert torch.allclose(seen[0].grad[0, 7], p[0, 7] - 1, atol=1e-6)
+
+
+def test_pack_goes_by_lengths():
+    """G7: targets come from recorded lengths; a completion holding the pad id, or EOS = pad, loses no target."""
+    pad = 0
+    prompts, completions = [[5, 0, 6], [7], [8, 8]], [[0, 9], [0, 0, 0, 9], []]
+    ids, target = pack(prompts, completions, pad)
+    assert ids.tolist() == [[5, 0, 6, 0, 9], [7, 0, 0, 0, 9], [8, 8, 0, 0, 0]]
+    assert target.tolist() == [[False, False, False, True, True], [False, True, True, True, True], [False] * 5]
+    assert target.dtype == torch.bool and ids.dtype == torch.int64
+
+
+def test_packed_logprobs_equal_single_rows(gpt, logprobs_of):
+    """G7, G8: padding on the right and other rows change no log-probability; the order is row after row."""
+    prompts, completions = [[1, 2, 3, 4], [5], [6, 0]], [[0, 7, 60], [8, 0], [0, 0, 9, 1, 2]]
+    for temperature in (1., .6):
+        ids, target = pack(prompts, completions, 0)
+        together = completion_logprobs(gpt, ids, target, temperature)
+        alone = torch.cat([logprobs_of(gpt, p, c, temperature) for p, c in zip(prompts, completions)])
+        assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_sampled_rows_end_with_their_first_eos(small_gpt):
+    """G7: a finished row's last token is its only EOS, counted in its length; what follows is padding."""
+    out = sample(small_gpt, prompts_of_all_lengths(6), 30, 20, EOS, PAD, generator(0, "test"))
+    assert int(out.finished.sum()) > 100
+    for row, tokens in enumerate(out.tokens.tolist()):
+        n, finished = int(out.lengths[row]), bool(out.finished[row])
+        assert tokens[:n].count(EOS) == finished and (tokens[n - 1] == EOS) == finished
+        assert n == 20 or finished
+        assert tokens[n:] == [PAD] * (20 - n)
+        assert (out.logprobs[row, n:] == 0).all() and (out.entropy[row, n:] == 0).all()
+        assert (out.logprobs[row, :n] < 0).all() and (out.entropy[row, :n] > 0).all()
+
+
+def test_truncated_rows_have_all_tokens_and_no_eos(small_gpt):
+    """G9: a row without EOS within max_new is not finished and keeps max_new tokens."""
+    out = sample(small_gpt, [[1], [2, 3]], 5, 7, 15, PAD, generator(0, "test"))   # 15: a row that no token uses
+    assert not out.finished.any() and (out.lengths == 7).all()
+    assert [len(c) for c in out.completions()] == [7] * 10
+
+
+def test_eos_at_the_last_place_is_not_a_truncation(bigram):
+    """G9: EOS as token max_new counts as finished."""
+    model = bigram({0: {1: 1.}, 1: {2: 1.}}, n_vocab=3)
+    assert sample(model, [[0]], 1, 2, 2, 2, generator(0, "test")).finished.tolist() == [True]
+    assert sample(model, [[0]], 1, 1, 2, 2, generator(0, "test")).finished.tolist() == [False]
+
+
+# ---- G8: one distribution -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("temperature", [1.0, .6])
+def test_recorded_logprobs_are_the_trainers(small_gpt, temperature):
+    """G8: the sampler's log-probabilities equal those of the trainer, computed from logits/T, to 1e-5."""
+    prompts = prompts_of_all_lengths(8)
+    out = sample(small_gpt, prompts, 5, 12, EOS, PAD, generator(0, "test"), temperature)
+    ids, target = pack([p for p in prompts for _ in range(5)], out.completions(), PAD)
+    with torch.inference_mode():
+        trainer = completion_logprobs(small_gpt, ids, target, temperature)
+    recorded = torch.cat([row[:n] for row, n in zip(out.logprobs, out.lengths)])
+    assert len(trainer) == int(out.lengths.sum())
+    assert (recorded - trainer).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("temperature", [1.0, .6])
+def test_recorded_entropy_is_that_of_the_sampling_distribution(gpt, temperature):
+    """G13: entropy = -sum p log p of softmax(logits/T), in nats, over the tokens in use."""
+    out = sample(gpt, [[1, 2, 3]], 6, 4, 63, 0, generator(0, "test"), temperature)
+    for row, completion in enumerate(out.completions()):
+        for t in range(4):
+            with torch.inference_mode():
+                logits = gpt(torch.tensor([[1, 2, 3] + completion[:t]]))[0, -1].double() / temperature
+            p = logits.softmax(-1)
+            assert abs(float(out.entropy[row, t]) - float(-(p * p.log()).sum())) < 1e-4
+
+
+def test_banned_rows_are_neither_sampled_nor_scored(gpt):
+    """G8: unused rows of the head would win every draw, if they took part; here they change nothing."""
+    before = sample(gpt, [[1, 2]], 300, 3, 60, 0, generator(0, "test"))
+    with torch.no_grad():
+        gpt.head.weight[61:] = 100 * gpt.hidden(torch.tensor([[1, 2]]))[0, -1]
+    after = sample(gpt, [[1, 2]], 300, 3, 60, 0, generator(0, "test"))
+    assert int(after.tokens.max()) < 61 and torch.equal(after.tokens, before.tokens)
+    ids, target = pack([[1, 2]], [[5, 60]], 0)
+    everything = torch.cat([completion_logprobs(gpt, *pack([[1, 2]], [[token]], 0)) for token in range(61)])
+    assert abs(float(everything.exp().sum()) - 1) < 1e-5
+    assert (completion_logprobs(gpt, ids, target) > -20).all()
+
+
+def test_temperature_zero_is_greedy(small_gpt):
+    """S1: temperature 0 takes the argmax at every step, for all prompt lengths in one batch."""
+    prompts = prompts_of_all_lengths()
+    out = sample(small_gpt, prompts, 1, 15, EOS, PAD, generator(0, "test"), 0.0)
+    for prompt, completion in zip(prompts, out.completions()):
+        assert completion == draw_alone(small_gpt, prompt, torch.zeros(15), 0)[0]
+
+
+def test_low_temperature_sharpens(bigram):
+    """G8: at T=.5 probabilities .2 and .8 become .2²/(.2²+.8²) = 1/17 and 16/17."""
+    model = bigram({0: {1: .2, 2: .8}}, n_vocab=4)
+    out = sample(model, [[0]], 2, 1, 3, 3, generator(0, "test"), .5)
+    expected = torch.tensor([0., 1 / 17, 16 / 17, 0.])[out.tokens[:, 0]]
+    assert torch.allclose(out.logprobs[:, 0].exp(), expected, atol=1e-4)
+
+
+# ---- limits ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("prompts", [[[]], [[1], []], [[1] * 55], [[1], [2] * 55]])
+def test_prompts_that_do_not_fit_are_errors(gpt, prompts):
+    """Limits: an empty prompt has no logits, and prompt + max_new beyond the context would lack positions."""
+    with pytest.raises(ValueError, match="1 to 54 tokens"):
+        sample(gpt, prompts, 2, 10, 60, 0, generator(0, "test"))
+
+
+def test_a_prompt_that_just_fits_is_sampled(gpt):
+    """Limits: prompt + max_new = context is allowed."""
+    out = sample(gpt, [[1] * 54], 2, 10, 63, 0, generator(0, "test"))
+    assert out.lengths.tolist() == [10, 10]
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 20, 64, 10_000])
+def test_micro_batches_hold_every_row_once(tokens):
+    """G6: each row is in exactly one micro-batch, of at most `tokens` tokens after padding unless it is alone."""
+    lengths = [3, 9, 1, 7, 7, 20, 2, 5, 4, 9]
+    batches = micro_batches(lengths, tokens)
+    assert sorted(row for rows in batches for row in rows) == list(range(10))
+    assert all(len(rows) == 1 or len(rows) * max(lengths[r] for r in rows) <= tokens for rows in batches)
+    assert len(batches) == {1: 10, 10_000: 1}.get(tokens, len(batches))
