@@ -44,7 +44,15 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-# ---- options ------------------------------------------------------------------------------------------------------
+def require_positive(config: typing.Any, names: str, zero: bool = False) -> None:
+    """Raise UserError unless these options are finite numbers above 0 (or 0 itself, where `zero` allows it)."""
+    for name in names.split():
+        value = getattr(config, name)
+        require(math.isfinite(value) and (value > 0 or zero and value == 0),
+                f"--{name.replace('_', '-')} {value}: must be {'0 or more' if zero else 'more than 0'}")
+
+
+# ---- options ---------------------------------------------------------------------------------------------
 
 def number(text: str) -> int:
     """An integer as people write it: 8000000, 8_000_000, 8e6, 8M, 500k."""
@@ -56,27 +64,27 @@ def number(text: str) -> int:
 
 
 def parse(cls: type, argv: list[str] | None = None) -> typing.Any:
-    """The command line of a Config: field `lr` is option `--lr`, the comment on its line is the help text, and fields
-    without a default are positional (one or more values). A tuple is written with commas."""
-    module = sys.modules[cls.__module__]
-    parser = argparse.ArgumentParser(description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line of a Config: field `lr` is option `--lr`, the comment on its line is the help text, and
+    fields without a default are positional (one or more values). A tuple is written with commas."""
+    description = sys.modules[cls.__module__].__doc__
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     comments = dict(re.findall(r"^ +(\w+):.*?# *(.*)$", inspect.getsource(cls), re.MULTILINE))
     hints = typing.get_type_hints(cls)
     for f in fields(cls):
-        kind, text = hints[f.name], comments.get(f.name, "").replace("%", "%%")
+        name, kind = "--" + f.name.replace("_", "-"), hints[f.name]
+        text = comments.get(f.name, "").replace("%", "%%")
         if f.default is MISSING:
             parser.add_argument(f.name, nargs="+", help=text)
         elif kind is bool:
-            parser.add_argument("--" + f.name.replace("_", "-"), action=argparse.BooleanOptionalAction,
-                                default=f.default, help=text)
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=f.default, help=text)
         else:
             many = typing.get_origin(kind) is tuple
-            one = typing.get_args(kind)[0] if typing.get_args(kind) else kind
+            one = typing.get_args(kind)[0] if many else kind
             one = number if one is int else one
             read = (lambda s, one=one: tuple(one(x) for x in s.split(",") if x)) if many else one
-            shown = ",".join(map(str, f.default)) if many else f.default
-            parser.add_argument("--" + f.name.replace("_", "-"), type=read, default=f.default, metavar="X",
-                                help=f"{text} (default: {shown if shown != '' else 'none'})")
+            shown = (",".join(map(str, f.default)) if many else f.default) or "none"
+            parser.add_argument(name, type=read, default=f.default, metavar="X", help=f"{text} (default: {shown})")
     values = vars(parser.parse_args(argv))
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
@@ -86,8 +94,10 @@ def main(function: typing.Callable, cls: type) -> None:
     try:
         function(parse(cls))
     except (UserError, OSError) as error:
-        where = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {where}".replace("\n", " "))
+        named = isinstance(error, OSError) and error.filename
+        text = f"{error.filename}: {error.strerror}" if named else str(error)
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(text.split())}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -98,12 +108,11 @@ def setup(device: str, threads: int) -> torch.device:
     require(threads >= 0, f"--threads {threads}: must be 0 (all cores) or more")
     if threads:
         torch.set_num_threads(threads)
-    if sys.platform == "linux":
-        # glibc hands every big temporary back to the system, and fresh pages are ten times slower to write: keep them.
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            for option, value in ((-1, 1 << 30), (-2, 1 << 28), (-3, 1 << 30)):   # trim threshold, top pad, mmap threshold
-                libc.mallopt(option, value)
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        # glibc hands every big temporary back to the system, and fresh pages are ten times slower to write
+        for option, value in ((-1, 1 << 30), (-2, 1 << 28), (-3, 1 << 30)):   # M_TRIM_THRESHOLD, TOP_PAD, MMAP_...
+            libc.mallopt(option, value)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -113,13 +122,15 @@ def setup(device: str, threads: int) -> torch.device:
                         "use cpu, cuda or auto") from None
 
 
+# ---- randomness ------------------------------------------------------------------------------------------
+
 def generator(seed: int, stream: str, step: int = 0) -> torch.Generator:
-    """A CPU generator for one stream ('data', 'rollouts', 'evaluation') at one step: no stream disturbs another."""
+    """A CPU generator for one stream ('data', 'rollouts', 'evaluation') at one step: none disturbs another."""
     digest = hashlib.blake2b(f"{seed} {stream} {step}".encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)
 def permutation(n: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(n, generator=generator(seed, "data", epoch)).tolist()
 
@@ -130,7 +141,7 @@ def batch_indices(n: int, batch: int, step: int, seed: int) -> list[int]:
     return [permutation(n, seed, i // n)[i % n] for i in range(step * batch, (step + 1) * batch)]
 
 
-# ---- checkpoints --------------------------------------------------------------------------------------------------
+# ---- checkpoints -----------------------------------------------------------------------------------------
 
 def atomic_write(path: Path, data: bytes) -> None:
     """Write a file so that at every moment either the old or the new content is there, whole."""
@@ -142,7 +153,7 @@ def atomic_write(path: Path, data: bytes) -> None:
             os.fsync(f.fileno())
         mask = os.umask(0)
         os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
+        os.chmod(temporary, 0o666 & ~mask)       # mkstemp alone would leave 0600
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -155,7 +166,7 @@ def atomic_write(path: Path, data: bytes) -> None:
 
 def save_checkpoint(path: Path, model: GPT, tokenizer: Tokenizer, lineage: list[dict], **more: typing.Any) -> None:
     """Everything that is needed to use the model elsewhere. `more` must be plain types and tensors."""
-    weights = {name.replace("_orig_mod.", ""): w.detach().cpu().clone() for name, w in model.state_dict().items()}
+    weights = {name.removeprefix("_orig_mod."): w.detach().cpu().clone() for name, w in model.state_dict().items()}
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "model": weights, "config": asdict(model.config), "tokenizer": tokenizer.spec,
                 "lineage": lineage, **more}, buffer)
@@ -163,33 +174,30 @@ def save_checkpoint(path: Path, model: GPT, tokenizer: Tokenizer, lineage: list[
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """Read a checkpoint on the CPU; never runs code from it. Raises UserError naming the file and what is wrong."""
-    path = Path(path)
-    require(path.is_file(), f"{path}: no such checkpoint file")
+    """Read a checkpoint on the CPU; never runs code from it. UserError names the file and what is wrong with it."""
+    require(Path(path).is_file(), f"{path}: no such checkpoint file")
     try:
         with zipfile.ZipFile(path) as z:
-            damaged = z.testzip()     # compares every record with its CRC-32
-        require(damaged is None, f"{path}: damaged (checksum of {damaged} does not match); restore it from a copy")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except Exception as error:
+            damaged = z.testzip()                # compares every record with its CRC-32
+        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                   # zipfile and torch raise a dozen types for files that are not theirs
         raise UserError(f"{path}: not a checkpoint, or a truncated one ({type(error).__name__})") from None
+    require(not damaged, f"{path}: damaged (checksum of {damaged} does not match); restore it from a copy")
     require(isinstance(content, dict) and content.get("format") == FORMAT,
             f"{path}: a PyTorch file, but not a checkpoint of this project (no format {FORMAT!r})")
     return content
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[GPT, Tokenizer, dict]:
-    """(model, tokenizer, checkpoint). Raises UserError if the weights do not fit the model or are not finite."""
+    """(model, tokenizer, checkpoint). Raises UserError if they do not fit together or a weight is not finite."""
     content = load_checkpoint(path)
     try:
         model = GPT(ModelConfig(**content["config"]))
         model.load_state_dict(content["model"])
         tokenizer = Tokenizer(content["tokenizer"])
-    except Exception as error:
-        raise UserError(f"{path}: weights, model config and tokenizer do not fit together "
-                        f"({' '.join(str(error).split())[:200]})") from None
+        require(tokenizer.n_vocab == model.config.n_vocab, "the tokenizer has another vocabulary than the model")
+    except Exception as error:                   # whatever a foreign dict may cause in the four lines above
+        raise UserError(f"{path}: weights, model config and tokenizer do not fit together ({str(error)[:200]})") from None
     for name, weight in content["model"].items():
         require(bool(weight.isfinite().all()), f"{path}: {name} has values that are not finite")
     return model.to(device), tokenizer, content
@@ -199,33 +207,35 @@ def file_sha256(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-# ---- a run folder -------------------------------------------------------------------------------------------------
+# ---- a run folder ----------------------------------------------------------------------------------------
 
 class Run:
-    """A run folder: config.json, log.jsonl (one line per logged step), samples.txt, last.pt for resuming.
+    """A run folder: config.json, log.jsonl (a line per step), samples.txt, last.pt for resuming.
 
-    `last` is the content of last.pt, or None in a new run. `interrupted` turns True on Ctrl-C or SIGTERM: the loop
-    then saves after the step at hand and stops. A second Ctrl-C stops at once."""
+    `last` is the content of last.pt, None in a new run. `interrupted` turns True on Ctrl-C or SIGTERM: the loop then
+    saves after the step at hand and stops; a second Ctrl-C stops at once. Raises UserError if another process works
+    in the folder, or if it holds a run of another configuration."""
 
     def __init__(self, config: typing.Any):
         self.out, self.interrupted = Path(config.out), False
-        self.skipped, self.bad_in_a_row = 0, 0                           # updates whose gradient was not finite
         self.script = Path(inspect.getfile(type(config))).name
         self.config = json.loads(json.dumps(asdict(config)))             # tuples become lists, as in the file
         self.out.mkdir(parents=True, exist_ok=True)
-        if fcntl:
-            self.lock = open(self.out / ".lock", "w")
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(f"{self.out}: another process is working in this run folder; wait for it, "
-                                "or choose another --out") from None
-        self._compare_config()
-        last = self.out / "last.pt"
-        self.last = load_checkpoint(last) if last.exists() else None
-        if self.last:
-            self.skipped, self.bad_in_a_row = self.last["skipped"]
-            print(f"{self.out}: going on after step {self.last['step']}")
+        self.lock = open(self.out / ".lock", "w")
+        try:
+            fcntl and fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{self.out}: another process is working in this run folder; wait for it, or choose "
+                            "another --out") from None
+        path = self.out / "config.json"
+        there = json.loads(path.read_text()) if path.exists() else self.config
+        different = [f"{k}={there.get(k)} there, {v} asked" for k, v in self.config.items()
+                     if k not in ("device", "threads", "out") and there.get(k) != v]
+        require(not different, f"{path}: this folder holds a run with another configuration "
+                               f"({'; '.join(different)}); choose another --out")
+        atomic_write(path, json.dumps(self.config, indent=1).encode())
+        self.last = load_checkpoint(self.out / "last.pt") if (self.out / "last.pt").exists() else None
+        self.skipped, self.bad_in_a_row = self.last["skipped"] if self.last else (0, 0)   # updates not done: NaN
         self.files = {}
         for name in ("log.jsonl", "samples.txt"):
             self.files[name] = open(self.out / name, "ab")
@@ -233,31 +243,26 @@ class Run:
         for sign in (signal.SIGINT, signal.SIGTERM):
             try:
                 signal.signal(sign, self._interrupt)
-            except ValueError:      # not the main thread: the caller handles signals
+            except ValueError:                   # not the main thread: the caller handles signals
                 break
-
-    def finished(self, final: Path, steps: int) -> bool:
-        """True, and says so, if this run was completed by an earlier call."""
-        done = self.last is not None and self.last["step"] == steps and final.exists()
-        if done:
-            print(f"{self.out}: finished already; the result is {final}")
-        return done
-
-    def _compare_config(self) -> None:
-        path = self.out / "config.json"
-        if path.exists():
-            there = json.loads(path.read_text())
-            different = [f"{k}={there.get(k)} there, {v} asked" for k, v in self.config.items()
-                         if k not in ("device", "threads", "out") and there.get(k) != v]
-            require(not different, f"{path}: this folder holds a run with another configuration "
-                                   f"({'; '.join(different)}); choose another --out")
-        atomic_write(path, json.dumps(self.config, indent=1).encode())
 
     def _interrupt(self, sign: int, frame: typing.Any) -> None:
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
         print("\nstopping after this step (once more: stop at once)", file=sys.stderr)
+
+    def finished(self, final: Path, steps: int) -> bool:
+        """True, and says so, if this run was completed by an earlier call; says so too if it only goes on."""
+        done = self.last is not None and self.last["step"] == steps and final.exists()
+        if self.last:
+            print(f"{self.out}: " + (f"finished already; the result is {final}" if done
+                                     else f"resuming after step {self.last['step']} of {steps}"))
+        return done
+
+    def restore(self, model: GPT, optimizer: torch.optim.Optimizer) -> None:
+        model.load_state_dict(self.last["model"])
+        optimizer.load_state_dict(self.last["optimizer"])
 
     def log(self, **numbers: typing.Any) -> None:
         self.files["log.jsonl"].write((json.dumps(numbers) + "\n").encode())
@@ -269,7 +274,7 @@ class Run:
         self.files["samples.txt"].flush()
 
     def lineage(self, earlier: list[dict], **counts: typing.Any) -> list[dict]:
-        """The parent's lineage and this stage: its script, options and counts (tokens, updates, FLOPs, seconds)."""
+        """The earlier stages and this one: its script, options and counts (tokens, updates, FLOPs, seconds)."""
         return earlier + [{"script": self.script, "config": self.config, **counts}]
 
     def save_last(self, model: GPT, tokenizer: Tokenizer, lineage: list[dict], optimizer: torch.optim.Optimizer,
@@ -277,9 +282,9 @@ class Run:
         """The one file to resume from. Log files are on disk before it is."""
         for f in self.files.values():
             os.fsync(f.fileno())
-        sizes = {name: f.tell() for name, f in self.files.items()}
         save_checkpoint(self.out / "last.pt", model, tokenizer, lineage, optimizer=optimizer.state_dict(), step=step,
-                        bytes=sizes, skipped=[self.skipped, self.bad_in_a_row], **state)
+                        bytes={name: f.tell() for name, f in self.files.items()},
+                        skipped=[self.skipped, self.bad_in_a_row], **state)
 
     def step(self, model: GPT, optimizer: torch.optim.Optimizer, grad_clip: float) -> float:
         """Clip the gradient to norm `grad_clip`, update, clear the gradient; returns the norm before clipping.
@@ -289,11 +294,10 @@ class Run:
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
         if math.isfinite(norm):
             optimizer.step()
-            self.bad_in_a_row = 0
         else:
-            self.bad_in_a_row += 1
             self.skipped += 1
             print(f"\n{self.out}: gradient is not finite, update skipped ({self.skipped} so far)", file=sys.stderr)
+        self.bad_in_a_row = 0 if math.isfinite(norm) else self.bad_in_a_row + 1
         optimizer.zero_grad(set_to_none=True)
         require(self.bad_in_a_row < 3, f"{self.out}: three gradients in a row were not finite; last.pt has the last "
                                        "good state. Lower --lr, or look into the data")

@@ -301,7 +301,12 @@ class Config:
 
 def chat(c: Config) -> None:
     """Print what the checkpoint is; answer every line typed with the model's continuation of that line."""
-    from checkpoint import generator, load_model, require, setup   # here, since checkpoint.py imports this file
+    from checkpoint import (  # here, since checkpoint.py imports this file
+        generator,
+        load_model,
+        require,
+        setup,
+    )
     require(len(c.checkpoint) == 1, "one checkpoint, please")
     require(c.temperature >= 0, f"--temperature {c.temperature}: must not be negative")
     model, tokenizer, content = load_model(c.checkpoint[0], setup(c.device, c.threads))

@@ -2,10 +2,10 @@
 
     python pretrain.py --data data/tiny --out runs/base
 
-The checkpoints along the way (runs/base/1M.pt, 2M.pt, ...) are what the whole study starts from. The learning rate is
-constant after the warm-up, as decaying it for each checkpoint would need a run for each; --decay adds a linear decay
-over the last part of the run. Left out: gradient accumulation over devices, document masking (a sequence may see the
-end of the document before), and a schedule of batch sizes.
+The checkpoints along the way (runs/base/1M.pt, 2M.pt, ...) are what the whole study starts from. The learning rate
+is constant after the warm-up, as decaying it for each checkpoint would need a run for each; --decay adds a linear
+decay over the last part of the run. Left out: gradient accumulation over devices, document masking (a sequence may
+see the end of the document before), and a schedule of batch sizes.
 """
 import time
 from dataclasses import dataclass
@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import Run, batch_indices, generator, main, require, save_checkpoint, setup
+from checkpoint import (
+    Run, batch_indices, generator, main, require, require_positive, save_checkpoint, setup)
 from evaluate import open_data
 from model import GPT, SIZES, ModelConfig
 
@@ -31,7 +32,7 @@ class Config:
     batch: int = 32                 # sequences per update: 32 x 256 = 8,192 tokens
     micro_batch: int = 8            # sequences per forward pass; 8 keeps activations in the cache of a CPU
     tokens: int = 8_000_000         # length of the run
-    checkpoints_at: tuple[int, ...] = (1_000_000, 2_000_000, 3_000_000, 4_000_000, 6_000_000, 8_000_000)  # tokens
+    checkpoints_at: tuple[int, ...] = ()    # tokens; if none: 1/8 1/4 3/8 1/2 3/4 of the run. The end is always kept
     lr: float = 3e-3                # peak learning rate of AdamW; small models take large ones
     warmup: int = 50                # updates until the peak
     decay: float = 0.0              # share of the run, at its end, over which lr falls linearly to 0
@@ -47,19 +48,17 @@ class Config:
 
 def check(c: Config) -> None:
     require(c.size in SIZES, f"--size {c.size}: must be one of {' '.join(SIZES)}")
-    for name in ("context", "batch", "micro_batch", "tokens", "lr", "grad_clip", "eval_every", "save_every"):
-        require(getattr(c, name) > 0, f"--{name.replace('_', '-')} {getattr(c, name)}: must be positive")
-    require(c.batch % c.micro_batch == 0,
-            f"--micro-batch {c.micro_batch}: does not divide --batch {c.batch}")
+    require_positive(c, "context batch micro_batch tokens lr grad_clip eval_every save_every")
+    require_positive(c, "warmup weight_decay", zero=True)
+    require(c.batch % c.micro_batch == 0, f"--micro-batch {c.micro_batch}: does not divide --batch {c.batch}")
     require(0 <= c.decay <= 1, f"--decay {c.decay}: must be between 0 and 1")
     late = [t for t in c.checkpoints_at if not 0 < t <= c.tokens]
-    require(not late, f"--checkpoints-at {','.join(map(str, late))}: outside the run, which has --tokens {c.tokens}")
+    require(not late, f"--checkpoints-at {','.join(map(str, late))}: not within the --tokens {c.tokens} of the run")
 
 
-def batch_at(shard: np.ndarray, c: Config, step: int) -> Tensor:
-    """Sequences (B, T+1) of update `step`: blocks of the shard, none twice in an epoch."""
-    starts = [i * c.context for i in batch_indices((len(shard) - 1) // c.context, c.batch, step, c.seed)]
-    return torch.from_numpy(np.stack([shard[s:s + c.context + 1] for s in starts]).astype(np.int64))
+def blocks(shard: np.ndarray, numbers: list[int], context: int) -> Tensor:
+    """Blocks of a shard by number: (B, T+1), each block sharing its last token with the first of the next."""
+    return torch.from_numpy(np.stack([shard[i * context:(i + 1) * context + 1] for i in numbers]).astype(np.int64))
 
 
 def next_token_loss(model: GPT, sequences: Tensor) -> Tensor:
@@ -71,10 +70,9 @@ def next_token_loss(model: GPT, sequences: Tensor) -> Tensor:
 @torch.inference_mode()
 def validation_loss(model: GPT, shard: np.ndarray, c: Config, device: torch.device) -> float:
     """Nats per token over the first 128 blocks (or all, if there are fewer)."""
-    blocks = min(128, (len(shard) - 1) // c.context)
-    ids = torch.from_numpy(np.stack([shard[i * c.context:(i + 1) * c.context + 1] for i in range(blocks)]).astype(np.int64))
-    losses = [next_token_loss(model, part.to(device)) * len(part) for part in ids.split(c.micro_batch)]
-    return float(sum(losses) / blocks)
+    n = min(128, (len(shard) - 1) // c.context)
+    parts = blocks(shard, range(n), c.context).split(c.micro_batch)
+    return float(sum(next_token_loss(model, part.to(device)) * len(part) for part in parts) / n)
 
 
 def learning_rate(c: Config, step: int, steps: int) -> float:
@@ -91,34 +89,38 @@ def train(c: Config) -> Path:
     cuda = device.type == "cuda"
     manifest, tokenizer, shards = open_data(c.data)
     for name, shard in shards.items():
-        require(len(shard) > c.context, f"{c.data}/{name}.bin: {len(shard)} tokens, fewer than one --context {c.context}")
+        require(len(shard) > c.context, f"{c.data}/{name}.bin: has {len(shard)} tokens, --context {c.context} needs more")
     run = Run(c)
+    tokens_per_step = c.batch * c.context
+    steps = -(-c.tokens // tokens_per_step)
+    kept = c.checkpoints_at or [c.tokens * eighths // 8 for eighths in (1, 2, 3, 4, 6)]
+    due = {-(-t // tokens_per_step): t for t in kept}                    # step -> checkpoint, whole steps only
+    final = run.out / f"{c.tokens / 1e6:g}M.pt"
+    if run.finished(final, steps):
+        return final
     d_model, n_layers, n_heads, d_ff = SIZES[c.size]
     rows = -(-tokenizer.n_vocab // 64) * 64                              # aligned for fast matrix products
     model = GPT(ModelConfig(rows, tokenizer.n_vocab, c.context, d_model, n_layers, n_heads, d_ff),
                 generator(c.seed, "weights"))
     model.to(device)
     decayed = [p for name, p in model.named_parameters() if p.dim() == 2 and name != "embed.weight"]
-    kept = [p for name, p in model.named_parameters() if p.dim() < 2 or name == "embed.weight"]
-    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": kept, "weight_decay": 0.0}], lr=c.lr,
+    others = [p for name, p in model.named_parameters() if p.dim() < 2 or name == "embed.weight"]
+    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=c.lr,
                                   betas=(.9, .95), weight_decay=c.weight_decay, fused=True)
     step, seconds = 0, 0.0
     if run.last:
-        model.load_state_dict(run.last["model"])
-        optimizer.load_state_dict(run.last["optimizer"])
+        run.restore(model, optimizer)
         step, seconds = run.last["step"], run.last["seconds"]
     compiled = torch.compile(model) if c.compile or cuda else model
     forward = torch.autocast("cuda", torch.bfloat16, enabled=cuda)
 
-    tokens_per_step = c.batch * c.context
-    steps = -(-c.tokens // tokens_per_step)
-    due = {-(-t // tokens_per_step): t for t in c.checkpoints_at}        # step -> checkpoint, rounded up to a whole step
     flops_per_step = 3 * model.flops_per_token(c.context) * tokens_per_step
 
     def lineage() -> list[dict]:
         return run.lineage([], tokens=step * tokens_per_step, updates=step, flops=step * flops_per_step,
                            seconds=seconds, parent=None, data=manifest["sha256"])
-    bar = tqdm(total=steps * tokens_per_step, initial=step * tokens_per_step, unit="tok", unit_scale=True, desc="pretrain")
+    bar = tqdm(total=steps * tokens_per_step, initial=step * tokens_per_step, unit="tok", unit_scale=True,
+               desc="pretrain")
     while True:
         started = time.perf_counter()
         # ---- learning rate
@@ -135,7 +137,8 @@ def train(c: Config) -> Path:
         if step == steps:
             break
         # ---- collect
-        sequences = batch_at(shards["train"], c, step)
+        numbers = batch_indices((len(shards["train"]) - 1) // c.context, c.batch, step, c.seed)
+        sequences = blocks(shards["train"], numbers, c.context)          # (B, T+1), none twice in an epoch
         # ---- update
         total = torch.zeros((), device=device)
         for part in sequences.split(c.micro_batch):
@@ -151,7 +154,7 @@ def train(c: Config) -> Path:
         run.log(step=step, tokens=step * tokens_per_step, loss=loss, lr=optimizer.param_groups[0]["lr"],
                 grad_norm=norm, skipped=run.skipped, flops=step * flops_per_step, seconds=round(seconds, 3), **line)
         bar.update(tokens_per_step)
-        bar.set_postfix_str(f"loss {loss:.3f} {' '.join(f'{k} {v:.3f}' for k, v in line.items())}".strip(), refresh=False)
+        bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in {"loss": loss, **line}.items()), refresh=False)
         # ---- stop
         if step % c.save_every == 0 or step == steps or run.interrupted:
             run.save_last(model, tokenizer, lineage(), optimizer, step, seconds=seconds)
@@ -159,7 +162,7 @@ def train(c: Config) -> Path:
             run.stop()
     run.log(step=step, **line)
     bar.close()
-    final = run.out / f"{max(c.checkpoints_at) / 1e6:g}M.pt" if c.checkpoints_at else run.out / "last.pt"
+    save_checkpoint(final, model, tokenizer, lineage())
     print(f"{final}: {step * tokens_per_step:,} tokens, {seconds / 60:.1f} min, {step * flops_per_step:.2e} FLOPs, "
           f"validation loss general {line['val_general']:.3f}, arithmetic {line['val_arithmetic']:.3f}\n"
           f"next: python rl.py --init {final} --out runs/rl")

@@ -2,10 +2,10 @@
 
     python rl.py --init runs/base/8M.pt --out runs/rl
 
-Every step: sample G answers to each of P problems, reward 1 for a right final answer and 0 otherwise, call an answer
-good or bad relative to its group (Shao et al. 2024), and raise or lower the log-probability of its tokens. The model
-never sees a reference solution. Left out: a value network (GRPO's point), a reward model (the reward is exact), length
-penalties, top-k or top-p sampling (they would make the sampled distribution another one than the scored one).
+Every step: sample G answers to each of P problems, reward 1 for a right final answer and 0 otherwise, call an
+answer good or bad relative to its group (Shao et al. 2024), and raise or lower the log-probability of its tokens. The
+model never sees a reference solution. Left out: a value network (GRPO's point), a reward model (the reward is exact),
+length penalties, and top-k or top-p sampling (the sampled and the scored distribution must be the same).
 """
 import copy
 import json
@@ -18,7 +18,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import Run, batch_indices, file_sha256, generator, load_model, main, require, save_checkpoint, setup
+from checkpoint import (
+    Run,
+    batch_indices,
+    file_sha256,
+    generator,
+    load_model,
+    main,
+    require,
+    save_checkpoint,
+    setup,
+)
 from data.tokenizer import Tokenizer
 from evaluate import attempt, grade, load_problems, pass_at_k, prompt_ids
 from model import GPT, completion_logprobs, micro_batches, pack, sample
@@ -60,15 +70,12 @@ def check(c: Config) -> None:
     require(c.init != "", "--init is missing: give the checkpoint to start from")
     require(c.difficulty in ("easy", "hard", "all"), f"--difficulty {c.difficulty}: must be easy, hard or all")
     require(c.rollouts >= 2, f"--rollouts {c.rollouts}: a group needs at least 2 for a relative advantage")
-    for name in ("n_problems", "steps", "updates", "lr", "grad_clip", "temperature", "max_new", "micro_batch", "eval_every",
-                 "eval_problems", "eval_samples", "save_every"):
-        require(getattr(c, name) > 0, f"--{name.replace('_', '-')} {getattr(c, name)}: must be positive")
-    for name in ("warmup", "weight_decay", "clip_low", "clip_high", "kl"):
-        require(getattr(c, name) >= 0, f"--{name.replace('_', '-')} {getattr(c, name)}: must not be negative")
-    require(c.n_problems % c.updates == 0,
-            f"--updates {c.updates}: does not divide --n-problems {c.n_problems}")
+    require_positive(c, "n_problems steps updates lr grad_clip temperature max_new micro_batch eval_every eval_problems "
+                        "eval_samples save_every")
+    require_positive(c, "warmup weight_decay clip_low clip_high kl", zero=True)
+    require(c.n_problems % c.updates == 0, f"--updates {c.updates}: does not divide --n-problems {c.n_problems}")
     late = [s for s in c.checkpoints_at if not 0 < s <= c.steps]
-    require(not late, f"--checkpoints-at {','.join(map(str, late))}: outside the run, which has --steps {c.steps}")
+    require(not late, f"--checkpoints-at {','.join(map(str, late))}: not within the --steps {c.steps} of the run")
 
 
 # ---- the algorithm ------------------------------------------------------------------------------------------------
@@ -76,8 +83,8 @@ def check(c: Config) -> None:
 def advantages(rewards: Tensor, std: bool = True) -> Tensor:
     """(P, G) rewards -> (P, G) advantages: reward minus the group's mean, over its unbiased standard deviation.
 
-    A group with equal rewards says nothing and gets exactly 0; that is decided by comparing, as the standard deviation
-    of equal floats need not be 0 (Shao et al. 2024, section 4.1.2; without std: Liu et al. 2025)."""
+    A group with equal rewards says nothing and gets exactly 0; that is decided by comparing, as the standard
+    deviation of equal floats need not be 0 (Shao et al. 2024, section 4.1.2; without std: Liu et al. 2025)."""
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     if std:
         centred = centred / (rewards.std(dim=1, keepdim=True) + 1e-6)
@@ -111,13 +118,15 @@ class Batch:
     truncated: float                # share of rollouts without EOS
 
 
-def collect(model: GPT, tokenizer: Tokenizer, problems: list[dict], group: int, c: Config, gen: torch.Generator) -> Batch:
+def collect(model: GPT, tokenizer: Tokenizer, problems: list[dict], group: int, c: Config,
+            gen: torch.Generator) -> Batch:
     """Sample `group` answers to every problem at the training temperature and grade them."""
     prompts = [prompt_ids(tokenizer, p) for p in problems]
     out = sample(model, prompts, group, c.max_new, tokenizer.eos, tokenizer.pad, gen, c.temperature)
     completions, finished = out.completions(), out.finished.tolist()
     texts = [tokenizer.decode(ids[:-1] if done else ids) for ids, done in zip(completions, finished)]
-    grades = [grade(text, problems[row // group]["answer"], done) for row, (text, done) in enumerate(zip(texts, finished))]
+    answers = [p["answer"] for p in problems for _ in range(group)]
+    grades = [grade(*row) for row in zip(texts, answers, finished)]
     rewards = torch.tensor([float(g == "right") for g in grades]).view(len(problems), group)
     return Batch([p for p in prompts for _ in range(group)], completions,
                  [row[:n] for row, n in zip(out.logprobs, out.lengths.tolist())], grades, texts, rewards,
@@ -129,9 +138,8 @@ def policy_gradient(model: GPT, reference: GPT, batch: Batch, advantage: Tensor,
     """Add the GRPO gradient of these rows to the model's .grad; returns figures per token, or None if no row says
     anything (then .grad is untouched).
 
-    The loss is the mean over *all* completion tokens of the rows, truncated and signal-free ones included, whatever the
-    micro-batches (Yu et al. 2025, token-mean). Rows without advantage add nothing to the sum, so they are not computed.
-    """
+    The loss is the mean over *all* completion tokens of the rows, truncated and signal-free ones included, whatever
+    the micro-batches (Yu et al. 2025, token-mean). Rows without advantage add nothing to it: they are not computed."""
     device = model.head.weight.device
     total = sum(len(batch.completions[r]) for r in rows)
     useful = [r for r in rows if advantage[r] != 0 or c.kl > 0]
@@ -155,7 +163,7 @@ def policy_gradient(model: GPT, reference: GPT, batch: Batch, advantage: Tensor,
             sums["kl_penalty"] += float(penalty.detach().sum())
         (loss.sum() / total).backward()
         ratio = (logp.detach() - old).exp()
-        outside = (ratio > 1 + c.clip_high) & (token_advantage > 0) | (ratio < 1 - c.clip_low) & (token_advantage < 0)
+        outside = torch.where(token_advantage > 0, ratio > 1 + c.clip_high, ratio < 1 - c.clip_low)
         for name, value in (("loss", loss.detach()), ("ratio", ratio), ("clipped", outside)):
             sums[name] += float(value.sum())
         sums["tokens"] += len(logp)
@@ -168,8 +176,8 @@ def policy_gradient(model: GPT, reference: GPT, batch: Batch, advantage: Tensor,
 # ---- measurements -------------------------------------------------------------------------------------------------
 
 def signal_probability(n: int, right: int, group: int) -> float:
-    """Probability that `group` of n answers, `right` of them right, drawn without replacement, are neither all right
-    nor all wrong."""
+    """Probability that `group` of n answers, `right` of them right, drawn without replacement, are neither all
+    right nor all wrong."""
     return pass_at_k(n, right, group) + pass_at_k(n, n - right, group) - 1
 
 
@@ -191,14 +199,15 @@ def probe(model: GPT, tokenizer: Tokenizer, problems: list[dict], c: Config) -> 
     right = batch.rewards.sum(1).int().tolist()
     rate = sum(right) / (n * len(right))
     signal = float(np.mean([signal_probability(n, r, c.rollouts) for r in right]))
-    print(f"before training: {rate:.1%} of {n * len(right)} answers right, {batch.grades.count('unparsed') / len(batch.grades):.1%} "
-          f"without a readable answer; {signal:.0%} of groups of {c.rollouts} will have a signal")
+    unparsed = batch.grades.count("unparsed") / len(batch.grades)
+    print(f"before training: {rate:.1%} of {n * len(right)} answers right, {unparsed:.1%} without a readable answer; "
+          f"about {signal:.0%} of groups of {c.rollouts} will have a signal")
     if signal == 0:
-        print("WARNING: no group has a signal, so RL cannot learn anything here. Start from a later checkpoint, or use easier "
-              "problems or more --rollouts.")
+        print("WARNING: no group has a signal, so RL cannot learn anything here. Start from a later checkpoint, or use "
+              "easier problems or more --rollouts.")
     elif signal < .3:
-        print("WARNING: few groups have a signal and a rare success gets a large advantage: updates will be noisy. More "
-              "--n-problems or --rollouts, or a smaller --lr, are safer.")
+        print("WARNING: few groups have a signal, and a rare success gets a large advantage: updates will be noisy. "
+              "More --n-problems or --rollouts, or a smaller --lr, are safer.")
 
 
 def transcript(batch: Batch, problems: list[dict], step: int, group: int) -> str:
@@ -221,21 +230,23 @@ def train(c: Config) -> Path:
     model, tokenizer, start = load_model(c.init, device)
     parent = file_sha256(c.init)
     longest = max(len(prompt_ids(tokenizer, p)) for p in problems + validation)
-    require(longest + c.max_new <= model.config.context, f"the longest prompt has {longest} tokens: with --max-new {c.max_new} "
-            f"that exceeds the context of {model.config.context}")
+    require(longest + c.max_new <= model.config.context, f"the longest prompt has {longest} tokens: with --max-new "
+            f"{c.max_new} that exceeds the model's context of {model.config.context}")
     reference = copy.deepcopy(model).requires_grad_(False)
     run = Run(c)
     final = run.out / "final.pt"
     if run.finished(final, c.steps):
         return final
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=c.weight_decay, fused=True)
+
+    def pick(step: int) -> list[dict]:
+        return [problems[i] for i in batch_indices(len(problems), c.n_problems, step, c.seed)]
     step, counts = 0, {"tokens": 0, "updates": 0, "flops": 0, "seconds": 0.0}
     if run.last:
-        model.load_state_dict(run.last["model"])
-        optimizer.load_state_dict(run.last["optimizer"])
+        run.restore(model, optimizer)
         step, counts = run.last["step"], run.last["counts"]
     else:
-        probe(model, tokenizer, [problems[i] for i in batch_indices(len(problems), c.n_problems, 0, c.seed)], c)
+        probe(model, tokenizer, pick(0), c)
 
     def lineage() -> list[dict]:
         return run.lineage(start["lineage"], parent=parent, **counts)
@@ -248,22 +259,24 @@ def train(c: Config) -> Path:
         # ---- evaluate and checkpoint
         line = {}
         if step % c.eval_every == 0 or step == c.steps:
-            tried = attempt(model, tokenizer, validation, c.eval_samples, .6, c.max_new, generator(c.seed, "evaluation"))
+            gen = generator(c.seed, "evaluation")
+            tried = attempt(model, tokenizer, validation, c.eval_samples, .6, c.max_new, gen)
             line = {"val_pass@1": tried.grades.count("right") / len(tried.grades)}
         if step in c.checkpoints_at:
             save_checkpoint(run.out / f"step{step}.pt", model, tokenizer, lineage())
         if step == c.steps:
             break
         # ---- collect
-        chosen = [problems[i] for i in batch_indices(len(problems), c.n_problems, step, c.seed)]
+        chosen = pick(step)
         batch = collect(model, tokenizer, chosen, c.rollouts, c, generator(c.seed, "rollouts", step))
         advantage = advantages(batch.rewards, c.std).flatten()                                    # (B,)
         kl = kl_to_start(reference, batch, c, tokenizer.pad)
         # ---- update
         rows, figures = len(advantage) // c.updates, []
         for i in range(c.updates):
-            part = policy_gradient(model, reference, batch, advantage, range(i * rows, (i + 1) * rows), c, tokenizer.pad)
-            if part:                                  # no signal, no step: momentum and decay must not move the model
+            span = range(i * rows, (i + 1) * rows)
+            part = policy_gradient(model, reference, batch, advantage, span, c, tokenizer.pad)
+            if part:                             # no signal, no step: momentum and decay must not move the model
                 figures.append(part | {"grad_norm": run.step(model, optimizer, c.grad_clip)})
         # ---- log
         step += 1
@@ -285,8 +298,8 @@ def train(c: Config) -> Path:
         if line:
             run.write(transcript(batch, chosen, step, c.rollouts))
         bar.update(1)
-        bar.set_postfix_str(f"reward {reward:.3f} entropy {batch.entropy:.2f} kl {kl:.3f} "
-                            + " ".join(f"{k} {v:.3f}" for k, v in line.items()), refresh=False)
+        shown = {"reward": reward, "signal": signal, "entropy": batch.entropy, "kl": kl, **line}
+        bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in shown.items()), refresh=False)
         # ---- stop
         if step % c.save_every == 0 or step == c.steps or run.interrupted:
             run.save_last(model, tokenizer, lineage(), optimizer, step, counts=counts)

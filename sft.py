@@ -2,9 +2,9 @@
 
     python sft.py --init runs/base/8M.pt --out runs/sft
 
-Next-token loss on the solution and its EOS only; the question is context. The same questions as in rl.py, the same
-loop with the same headings: a diff of the two files shows what differs between the methods. Left out: sequence packing
-(padding is cheap at these lengths) and prompt loss.
+Next-token loss on the solution and its EOS only; the question is context. The same questions as in rl.py, and the
+same loop with the same headings: a diff of the two files shows what differs between the methods. Left out: sequence
+packing (padding is cheap at these lengths) and loss on the prompt.
 """
 import time
 from dataclasses import dataclass
@@ -14,7 +14,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import Run, batch_indices, file_sha256, generator, load_model, main, require, save_checkpoint, setup
+from checkpoint import (
+    Run,
+    batch_indices,
+    file_sha256,
+    generator,
+    load_model,
+    main,
+    require,
+    save_checkpoint,
+    setup,
+)
 from data.tokenizer import Tokenizer
 from evaluate import attempt, load_problems, prompt_ids
 from model import GPT, completion_logprobs, micro_batches, pack
@@ -50,11 +60,8 @@ class Config:
 def check(c: Config) -> None:
     require(c.init != "", "--init is missing: give the checkpoint to start from")
     require(c.difficulty in ("easy", "hard", "all"), f"--difficulty {c.difficulty}: must be easy, hard or all")
-    for name in ("epochs", "batch", "lr", "grad_clip", "max_new", "micro_batch", "eval_every", "eval_problems",
-                 "eval_samples", "save_every"):
-        require(getattr(c, name) > 0, f"--{name.replace('_', '-')} {getattr(c, name)}: must be positive")
-    for name in ("warmup", "weight_decay"):
-        require(getattr(c, name) >= 0, f"--{name.replace('_', '-')} {getattr(c, name)}: must not be negative")
+    require_positive(c, "epochs batch lr grad_clip max_new micro_batch eval_every eval_problems eval_samples save_every")
+    require_positive(c, "warmup weight_decay", zero=True)
 
 
 Example = tuple[list[int], list[int]]           # ids of the prompt, ids of the solution and EOS
@@ -101,12 +108,11 @@ def train(c: Config) -> Path:
     if run.finished(final, steps):
         return final
     late = [s for s in c.checkpoints_at if not 0 < s <= steps]
-    require(not late, f"--checkpoints-at {','.join(map(str, late))}: outside the run, which has {steps} updates")
+    require(not late, f"--checkpoints-at {','.join(map(str, late))}: not within the {steps} updates of the run")
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=c.weight_decay, fused=True)
     step, counts = 0, {"tokens": 0, "updates": 0, "flops": 0, "seconds": 0.0}
     if run.last:
-        model.load_state_dict(run.last["model"])
-        optimizer.load_state_dict(run.last["optimizer"])
+        run.restore(model, optimizer)
         step, counts = run.last["step"], run.last["counts"]
 
     def lineage() -> list[dict]:
@@ -116,11 +122,12 @@ def train(c: Config) -> Path:
         started = time.perf_counter()
         # ---- learning rate
         for group in optimizer.param_groups:
-            group["lr"] = c.lr * min(1.0, (step + 1) / max(1, c.warmup)) * ((1 - step / steps) if c.decay else 1)
+            group["lr"] = c.lr * min(1.0, (step + 1) / max(1, c.warmup)) * (1 - step / steps if c.decay else 1)
         # ---- evaluate and checkpoint
         line = {}
         if step % c.eval_every == 0 or step == steps:
-            tried = attempt(model, tokenizer, validation, c.eval_samples, .6, c.max_new, generator(c.seed, "evaluation"))
+            gen = generator(c.seed, "evaluation")
+            tried = attempt(model, tokenizer, validation, c.eval_samples, .6, c.max_new, gen)
             line = {"val_pass@1": tried.grades.count("right") / len(tried.grades)}
             run.write(f"======== step {step}")
             for i, problem in enumerate(validation[:3]):
@@ -144,8 +151,8 @@ def train(c: Config) -> Path:
         run.log(step=step, loss=figures["loss"], **line, grad_norm=norm, lr=optimizer.param_groups[0]["lr"],
                 skipped=run.skipped, **{k: round(v, 3) for k, v in counts.items()})
         bar.update(1)
-        bar.set_postfix_str(f"loss {figures['loss']:.3f} " + " ".join(f"{k} {v:.3f}" for k, v in line.items()),
-                            refresh=False)
+        shown = {"loss": figures["loss"], **line}
+        bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in shown.items()), refresh=False)
         # ---- stop
         if step % c.save_every == 0 or step == steps or run.interrupted:
             run.save_last(model, tokenizer, lineage(), optimizer, step, counts=counts)

@@ -48,7 +48,7 @@ def small_gpt(make_gpt) -> GPT:
 
 @pytest.fixture
 def bigram():
-    """bigram({a: {b: p}}, n_vocab) -> GPT with P(b follows a) = p; what is not listed has about e^-60.
+    """bigram({a: {b: p}}, n_vocab) -> GPT with P(b follows a) = p; what is not listed has exactly 0.
 
     Attention and MLP have zero weights, so x stays the embedding: one axis per listed token, which the final
     norm scales to sqrt(d_model) and the head turns into the log-probabilities of what follows that token."""
@@ -62,7 +62,7 @@ def bigram():
             for axis, (a, follows) in enumerate(table.items()):
                 model.embed.weight[a] = 0.
                 model.embed.weight[a, axis] = 1.
-                model.head.weight[:, axis] = -60 / d ** .5
+                model.head.weight[:, axis] = -200 / d ** .5
                 for b, p in follows.items():
                     model.head.weight[b, axis] = torch.tensor(p).log() / d ** .5
         return model

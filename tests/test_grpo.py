@@ -1,0 +1,525 @@
+"""GRPO: the rules G1-G13, on numbers worked out by hand, on enumerations and on tiny models."""
+import copy
+import itertools
+import json
+import math
+import signal
+
+import pytest
+import torch
+
+import rl
+from checkpoint import batch_indices, generator, load_model, save_checkpoint
+from evaluate import load_problems
+from model import GPT, Rollouts, completion_logprobs, pack, sample
+
+EOS, PAD = 60, 59           # of gpt, which has 61 tokens in use
+PROMPTS = [[1], [2, 3, 4, 5], [6, 7], [8, 9, 10], [11], [12, 13]]
+COMPLETIONS = [[14, 15, EOS], [16, EOS], [17, 18, 19, 20, PAD, 21, 22, 23], [EOS], [24, 25, 26, 27, EOS], [28] * 8]
+ADVANTAGE = torch.tensor([1.5, -.5, -.5, .8, -1.2, .3])     # rows 2 and 5 are truncated: no EOS
+
+
+@pytest.fixture
+def make_batch(logprobs_of):
+    """make_batch(model, ..., shift) -> rl.Batch whose recorded log-probabilities are the model's minus `shift`."""
+    def make(model, prompts=PROMPTS, completions=COMPLETIONS, temperature=1., shift=0.) -> rl.Batch:
+        recorded = [logprobs_of(model, p, c, temperature).detach() - shift for p, c in zip(prompts, completions)]
+        return rl.Batch(prompts, completions, recorded, ["wrong"] * len(prompts), [""] * len(prompts),
+                        torch.zeros(len(prompts) // 2, 2), 0., 0.)
+    return make
+
+
+def config(**changes) -> rl.Config:
+    return rl.Config(**changes)
+
+
+def gradient(model, batch, advantage, c, reference=None, rows=None):
+    """(figures, gradients by name) of rl.policy_gradient on a fresh .grad."""
+    model.zero_grad(set_to_none=True)
+    rows = range(len(batch.prompts)) if rows is None else rows
+    figures = rl.policy_gradient(model, reference or model, batch, advantage, rows, c, PAD)
+    return figures, {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+
+def weighted(model, logprobs_of, batch, weights, temperature=1.):
+    """Gradients of sum(weight · logp), row by row, weights[row] being (length,) numbers."""
+    model.zero_grad(set_to_none=True)
+    for prompt, completion, weight in zip(batch.prompts, batch.completions, weights):
+        (logprobs_of(model, prompt, completion, temperature) * weight).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_close(a, b, tolerance=1e-6):
+    """Largest difference, relative to the largest gradient entry of the whole model."""
+    largest = max(float(g.abs().max()) for g in b.values())
+    assert largest > 1e-3
+    for name in b:
+        assert float((a[name] - b[name]).abs().max()) <= tolerance * max(1., largest), name
+
+
+# ---- G1, G2: advantages ---------------------------------------------------------------------------------------------
+
+def test_advantage_is_the_groups_z_score():
+    """G1: unbiased standard deviation within the group; one right of 32 counts +5.48, each wrong one -.177."""
+    r = torch.tensor([[1., 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 1]])
+    half = .75 ** .5
+    expected = torch.tensor([[1.5, -.5, -.5, -.5], [half, half, -half, -half], [-1.5, .5, .5, .5]])
+    assert torch.allclose(rl.advantages(r), expected, atol=1e-5)
+    rare = rl.advantages(torch.eye(32)[:1])[0]
+    assert abs(float(rare[0]) - 5.48) < .005 and abs(float(rare[1]) + .177) < .0005
+
+
+def test_advantage_without_std():
+    """G1: without std only the group's mean is subtracted."""
+    assert rl.advantages(torch.tensor([[1., 0, 0, 0]]), std=False).tolist() == [[.75, -.25, -.25, -.25]]
+
+
+def test_epsilon_is_1e_6():
+    """G1: eps 1e-6 is added to the std: rewards 0 and 1e-6 (std 7.07e-7) give ±.5e-6/1.707e-6 = ±.2929."""
+    a = rl.advantages(torch.tensor([[0., 1e-6]]))
+    assert torch.allclose(a, torch.tensor([[-.2929, .2929]]), atol=1e-3)
+
+
+@pytest.mark.parametrize("std", [True, False])
+@pytest.mark.parametrize("value", [0., 1., .1, .3, .7, -.1, 1 / 3])
+def test_equal_rewards_give_exactly_zero(value, std):
+    """G2: max == min decides; the mean of eight 0.1 is not 0.1 in float32, which would give -.0074."""
+    for n in range(2, 40):
+        assert (rl.advantages(torch.full((3, n), value), std) == 0).all()
+
+
+def test_a_small_difference_is_a_signal():
+    """G2: a group is not silenced because its standard deviation is small, nor because another group is equal."""
+    a = rl.advantages(torch.tensor([[1., 1., 1., 1 + 2 ** -20], [.1] * 4]))
+    assert a[0, 3] > .3 and (a[0, :3] < -.1).all() and (a[1] == 0).all()
+
+
+def test_signal_probability_is_the_enumeration():
+    """G2: share of the groups drawn from n graded answers that are neither all right nor all wrong, n <= 7."""
+    for n in range(1, 8):
+        for right in range(n + 1):
+            answers = [1] * right + [0] * (n - right)
+            for group in range(1, n + 1):
+                draws = list(itertools.combinations(answers, group))
+                expected = sum(min(d) != max(d) for d in draws) / len(draws)
+                assert abs(rl.signal_probability(n, right, group) - expected) < 1e-12
+
+
+@pytest.mark.parametrize("group, rate, silent", [(8, .01, .92), (8, .05, .66), (32, .01, .73), (32, .05, .19)])
+def test_signal_probability_at_low_success_rates(group, rate, silent):
+    """G2: why RL does nothing in early checkpoints: P(no signal) = p^G + (1-p)^G."""
+    n = 20_000
+    assert abs(1 - rl.signal_probability(n, int(rate * n), group) - silent) < .01
+
+
+# ---- G3, G4, G5: the loss of a token --------------------------------------------------------------------------------
+
+def test_on_policy_gradient_is_reinforce_bitwise():
+    """G3: d/dlogp of -mean(exp(lp - lp.detach())·A), clipped, is -A/N without a rounding error."""
+    gen = generator(0, "test")
+    logp = (-3 * torch.rand(1000, generator=gen)).requires_grad_()
+    advantage = torch.randn(1000, generator=gen)
+    (rl.policy_loss(logp, logp.detach(), advantage, .2, .28).sum() / 1000).backward()
+    other = logp.detach().requires_grad_()
+    (-(other * advantage).sum() / 1000).backward()
+    assert torch.equal(logp.grad, other.grad)
+
+
+def test_one_update_per_batch_is_reinforce_bitwise(gpt, make_batch):
+    """G3: with updates=1 the model's gradient is REINFORCE's, bit for bit, even if recorded ones differ a little."""
+    longest_first = sorted(range(6), key=lambda r: -len(PROMPTS[r] + COMPLETIONS[r]))
+    batch = make_batch(gpt, [PROMPTS[r] for r in longest_first], [COMPLETIONS[r] for r in longest_first], .6, 1e-3)
+    figures, ours = gradient(gpt, batch, ADVANTAGE, config(temperature=.6))
+    gpt.zero_grad(set_to_none=True)
+    ids, target = pack(batch.prompts, batch.completions, PAD)
+    each = torch.cat([ADVANTAGE[r].expand(len(c)) for r, c in enumerate(batch.completions)])
+    (-(completion_logprobs(gpt, ids, target, .6) * each).sum() / len(each)).backward()
+    assert all(torch.equal(ours[name], p.grad) for name, p in gpt.named_parameters())
+    assert figures["ratio"] == 1 and figures["clip_fraction"] == 0
+
+
+@pytest.mark.parametrize("high, first_loss", [(.2, -1.2), (.28, -1.28)])
+def test_clip_truth_table(high, first_loss):
+    """G4: the pessimistic side of the clip: it ends the pull where A > 0 is above and A < 0 below the range."""
+    ratio, advantage = torch.tensor([1.3, 1.3, .7, .7]), torch.tensor([1., -1., 1., -1.])
+    logp = ratio.log().requires_grad_()
+    loss = rl.policy_loss(logp, torch.zeros(4), advantage, .2, high)
+    loss.sum().backward()
+    assert torch.allclose(loss, torch.tensor([first_loss, 1.3, -.7, .8]))
+    assert torch.allclose(logp.grad, torch.tensor([0., 1.3, -.7, 0.]))
+
+
+def test_inside_the_clip_range_nothing_is_clipped():
+    """G4: within [1 - low, 1 + high] the loss is -ratio·A with gradient -ratio·A; the two limits are not mixed up."""
+    ratio, advantage = torch.tensor([.55, .99, 1.05, .55, 1.05]), torch.tensor([2., 2., 2., -2., -2.])
+    logp = ratio.log().requires_grad_()
+    loss = rl.policy_loss(logp, torch.zeros(5), advantage, .5, .1)
+    loss.sum().backward()
+    assert torch.allclose(loss, -ratio * advantage) and torch.allclose(logp.grad, -ratio * advantage)
+
+
+def test_kl_k3_values():
+    """G5: exp(d) - d - 1 with d = reference - policy: 0, .14872, .10653, 4.38906, 1.13534."""
+    d = torch.tensor([0., .5, -.5, 2., -2.])
+    expected = torch.tensor([0., .14872, .10653, 4.38906, 1.13534])
+    assert torch.allclose(rl.kl_k3(torch.full((5,), -3.), -3 + d), expected, atol=1e-5)
+
+
+def test_kl_k3_of_small_differences():
+    """G5: d = 1e-4 in float32 gives d²/2 = 5e-9, where exp(d) - d - 1 gives 0."""
+    assert abs(float(rl.kl_k3(torch.zeros(1), torch.full((1,), 1e-4))) / 5e-9 - 1) < .01
+    assert rl.Config().kl == 0                                           # off by default
+
+
+def test_kl_k3_is_unbiased():
+    """G5: its mean under the policy is KL(policy || reference), for any two distributions."""
+    p, q = torch.tensor([.1, .2, .7]).double(), torch.tensor([.5, .3, .2]).double()
+    assert abs(float((p * rl.kl_k3(p.log(), q.log())).sum() - (p * (p / q).log()).sum())) < 1e-12
+
+
+# ---- G6: token-mean over the whole update ---------------------------------------------------------------------------
+
+def test_the_two_row_example(gpt, make_batch, logprobs_of):
+    """G6: A = [1, -1], lengths [1, 3]: loss .5, d/dlogp -.25 and +.25 per token (a mean per row would give 0)."""
+    batch = make_batch(gpt, [[1, 2], [3]], [[EOS], [4, 5, EOS]])
+    figures, ours = gradient(gpt, batch, torch.tensor([1., -1.]), config())
+    assert abs(figures["loss"] - .5) < 1e-6
+    assert_close(ours, weighted(gpt, logprobs_of, batch, [-.25, .25]))
+
+
+@pytest.mark.parametrize("changes", [{}, {"temperature": .6}, {"updates": 2, "kl": .1, "clip_low": .05}])
+def test_micro_batches_only_sum(gpt, make_gpt, make_batch, changes):
+    """G6: gradients and figures agree for micro-batches of 1 row, some rows and all rows."""
+    reference = make_gpt(1)
+    batch = make_batch(gpt, temperature=changes.get("temperature", 1.), shift=.1)
+    all_rows, expected = gradient(gpt, batch, ADVANTAGE, config(micro_batch=1_000, **changes), reference)
+    for tokens in (1, 10, 20, 30):
+        figures, ours = gradient(gpt, batch, ADVANTAGE, config(micro_batch=tokens, **changes), reference)
+        assert_close(ours, expected)
+        assert figures.keys() == all_rows.keys()
+        for name, value in figures.items():
+            assert abs(value - all_rows[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("temperature", [1., .6])
+def test_gradient_equals_the_sum_over_single_rows(gpt, make_batch, logprobs_of, temperature):
+    """G6, G9: -A/N per token, N all 27 tokens, for finished, truncated and one-token rows alike, T included."""
+    batch = make_batch(gpt, temperature=temperature)
+    figures, ours = gradient(gpt, batch, ADVANTAGE, config(temperature=temperature))
+    n = sum(map(len, COMPLETIONS))
+    assert_close(ours, weighted(gpt, logprobs_of, batch, [-float(a) / n for a in ADVANTAGE], temperature))
+    expected = -sum(float(a) * len(c) for a, c in zip(ADVANTAGE, COMPLETIONS)) / n
+    assert n == 27 and abs(figures["loss"] - expected) < 1e-6
+
+
+def test_skipping_silent_rows_changes_nothing(gpt, make_batch, logprobs_of):
+    """G2: rows without advantage are not computed, but their tokens stay in the denominator of all figures."""
+    advantage = torch.tensor([1.5, 0., 0., -.5, 0., -1.])
+    batch = make_batch(gpt)
+    rows_computed, original = [], gpt.hidden
+    gpt.hidden = lambda ids, *rest: (rows_computed.append(len(ids)), original(ids, *rest))[1]
+    figures, ours = gradient(gpt, batch, advantage, config())
+    gpt.hidden = original
+    assert sum(rows_computed) == 3
+    assert_close(ours, weighted(gpt, logprobs_of, batch, [-float(a) / 27 for a in advantage]))
+    assert abs(figures["loss"] - (-1.5 * 3 + .5 * 1 + 1. * 8) / 27) < 1e-6
+
+
+def test_rows_of_an_update_have_their_own_denominator(gpt, make_batch, logprobs_of):
+    """G6: the denominator counts the tokens of the rows of this optimizer step, none of the others."""
+    batch = make_batch(gpt)
+    _, ours = gradient(gpt, batch, ADVANTAGE, config(), rows=range(2, 4))
+    assert_close(ours, weighted(gpt, logprobs_of, batch, [0., 0., .5 / 9, -.8 / 9, 0., 0.]))
+
+
+def test_gradients_add_up(gpt, make_batch):
+    """G6: policy_gradient adds to .grad, so that two calls give the sum."""
+    batch, c = make_batch(gpt), config()
+    _, once = gradient(gpt, batch, ADVANTAGE, c)
+    rl.policy_gradient(gpt, gpt, batch, ADVANTAGE, range(6), c, PAD)
+    assert_close({name: p.grad for name, p in gpt.named_parameters()}, {name: 2 * g for name, g in once.items()})
+
+
+# ---- several updates per batch --------------------------------------------------------------------------------------
+
+def test_several_updates_use_the_recorded_logprobs(gpt, make_batch, logprobs_of):
+    """G3: with updates=2 the ratio is exp(logp - recorded) = e^.1 here, and weighs every token's gradient."""
+    batch = make_batch(gpt, temperature=.6, shift=.1)
+    figures, ours = gradient(gpt, batch, ADVANTAGE, config(updates=2, temperature=.6))
+    assert abs(figures["ratio"] - math.exp(.1)) < 1e-5 and figures["clip_fraction"] == 0
+    expected = [-math.exp(.1) * float(a) / 27 for a in ADVANTAGE]
+    assert_close(ours, weighted(gpt, logprobs_of, batch, expected, .6), 3e-6)
+
+
+@pytest.mark.parametrize("shift, clipped", [(.3, (0, 3, 5)), (-.3, (1, 2, 4))])
+def test_clipped_rows_have_no_gradient(gpt, make_batch, logprobs_of, shift, clipped):
+    """G4, G6: ratio e^.3 > 1.2 ends the pull up, e^-.3 < .8 the pull down; the share counts all 27 tokens."""
+    batch = make_batch(gpt, shift=shift)
+    figures, ours = gradient(gpt, batch, ADVANTAGE, config(updates=2))
+    weights = [0. if r in clipped else -math.exp(shift) * float(a) / 27 for r, a in enumerate(ADVANTAGE)]
+    assert_close(ours, weighted(gpt, logprobs_of, batch, weights), 3e-6)
+    assert abs(figures["clip_fraction"] - sum(len(COMPLETIONS[r]) for r in clipped) / 27) < 1e-6
+
+
+def test_the_clip_fraction_counts_silent_tokens_too(gpt, make_batch):
+    """G6: logged figures have the denominator of the loss: 3 clipped tokens of 27, though 3 were computed."""
+    figures, _ = gradient(gpt, make_batch(gpt, shift=.3), torch.tensor([1., 0, 0, 0, 0, 0]), config(updates=2))
+    assert abs(figures["clip_fraction"] - 3 / 27) < 1e-6 and abs(figures["loss"] + 1.2 * 3 / 27) < 1e-6
+
+
+def test_the_second_update_is_off_policy(gpt, make_batch, logprobs_of):
+    """G3: after an optimizer step the ratio to the recorded log-probabilities is no longer 1."""
+    batch, c = make_batch(gpt), config(updates=2)
+    first, _ = gradient(gpt, batch, ADVANTAGE, c, rows=range(0, 4))
+    torch.optim.SGD(gpt.parameters(), lr=.1).step()
+    second, _ = gradient(gpt, batch, ADVANTAGE, c, rows=range(4, 6))
+    now = torch.cat([logprobs_of(gpt, PROMPTS[r], COMPLETIONS[r]).detach() for r in (4, 5)])
+    ratio = float((now - torch.cat(batch.logprobs[4:])).exp().mean())
+    assert abs(first["ratio"] - 1) < 1e-5 and abs(ratio - 1) > .01 and abs(second["ratio"] - ratio) < 1e-5
+
+
+# ---- the KL penalty -------------------------------------------------------------------------------------------------
+
+def test_kl_penalty_reaches_all_rows(gpt, make_gpt, make_batch, logprobs_of):
+    """G5: with kl > 0 silent rows are computed too; each token adds kl·(1 - exp(reference - logp))/N."""
+    reference, batch = make_gpt(1), make_batch(gpt, temperature=.6)
+    advantage = torch.tensor([1., -1., 0., 0., 0., 0.])
+    figures, ours = gradient(gpt, batch, advantage, config(kl=.5, temperature=.6), reference)
+    differences = [(logprobs_of(reference, p, c, .6) - old).detach()
+                   for p, c, old in zip(PROMPTS, COMPLETIONS, batch.logprobs)]
+    weights = [(-a + .5 * (1 - d.exp())) / 27 for a, d in zip(advantage, differences)]
+    assert_close(ours, weighted(gpt, logprobs_of, batch, weights, .6), 3e-6)
+    d = torch.cat(differences).double()
+    assert abs(figures["kl_penalty"] - float((d.exp() - d - 1).mean())) < 1e-5
+    assert all(p.grad is None for p in reference.parameters())
+
+
+def test_kl_penalty_alone_is_a_signal(gpt, make_gpt, make_batch):
+    """G5, G11: without any advantage the penalty still pulls, away from the start; at the start it is zero."""
+    batch = make_batch(gpt)
+    figures, grads = gradient(gpt, batch, torch.zeros(6), config(kl=.1), make_gpt(1))
+    assert figures["kl_penalty"] > .01 and float(grads["head.weight"].abs().max()) > 1e-4
+    figures, grads = gradient(gpt, batch, torch.zeros(6), config(kl=.1), copy.deepcopy(gpt))
+    assert abs(figures["kl_penalty"]) < 1e-9 and float(grads["head.weight"].abs().max()) < 1e-6
+
+
+def test_kl_to_start_compares_with_the_recorded_logprobs(gpt, make_gpt, make_batch, logprobs_of):
+    """G5: the logged KL is the k3 mean per token of recorded against start log-probabilities, both at T."""
+    batch, start, c = make_batch(gpt, temperature=.6), make_gpt(1), config(temperature=.6)
+    with torch.inference_mode():
+        d = torch.cat([logprobs_of(start, p, x, .6) - old
+                       for p, x, old in zip(PROMPTS, COMPLETIONS, batch.logprobs)]).double()
+    assert abs(rl.kl_to_start(start, batch, c, PAD) - float((d.exp() - d - 1).mean())) < 1e-4
+    assert rl.kl_to_start(gpt, batch, c, PAD) < 1e-9
+
+
+# ---- G7, G9: EOS and truncation -------------------------------------------------------------------------------------
+
+def test_eos_is_trained(gpt, make_batch):
+    """G7: a rewarded completion [7, EOS] raises both its tokens; EOS itself has a gradient of -A(1 - p)/2."""
+    batch, original, seen = make_batch(gpt, [[1, 2]], [[7, EOS]]), gpt.logits, []
+
+    def logits(hidden):
+        seen.append(original(hidden))
+        seen[-1].retain_grad()
+        return seen[-1]
+    gpt.logits = logits
+    gradient(gpt, batch, torch.tensor([1.]), config())
+    p = seen[0].detach().softmax(-1)
+    assert torch.allclose(seen[0].grad[[0, 1], [7, EOS]], -(1 - p[[0, 1], [7, EOS]]) / 2, atol=1e-6)
+
+
+# ---- G10: groups ----------------------------------------------------------------------------------------------------
+
+def test_advantages_follow_their_rows():
+    """G10: shuffling rows within groups, or whole groups, shuffles the advantages likewise."""
+    rewards = (torch.rand(6, 8, generator=generator(0, "test")) < .3).float()
+    a, gen = rl.advantages(rewards), generator(1, "test")
+    for _ in range(5):
+        groups, columns = torch.randperm(6, generator=gen), torch.randperm(8, generator=gen)
+        assert torch.allclose(rl.advantages(rewards[groups][:, columns]), a[groups][:, columns], atol=1e-6)
+
+
+def test_gradient_does_not_depend_on_the_order_of_rows(gpt, make_batch):
+    """G10: rows and their advantages in another order give the same gradient, whatever the sorting by length."""
+    _, expected = gradient(gpt, make_batch(gpt, shift=.1), ADVANTAGE, config(updates=2, micro_batch=20))
+    for seed in range(4):
+        order = torch.randperm(6, generator=generator(seed, "order")).tolist()
+        batch = make_batch(gpt, [PROMPTS[r] for r in order], [COMPLETIONS[r] for r in order], shift=.1)
+        _, ours = gradient(gpt, batch, ADVANTAGE[order], config(updates=2, micro_batch=20))
+        assert_close(ours, expected, 3e-6)
+
+
+def digits(tokenizer, model_of, wrong=.5, **table):
+    """A model that answers '#### 7' or '#### 8' to everything; wrong is the probability of 8."""
+    four, newline, space = tokenizer.encode("####")[0], 10, 32
+    rows = {newline: {four: 1.}, four: {space: 1.}, space: {ord("7"): 1 - wrong, ord("8"): wrong},
+            ord("7"): {tokenizer.eos: 1.}, ord("8"): {tokenizer.eos: 1.}}
+    return model_of(rows | {table.get("start", newline): table.get("follows", rows[newline])}, tokenizer.n_vocab)
+
+
+def test_a_duplicated_problem_stays_two_groups(answer_tokenizer, bigram):
+    """G10: the same question twice, with other answers: row p·G + g is graded against problem p's own answer."""
+    model = digits(answer_tokenizer, bigram, wrong=0.)
+    problems = [{"question": "x", "answer": a} for a in ("8", "7", "7", "8")]
+    batch = rl.collect(model, answer_tokenizer, problems, 3, config(max_new=6), generator(0, "test"))
+    assert batch.rewards.tolist() == [[0.] * 3, [1.] * 3, [1.] * 3, [0.] * 3]
+    assert batch.grades == ["wrong"] * 3 + ["right"] * 6 + ["wrong"] * 3
+    assert batch.texts == ["#### 7"] * 12 and batch.prompts == [answer_tokenizer.encode("x\n")] * 12
+
+
+def test_collect_records_what_was_sampled(answer_tokenizer, bigram):
+    """G7, G8, G13: completions with EOS, log-probabilities per token, and entropy ln 2 in one of four tokens."""
+    model = digits(answer_tokenizer, bigram)
+    problems = [{"question": "a", "answer": "7"}, {"question": "bb", "answer": "8"}]
+    batch = rl.collect(model, answer_tokenizer, problems, 200, config(max_new=8), generator(0, "test"))
+    four = answer_tokenizer.encode("####")[0]
+    assert all(c in ([four, 32, ord(d), answer_tokenizer.eos] for d in "78") for c in batch.completions)
+    expected = torch.tensor([0., 0., math.log(.5), 0.])
+    assert all(torch.allclose(x, expected, atol=1e-4) for x in batch.logprobs)
+    assert abs(batch.entropy - math.log(2) / 4) < 1e-4 and batch.truncated == 0
+    assert (abs(batch.rewards.mean(1) - .5) < .12).all()
+    assert [g == "right" for g in batch.grades] == batch.rewards.flatten().bool().tolist()
+
+
+def test_collect_at_a_temperature(answer_tokenizer, bigram):
+    """G8: rollouts at T=.5 turn .8/.2 into 16/17 and 1/17, in what is drawn, recorded and counted as entropy."""
+    model = digits(answer_tokenizer, bigram, wrong=.2)
+    problems = [{"question": "a", "answer": "7"}]
+    batch = rl.collect(model, answer_tokenizer, problems, 400, config(max_new=8, temperature=.5), generator(0, "t"))
+    assert abs(float(batch.rewards.mean()) - 16 / 17) < .04
+    for grade, logp in zip(batch.grades, batch.logprobs):
+        assert abs(float(logp[2].exp()) - (16 if grade == "right" else 1) / 17) < 1e-4
+    entropy = -(16 / 17 * math.log(16 / 17) + math.log(1 / 17) / 17)
+    assert abs(batch.entropy - entropy / 4) < 1e-4
+
+
+def test_truncated_answers(answer_tokenizer, bigram):
+    """G9: cut off before EOS an answer is not complete ('#### 7' may go on to 78): reward 0, and it is counted."""
+    model = digits(answer_tokenizer, bigram, wrong=0.)
+    problems = [{"question": "a", "answer": "7"}]
+    batch = rl.collect(model, answer_tokenizer, problems, 4, config(max_new=3), generator(0, "test"))
+    assert batch.truncated == 1 and batch.texts == ["#### 7"] * 4
+    assert batch.rewards.tolist() == [[0.] * 4] and batch.grades == ["unparsed"] * 4
+    assert [len(c) for c in batch.completions] == [3] * 4 and all(len(x) == 3 for x in batch.logprobs)
+
+
+def test_truncated_share_counts_rollouts(monkeypatch, answer_tokenizer, bigram):
+    """G9: one of four rollouts cut off is .25; one that gave a complete answer and went on keeps its reward."""
+    model, eos = digits(answer_tokenizer, bigram), answer_tokenizer.eos
+    rows = [answer_tokenizer.encode(text) for text in ("#### 7", "#### 8", "#### 7\n", "x")]
+    rows = [row if i == 2 else row + [eos] for i, row in enumerate(rows)]
+    tokens = torch.tensor([row + [0] * (4 - len(row)) for row in rows])
+    out = Rollouts(tokens, torch.tensor([len(r) for r in rows]), torch.tensor([True, True, False, True]),
+                   torch.zeros(4, 4), torch.tensor([[.1, .2, .3, .4], [1., 1., 1., 1.], [.5] * 4, [2., 2., 0., 0.]]))
+    monkeypatch.setattr(rl, "sample", lambda *args, **kwargs: out)
+    batch = rl.collect(model, answer_tokenizer, [{"question": "a", "answer": "7"}], 4, config(), generator(0, "t"))
+    assert batch.truncated == .25 and batch.rewards.tolist() == [[1., 0., 1., 0.]]
+    assert batch.grades == ["right", "wrong", "right", "unparsed"]
+    assert abs(batch.entropy - (1. + 4. + 2. + 4.) / 14) < 1e-6          # per token, not per row
+    assert batch.completions == rows
+
+
+# ---- G11, G12: steps ------------------------------------------------------------------------------------------------
+
+def test_no_signal_leaves_no_gradient(gpt, make_batch):
+    """G11: all advantages 0: None, and every .grad is None, not zero."""
+    figures, grads = gradient(gpt, make_batch(gpt), torch.zeros(6), config())
+    assert figures is None and all(g is None for g in grads.values())
+    figures, grads = gradient(gpt, make_batch(gpt), ADVANTAGE.where(torch.arange(6) < 4, 0.), config(), rows=range(4, 6))
+    assert figures is None and all(g is None for g in grads.values())
+
+
+@pytest.fixture
+def run_rl(tmp_path):
+    """run_rl(model, tokenizer, answers, **options) -> (model before, model after, lines of the log)."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(model, tokenizer, answers, **changes):
+        for split in ("train", "val"):
+            lines = [json.dumps({"question": f"{split} {i}", "answer": a}) for i, a in enumerate(answers)]
+            (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+        save_checkpoint(tmp_path / "start.pt", model, tokenizer, [])
+        c = rl.Config(init=str(tmp_path / "start.pt"), data=str(tmp_path), out=str(tmp_path / "run"), max_new=8,
+                      eval_problems=2, eval_samples=2, device="cpu", threads=1, **changes)
+        before = load_model(c.init)[0]
+        after = load_model(rl.train(c))[0]
+        return before, after, [json.loads(x) for x in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    yield run
+    for sign, handler in handlers.items():
+        signal.signal(sign, handler)
+
+
+def test_no_signal_no_step(run_rl, answer_tokenizer, bigram):
+    """G11: two right steps and then only silent ones: momentum and weight decay must not move the model."""
+    model = digits(answer_tokenizer, bigram, wrong=1.)
+    before, after, log = run_rl(model, answer_tokenizer, ["7", "7"], n_problems=2, rollouts=4, steps=3,
+                                weight_decay=.1, lr=.1)
+    assert [x["signal"] for x in log if "signal" in x] == [0., 0., 0.] and log[-2]["updates"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
+
+
+def test_the_log_has_the_figures_of_the_batch(run_rl, answer_tokenizer, bigram):
+    """G2, G9, G13: reward, share of groups with a signal, unparsed, truncated and entropy of the sampled batch."""
+    model = digits(answer_tokenizer, bigram, wrong=.3)
+    before, after, log = run_rl(model, answer_tokenizer, ["7", "8", "7", "9", "7", "8"], n_problems=6, rollouts=3,
+                                steps=1, seed=3)
+    problems = [{"question": f"train {i}", "answer": a} for i, a in enumerate("787978")]
+    chosen = [problems[i] for i in batch_indices(6, 6, 0, 3)]
+    batch = rl.collect(before, answer_tokenizer, chosen, 3, config(max_new=8), generator(3, "rollouts", 0))
+    signals = sum(0 < sum(group) < 3 for group in batch.rewards.tolist()) / 6
+    expected = {"reward": sum(batch.grades[r] == "right" for r in range(18)) / 18, "signal": signals,
+                "unparsed": 0., "truncated": 0., "entropy": batch.entropy, "length": 4.}
+    assert 0 < signals < 1
+    for name, value in expected.items():
+        assert abs(log[0][name] - value) < 1e-6, name
+    assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
+    assert len(load_problems(f"{log and before and 'data'}") if False else problems) == 6
+
+
+def test_parameters_are_fp32(gpt):
+    """G12: an AdamW step of lr 1e-6 moves fp32 parameters, and none in bf16, where 1 + 1e-6 is 1."""
+    assert all(p.dtype == torch.float32 for p in gpt.parameters())
+    half = copy.deepcopy(gpt).bfloat16()
+    for model, moves in ((gpt, True), (half, False)):
+        model.embed.weight.data.fill_(.02)
+        before = copy.deepcopy(model.state_dict())
+        optimizer = torch.optim.AdamW([model.embed.weight, model.norm], lr=1e-6, weight_decay=0.)
+        for p in (model.embed.weight, model.norm):
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert all(torch.equal(before[name], model.state_dict()[name]) != moves for name in ("embed.weight", "norm"))
+
+
+def test_bf16_through_autocast_only(gpt, make_batch):
+    """G12: under autocast parameters and gradients stay fp32, and the gradient is that of fp32 within 5 %."""
+    batch = make_batch(gpt)
+    _, exact = gradient(gpt, batch, ADVANTAGE, config())
+    with torch.autocast("cpu", torch.bfloat16):
+        figures, rough = gradient(gpt, batch, ADVANTAGE, config())
+    for name in exact:
+        assert rough[name].dtype == torch.float32
+        assert float((rough[name] - exact[name]).norm()) < .05 * float(exact[name].norm()) + 1e-6
+
+
+# ---- does it learn? -------------------------------------------------------------------------------------------------
+
+def test_thirty_steps_raise_the_rewarded_token(make_gpt):
+    """GRPO: thirty steps on one-token answers turn a token of probability .09 into the likely answer."""
+    model: GPT = make_gpt(vocab_size=16, n_vocab=11)
+    prompts, wanted, group = [[1], [2, 3], [4]], [7, 3, 5], 16
+    optimizer, c = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.), config()
+
+    def probability():
+        with torch.inference_mode():
+            return sum(float(model(torch.tensor([p]))[0, -1].softmax(-1)[w]) for p, w in zip(prompts, wanted)) / 3
+    start = probability()
+    for step in range(30):
+        out = sample(model, prompts, group, 1, 10, 9, generator(0, "rollouts", step))
+        rewards = (out.tokens.view(3, group) == torch.tensor(wanted)[:, None]).float()
+        batch = rl.Batch([p for p in prompts for _ in range(group)], out.completions(), list(out.logprobs),
+                         [""] * 48, [""] * 48, rewards, 0., 0.)
+        if rl.policy_gradient(model, model, batch, rl.advantages(rewards).flatten(), range(48), c, 9):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    assert start < .2 and probability() > .8

@@ -1,0 +1,139 @@
+"""A small data set and checkpoints that several test files share, made once per session in a temporary folder;
+and the scripts run as a person runs them, inside this process (fast) or as a process of their own (real)."""
+import atexit
+import functools
+import io
+import json
+import os
+import random
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import pretrain
+from data import prepare
+
+ROOT = Path(__file__).resolve().parent.parent
+LONG = bool(os.environ.get("EARLYBIRD_LONG"))
+DATA_OPTIONS = dict(tokens=150_000, val_tokens=6_000, train_problems=400, eval_problems=100, benchmark_items=200)
+
+
+@functools.cache
+def folder() -> Path:
+    path = Path(tempfile.mkdtemp(prefix="earlybird-tests-"))
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
+
+
+def quietly(function, config):
+    """function(config) without its output, and with the signal handlers of pytest afterwards."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            return function(config)
+    finally:
+        for sign, handler in handlers.items():
+            signal.signal(sign, handler)
+
+
+@functools.cache
+def data() -> Path:
+    """150 k tokens, 400 train problems, 100 easy and 100 hard ones in val and in test, 200 items per benchmark."""
+    out = folder() / "data"
+    quietly(prepare.prepare, prepare.Config(out=str(out), **DATA_OPTIONS))
+    return out
+
+
+@functools.cache
+def other_data() -> Path:
+    """A tiny data set of another seed with another tokenizer."""
+    out = folder() / "other_data"
+    quietly(prepare.prepare, prepare.Config(out=str(out), seed=5, vocab_size=280, tokens=3_000, val_tokens=1_000,
+                                            train_problems=20, eval_problems=5, benchmark_items=5))
+    return out
+
+
+PRETRAIN = dict(size="0.3M", context=128, batch=4, micro_batch=2, tokens=1_536, checkpoints_at=(512, 1_536),
+                warmup=1, eval_every=1_000, save_every=1_000, threads=1)
+
+
+@functools.cache
+def base() -> Path:
+    """A checkpoint after three updates: it knows nothing, but it is whole."""
+    return Path(quietly(pretrain.train, pretrain.Config(data=str(data()), out=str(folder() / "base"), **PRETRAIN)))
+
+
+def texts(tokenizer, shard: Path) -> list[str]:
+    """The decoded texts of a shard. The last one may be cut off and is left out."""
+    ids = torch.frombuffer(bytearray(shard.read_bytes()), dtype=torch.uint16).tolist()
+    out, start = [], 0
+    for i, token in enumerate(ids):
+        if token == tokenizer.eos:
+            out.append(tokenizer.decode(ids[start:i]))
+            start = i + 1
+    return out
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def snapshot(path: Path) -> dict[str, bytes]:
+    """Name -> content of every file below a folder (the lock, which is empty, aside)."""
+    path = Path(path)
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*"))
+            if p.is_file() and p.name != ".lock"}
+
+
+@dataclass
+class Outcome:
+    status: int         # exit status
+    message: str        # the error: what sys.exit was given, or all of stderr
+    out: str            # stdout
+
+
+class _Stdin(io.StringIO):
+    """Text to read in place of the keyboard."""
+
+
+def run_here(script: str, *argv: object, stdin: str = "") -> Outcome:
+    """`python SCRIPT ARGV...` inside this process. An exception other than SystemExit passes through: a bug."""
+    path = ROOT / script
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    saved = sys.argv, sys.stdin, random.getstate(), list(sys.path)
+    out, err, status, message = io.StringIO(), io.StringIO(), 0, ""
+    sys.argv, sys.stdin = [str(path), *map(str, argv)], _Stdin(stdin)
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            runpy.run_path(str(path), run_name="__main__")
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            status, message = 1, stop.code
+        else:
+            status, message = stop.code or 0, err.getvalue().strip()
+    finally:
+        sys.argv, sys.stdin = saved[0], saved[1]
+        random.setstate(saved[2])
+        sys.path[:] = saved[3]
+        for sign, handler in handlers.items():
+            signal.signal(sign, handler)
+    return Outcome(status, message, out.getvalue())
+
+
+def environment(**more: str) -> dict[str, str]:
+    return os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"} | more
+
+
+def run_process(script: str, *argv: object, stdin: str = "", **options) -> Outcome:
+    """`python SCRIPT ARGV...` as a process of its own."""
+    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, argv)], input=stdin, text=True, cwd=ROOT,
+                          capture_output=True, timeout=120, env=environment(), **options)
+    return Outcome(done.returncode, done.stderr.strip(), done.stdout)
