@@ -6,6 +6,7 @@ Axes: B rows, T positions, V vocabulary, L layers, H heads, D size of a head, P 
 Left out: dropout, biases, weight tying (OLMo-2 has none of them) and grouped-query attention (not needed at 1B).
 """
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -43,14 +44,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class Cache:
     """Keys and values of everything decoded so far: two tensors (L, B·H, capacity, D), filled up to `length`.
+    The first `padding` (B,) columns of a row are padding, which no query may see.
 
-    The decode step attends over the whole capacity, unfilled columns masked: a product with a contiguous tensor is
-    several times faster on a CPU than one with a slice of it. The capacity therefore grows in small steps."""
+    The decode step attends over the whole capacity, unfilled columns masked: on a CPU a product with a contiguous
+    tensor is several times faster than one with a slice of it. The capacity therefore grows in small steps."""
 
-    def __init__(self, c: ModelConfig, batch: int, capacity: int, device: torch.device):
-        self.heads, self.length = c.n_heads, 0
-        shape = (c.n_layers, batch * c.n_heads, capacity, c.d_model // c.n_heads)
-        self.k, self.v = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
+    def __init__(self, c: ModelConfig, padding: Tensor, capacity: int = 0):
+        self.heads, self.length, self.padding = c.n_heads, 0, padding
+        shape = (c.n_layers, len(padding) * c.n_heads, capacity, c.d_model // c.n_heads)
+        self.k, self.v = torch.zeros(shape, device=padding.device), torch.zeros(shape, device=padding.device)
 
     def room(self, columns: int) -> int:
         """Make room for so many further columns; returns the capacity."""
@@ -59,15 +61,16 @@ class Cache:
             self.k, self.v = (F.pad(x, (0, 0, 0, max(16, missing))) for x in (self.k, self.v))
         return self.k.shape[2]
 
-    def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v (B, H, T, D) to a layer; returns all keys and values (B, H, capacity, D). `length` stays."""
-        columns = slice(self.length, self.length + k.shape[2])
-        every = tuple(x[layer].unflatten(0, (-1, self.heads)) for x in (self.k, self.v))
-        every[0][:, :, columns], every[1][:, :, columns] = k, v
-        return every
+    def store(self, layer: int, *new: Tensor) -> list[Tensor]:
+        """Append a layer's k, v (B, H, T, D); returns all of them (B, H, capacity, D). `length` stays."""
+        whole = [x[layer].unflatten(0, (-1, self.heads)) for x in (self.k, self.v)]
+        for x, y in zip(whole, new):
+            x[:, :, self.length:self.length + y.shape[2]] = y
+        return whole
 
     def select(self, rows: Tensor) -> None:
         """Keep (or repeat) these rows, in this order."""
+        self.padding = self.padding[rows]
         self.k, self.v = (x.unflatten(1, (-1, self.heads)).index_select(1, rows).flatten(1, 2)
                           for x in (self.k, self.v))
 
@@ -119,26 +122,21 @@ class GPT(nn.Module):
         self.register_buffer("cos", angles.cos(), persistent=False)      # (context, D/2), fp32
         self.register_buffer("sin", angles.sin(), persistent=False)
 
-    def hidden(self, ids: Tensor, cache: Cache | None = None, seen: Tensor | None = None) -> Tensor:
+    def hidden(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """Final hidden states (B, T, d_model) of ids (B, T), which follow what the cache holds.
 
-        `seen` (B, columns) is False at columns of the cache that hold padding; None: there is none. With a cache the
-        mask is explicit, as the causal flag of PyTorch aligns top-left when there are more keys than queries."""
-        start = 0 if cache is None else cache.length
-        end = start + ids.shape[1]
+        With a cache the mask is explicit: PyTorch's causal flag aligns top-left when keys outnumber queries."""
+        T, start = ids.shape[1], cache.length if cache else 0
         mask = None
         if cache is not None:
-            capacity = cache.room(ids.shape[1])
-            mask = torch.ones(ids.shape[1], capacity, dtype=torch.bool, device=ids.device).tril(start)   # (T, capacity)
-            if seen is not None:                                         # a padding query still looks at itself
-                known = F.pad(seen, (0, max(0, capacity - seen.shape[1])))[:, None, None, :capacity]
-                itself = torch.eye(ids.shape[1], capacity, dtype=torch.bool, device=ids.device) if start == 0 else False
-                mask = mask & known | itself                             # (B, 1, T, capacity)
+            key, query = torch.arange(cache.room(T), device=ids.device), torch.arange(start, start + T, device=ids.device)
+            known = key >= cache.padding[:, None, None, None]            # (B, 1, 1, capacity)
+            mask = (key <= query[:, None]) & known | (key == query[:, None])   # (B, 1, T, capacity); padding sees itself
         x = self.embed(ids)
         for layer, block in enumerate(self.blocks):
-            x = block(x, self.cos[start:end], self.sin[start:end], mask, cache, layer)
+            x = block(x, self.cos[start:start + T], self.sin[start:start + T], mask, cache, layer)
         if cache is not None:
-            cache.length = end
+            cache.length += T
         return rms_norm(x, self.norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -158,9 +156,8 @@ class GPT(nn.Module):
 
 # ---- sampling -----------------------------------------------------------------------------------------------------
 
-@dataclass
-class Rollouts:
-    """B = P·G sampled completions; row p·G + g is rollout g of prompt p. Columns past a row's length are padding."""
+class Rollouts(NamedTuple):
+    """B = P·G sampled completions; row p·G + g is rollout g of prompt p. Columns past its length are padding."""
     tokens: Tensor      # (B, max_new) int64, EOS included where it was generated
     lengths: Tensor     # (B,) number of generated tokens, EOS included
     finished: Tensor    # (B,) bool: generated EOS within max_new tokens
@@ -173,84 +170,71 @@ class Rollouts:
 
 @torch.inference_mode()
 def sample(model: GPT, prompts: list[list[int]], group: int, max_new: int, eos: int, pad: int,
-           generator: torch.Generator, temperature: float = 1.0, compact: bool = True, block: int = 1024) -> Rollouts:
-    """Sample `group` completions of every prompt from softmax(logits / temperature); temperature 0 is greedy.
+           generator: torch.Generator, temperature: float = 1.0, compact: bool = True,
+           block: int = 1024) -> Rollouts:
+    """Sample `group` completions of every prompt from softmax(logits / temperature); 0 is greedy.
 
-    Every prompt is computed once and its cache repeated for the group; finished rows leave the batch. Each token is
-    drawn by inverse CDF from a uniform number u[row, t] drawn beforehand, so that neither the order of rows, nor
-    blocks, nor compaction changes what is sampled. At most `block` rows are decoded at a time, which bounds memory.
+    Prompts of similar length are decoded together, at most `block` rows at a time, which bounds memory. The uniform
+    numbers behind row r are the same wherever and beside whatever it is decoded. Results are on the CPU.
     Raises ValueError if a prompt is empty or leaves no room for max_new tokens in the context."""
-    longest = max(map(len, prompts))
-    if min(map(len, prompts)) == 0 or longest + max_new > model.config.context:
-        raise ValueError(f"prompts must have 1 to {model.config.context - max_new} tokens (context "
-                         f"{model.config.context}, of which {max_new} are for the answer), found up to {longest}")
-    device = model.head.weight.device
-    rows = len(prompts) * group
-    u = torch.rand(rows, max_new, generator=generator)                   # on the CPU: the same on every device
-    out = Rollouts(torch.full((rows, max_new), pad), torch.full((rows,), max_new), torch.zeros(rows, dtype=torch.bool),
-                   torch.zeros(rows, max_new), torch.zeros(rows, max_new))
-    by_length = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
-    per_block = max(1, block // group)
-    for i in range(0, len(prompts), per_block):
-        chosen = by_length[i:i + per_block]
-        index = torch.tensor([p * group + g for p in chosen for g in range(group)])
-        part = sample_block(model, [prompts[p] for p in chosen], group, max_new, eos, pad, u[index].to(device),
-                            temperature, compact)
-        for name, value in vars(part).items():
-            getattr(out, name)[index] = value.cpu()
-    return out
+    longest, room = max(map(len, prompts)), model.config.context - max_new
+    if min(map(len, prompts)) == 0 or longest > room:
+        raise ValueError(f"prompts must have 1 to {room} tokens (context {model.config.context}, of which {max_new} "
+                         f"are for the answer), found up to {longest}")
+    u = torch.rand(len(prompts), group, max_new, generator=generator)    # on the CPU: the same on every device
+    order = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
+    parts = []
+    for i in range(0, len(order), max(1, block // group)):
+        chosen = order[i:i + max(1, block // group)]
+        uniform = u[chosen].flatten(0, 1).to(model.head.weight.device)   # (rows of the block, max_new)
+        parts.append(decode(model, [prompts[p] for p in chosen], group, eos, pad, uniform, temperature, compact))
+    rank = torch.tensor(order).argsort()                                 # back into the order of the prompts
+    return Rollouts(*(torch.cat(x).unflatten(0, (-1, group))[rank].flatten(0, 1) for x in zip(*parts)))
 
 
-def sample_block(model: GPT, prompts: list[list[int]], group: int, max_new: int, eos: int, pad: int, u: Tensor,
-                 temperature: float, compact: bool) -> Rollouts:
-    """`sample` for prompts that fit into memory at once; u (B, max_new) are the uniform numbers."""
-    device, width = u.device, max(map(len, prompts))
+def decode(model: GPT, prompts: list[list[int]], group: int, eos: int, pad: int, u: Tensor, temperature: float,
+           compact: bool) -> Rollouts:
+    """`sample` for B = P·G rows at once, from uniform numbers u (B, max_new).
+
+    Every prompt is computed once and its cache repeated for the group. Finished rows leave the batch now and then.
+    Tokens are drawn by inverse CDF: compaction and the order of rows do not change what is sampled."""
+    (B, max_new), device, width = u.shape, u.device, max(map(len, prompts))
     # Prompts are padded on the left, so that all rows write the same column of the cache. Rotary positions are
     # relative: counting a row's positions from its padding on changes no attention score.
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)            # (P, T)
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)           # (P, T)
     padding = torch.tensor([width - len(p) for p in prompts], device=device)
-    seen = torch.arange(width + max_new, device=device) >= padding[:, None] if padding.any() else None
-    cache = Cache(model.config, len(prompts), width, device)
-    hidden = model.hidden(ids, cache, seen)[:, -1]                       # (P, d_model)
-
+    cache = Cache(model.config, padding)
     rows = torch.arange(len(prompts), device=device).repeat_interleave(group)
-    hidden, seen = hidden[rows], seen if seen is None else seen[rows]
+    hidden = model.hidden(ids, cache)[rows, -1]                          # (B, d_model)
     cache.select(rows)
-    B = len(rows)
-    alive = torch.arange(B, device=device)                               # row of the output that each live row fills
-    out = Rollouts(torch.full((B, max_new), pad, device=device), torch.full((B,), max_new, device=device),
-                   torch.zeros(B, dtype=torch.bool, device=device), torch.zeros(B, max_new, device=device),
-                   torch.zeros(B, max_new, device=device))
+    alive = torch.arange(B, device=device)                               # the output row of each row in the batch
+    tokens = torch.full((B, max_new), pad, device=device)
+    logprobs, entropy = torch.zeros(B, max_new, device=device), torch.zeros(B, max_new, device=device)
+    lengths, finished = torch.full((B,), max_new, device=device), torch.zeros(B, dtype=torch.bool, device=device)
     for t in range(max_new):
-        logits = model.logits(hidden).float() / (temperature or 1.0)     # (B, V)
-        logp = logits.log_softmax(-1)
+        logp = (model.logits(hidden).float() / (temperature or 1.0)).log_softmax(-1)              # (B, V)
         p = logp.exp()
         if temperature == 0:
-            token = logits.argmax(-1)
-        else:
-            cdf = p.cumsum(-1)                                           # right=True: the first entry above u·total
+            token = logp.argmax(-1)
+        else:                                                            # right=True: first entry above u · total
+            cdf = p.cumsum(-1)
             token = torch.searchsorted(cdf, u[alive, t, None] * cdf[:, -1:], right=True).squeeze(-1)
-            token = token.clamp_(max=logits.shape[-1] - 1)
-        finished = token == eos
-        out.tokens[alive, t] = token
-        out.logprobs[alive, t] = logp.gather(-1, token[:, None]).squeeze(-1)
-        out.entropy[alive, t] = -(p * logp).sum(-1)
-        # a row that has finished but is still in the batch writes on past its end: cut off below
-        first = finished & ~out.finished[alive]
-        out.lengths[alive[first]] = t + 1
-        out.finished[alive[first]] = True
-        done = out.finished[alive]
-        left = int((~done).sum())
-        if left == 0 or t == max_new - 1:
+            token = token.clamp_(max=logp.shape[-1] - 1)
+        tokens[alive, t] = token
+        logprobs[alive, t] = logp.gather(-1, token[:, None]).squeeze(-1)
+        entropy[alive, t] = -(p * logp).sum(-1)
+        ended = alive[(token == eos) & ~finished[alive]]
+        lengths[ended], finished[ended] = t + 1, True
+        left = (~finished[alive]).nonzero().squeeze(-1)
+        if len(left) == 0 or t == max_new - 1:
             break
-        if compact and left <= .8 * len(alive):                          # copying the cache is worth it now and then
-            keep = (~done).nonzero().squeeze(-1)
-            alive, token, seen = alive[keep], token[keep], seen if seen is None else seen[keep]
-            cache.select(keep)
-        hidden = model.hidden(token[:, None], cache, seen)[:, -1]
-    past = torch.arange(max_new, device=device) >= out.lengths[:, None]
-    out.tokens[past], out.logprobs[past], out.entropy[past] = pad, 0, 0
-    return out
+        if compact and len(left) <= .8 * len(alive):                     # copying the cache must be worth it
+            alive, token = alive[left], token[left]
+            cache.select(left)
+        hidden = model.hidden(token[:, None], cache)[:, -1]
+    past = torch.arange(max_new, device=device) >= lengths[:, None]      # what finished rows wrote meanwhile
+    tokens[past], logprobs[past], entropy[past] = pad, 0, 0
+    return Rollouts(*(x.cpu() for x in (tokens, lengths, finished, logprobs, entropy)))
 
 
 # ---- scoring ------------------------------------------------------------------------------------------------------
@@ -301,12 +285,7 @@ class Config:
 
 def chat(c: Config) -> None:
     """Print what the checkpoint is; answer every line typed with the model's continuation of that line."""
-    from checkpoint import (  # here, since checkpoint.py imports this file
-        generator,
-        load_model,
-        require,
-        setup,
-    )
+    from checkpoint import generator, load_model, require, setup   # here, as checkpoint.py imports this file
     require(len(c.checkpoint) == 1, "one checkpoint, please")
     require(c.temperature >= 0, f"--temperature {c.temperature}: must not be negative")
     model, tokenizer, content = load_model(c.checkpoint[0], setup(c.device, c.threads))

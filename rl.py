@@ -19,16 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import (
-    Run,
-    batch_indices,
-    file_sha256,
-    generator,
-    load_model,
-    main,
-    require,
-    save_checkpoint,
-    setup,
-)
+    Run, batch_indices, file_sha256, generator, load_model, main, require, require_positive,
+    save_checkpoint, setup)
 from data.tokenizer import Tokenizer
 from evaluate import attempt, grade, load_problems, pass_at_k, prompt_ids
 from model import GPT, completion_logprobs, micro_batches, pack, sample

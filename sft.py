@@ -15,16 +15,8 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import (
-    Run,
-    batch_indices,
-    file_sha256,
-    generator,
-    load_model,
-    main,
-    require,
-    save_checkpoint,
-    setup,
-)
+    Run, batch_indices, file_sha256, generator, load_model, main, require, require_positive,
+    save_checkpoint, setup)
 from data.tokenizer import Tokenizer
 from evaluate import attempt, load_problems, prompt_ids
 from model import GPT, completion_logprobs, micro_batches, pack

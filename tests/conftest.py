@@ -3,6 +3,7 @@
 `make_gpt` is a random tiny model made lively enough that mistakes show: gains differ from 1 and logits spread
 over about one nat. `bigram` is a GPT whose next-token distribution is a table given by the test.
 """
+import math
 import sys
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def make_gpt():
                 if p.dim() == 1:
                     p.copy_(.5 + torch.rand(p.shape, generator=gen))
             model.head.weight.mul_(10)
+            model.embed.weight.mul_(25)              # else its gradient is 50 times that of the others
         return model
     return make
 
@@ -64,7 +66,7 @@ def bigram():
                 model.embed.weight[a, axis] = 1.
                 model.head.weight[:, axis] = -200 / d ** .5
                 for b, p in follows.items():
-                    model.head.weight[b, axis] = torch.tensor(p).log() / d ** .5
+                    model.head.weight[b, axis] = (math.log(p) if p else -200) / d ** .5
         return model
     return make
 
@@ -79,6 +81,18 @@ def byte_tokenizer() -> Tokenizer:
 def answer_tokenizer() -> Tokenizer:
     """The bytes and '####' as one token (257), so that a bigram model can answer; EOS 258, PAD 259."""
     return Tokenizer({"pattern": PATTERN, "merges": [[35, 35], [256, 256]]})
+
+
+@pytest.fixture
+def answering(bigram, answer_tokenizer):
+    """answering(wrong, unreadable) -> GPT that says '#### 8' or else '#### 7', or 'x' if unreadable, then EOS."""
+    def make(wrong: float = .5, unreadable: float = 0.) -> GPT:
+        t = answer_tokenizer
+        newline, four, space, x, seven, eight = (t.encode(text)[0] for text in ("\n", "####", " ", "x", "7", "8"))
+        return bigram({newline: {four: 1 - unreadable, x: unreadable}, four: {space: 1.},
+                       space: {seven: 1 - wrong, eight: wrong}, seven: {t.eos: 1.}, eight: {t.eos: 1.},
+                       x: {t.eos: 1.}}, t.n_vocab)
+    return make
 
 
 @pytest.fixture

@@ -10,27 +10,33 @@ import torch
 
 import rl
 from checkpoint import batch_indices, generator, load_model, save_checkpoint
-from evaluate import load_problems
 from model import GPT, Rollouts, completion_logprobs, pack, sample
 
 EOS, PAD = 60, 59           # of gpt, which has 61 tokens in use
 PROMPTS = [[1], [2, 3, 4, 5], [6, 7], [8, 9, 10], [11], [12, 13]]
-COMPLETIONS = [[14, 15, EOS], [16, EOS], [17, 18, 19, 20, PAD, 21, 22, 23], [EOS], [24, 25, 26, 27, EOS], [28] * 8]
+COMPLETIONS = [[14, 15, EOS], [16, EOS], [17, 18, 19, 20, PAD, 21, 22, 23], [EOS], [24, 25, 26, 27, EOS],
+               [28] * 8]
 ADVANTAGE = torch.tensor([1.5, -.5, -.5, .8, -1.2, .3])     # rows 2 and 5 are truncated: no EOS
 
 
 @pytest.fixture
 def make_batch(logprobs_of):
-    """make_batch(model, ..., shift) -> rl.Batch whose recorded log-probabilities are the model's minus `shift`."""
+    """make_batch(model, ..., shift) -> rl.Batch that recorded the model's log-probabilities minus `shift`."""
     def make(model, prompts=PROMPTS, completions=COMPLETIONS, temperature=1., shift=0.) -> rl.Batch:
-        recorded = [logprobs_of(model, p, c, temperature).detach() - shift for p, c in zip(prompts, completions)]
+        rows = zip(prompts, completions)
+        recorded = [logprobs_of(model, *row, temperature).detach() - shift for row in rows]
         return rl.Batch(prompts, completions, recorded, ["wrong"] * len(prompts), [""] * len(prompts),
                         torch.zeros(len(prompts) // 2, 2), 0., 0.)
     return make
 
 
-def config(**changes) -> rl.Config:
-    return rl.Config(**changes)
+def moved(model, seed=1):
+    """The model a little further on: log-probabilities differ by some tenths of a nat."""
+    other, gen = copy.deepcopy(model), generator(seed, "moved")
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(.15 * p.std().nan_to_num(1.) * torch.randn(p.shape, generator=gen))
+    return other.requires_grad_(False)
 
 
 def gradient(model, batch, advantage, c, reference=None, rows=None):
@@ -57,10 +63,10 @@ def assert_close(a, b, tolerance=1e-6):
         assert float((a[name] - b[name]).abs().max()) <= tolerance * max(1., largest), name
 
 
-# ---- G1, G2: advantages ---------------------------------------------------------------------------------------------
+# ---- G1, G2: advantages -------------------------------------------------------------------------------
 
 def test_advantage_is_the_groups_z_score():
-    """G1: unbiased standard deviation within the group; one right of 32 counts +5.48, each wrong one -.177."""
+    """G1: unbiased std within the group; one right of 32 counts +5.48, each wrong one -.177."""
     r = torch.tensor([[1., 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 1]])
     half = .75 ** .5
     expected = torch.tensor([[1.5, -.5, -.5, -.5], [half, half, -half, -half], [-1.5, .5, .5, .5]])
@@ -89,13 +95,13 @@ def test_equal_rewards_give_exactly_zero(value, std):
 
 
 def test_a_small_difference_is_a_signal():
-    """G2: a group is not silenced because its standard deviation is small, nor because another group is equal."""
+    """G2: a small standard deviation silences no group, and neither does another, equal group."""
     a = rl.advantages(torch.tensor([[1., 1., 1., 1 + 2 ** -20], [.1] * 4]))
     assert a[0, 3] > .3 and (a[0, :3] < -.1).all() and (a[1] == 0).all()
 
 
 def test_signal_probability_is_the_enumeration():
-    """G2: share of the groups drawn from n graded answers that are neither all right nor all wrong, n <= 7."""
+    """G2: share of the groups drawn from n <= 7 graded answers that are neither all right nor all wrong."""
     for n in range(1, 8):
         for right in range(n + 1):
             answers = [1] * right + [0] * (n - right)
@@ -105,14 +111,15 @@ def test_signal_probability_is_the_enumeration():
                 assert abs(rl.signal_probability(n, right, group) - expected) < 1e-12
 
 
-@pytest.mark.parametrize("group, rate, silent", [(8, .01, .92), (8, .05, .66), (32, .01, .73), (32, .05, .19)])
+@pytest.mark.parametrize("group, rate, silent",
+                         [(8, .01, .92), (8, .05, .66), (32, .01, .73), (32, .05, .19)])
 def test_signal_probability_at_low_success_rates(group, rate, silent):
     """G2: why RL does nothing in early checkpoints: P(no signal) = p^G + (1-p)^G."""
     n = 20_000
     assert abs(1 - rl.signal_probability(n, int(rate * n), group) - silent) < .01
 
 
-# ---- G3, G4, G5: the loss of a token --------------------------------------------------------------------------------
+# ---- G3, G4, G5: the loss of a token ------------------------------------------------------------------
 
 def test_on_policy_gradient_is_reinforce_bitwise():
     """G3: d/dlogp of -mean(exp(lp - lp.detach())·A), clipped, is -A/N without a rounding error."""
@@ -126,10 +133,10 @@ def test_on_policy_gradient_is_reinforce_bitwise():
 
 
 def test_one_update_per_batch_is_reinforce_bitwise(gpt, make_batch):
-    """G3: with updates=1 the model's gradient is REINFORCE's, bit for bit, even if recorded ones differ a little."""
-    longest_first = sorted(range(6), key=lambda r: -len(PROMPTS[r] + COMPLETIONS[r]))
-    batch = make_batch(gpt, [PROMPTS[r] for r in longest_first], [COMPLETIONS[r] for r in longest_first], .6, 1e-3)
-    figures, ours = gradient(gpt, batch, ADVANTAGE, config(temperature=.6))
+    """G3: with updates=1 the gradient is REINFORCE's, bit for bit, though what was recorded is a bit off."""
+    longest_first = sorted(zip(PROMPTS, COMPLETIONS), key=lambda row: -len(row[0] + row[1]))
+    batch = make_batch(gpt, *map(list, zip(*longest_first)), .6, 1e-3)
+    figures, ours = gradient(gpt, batch, ADVANTAGE, rl.Config(temperature=.6))
     gpt.zero_grad(set_to_none=True)
     ids, target = pack(batch.prompts, batch.completions, PAD)
     each = torch.cat([ADVANTAGE[r].expand(len(c)) for r, c in enumerate(batch.completions)])
@@ -140,7 +147,7 @@ def test_one_update_per_batch_is_reinforce_bitwise(gpt, make_batch):
 
 @pytest.mark.parametrize("high, first_loss", [(.2, -1.2), (.28, -1.28)])
 def test_clip_truth_table(high, first_loss):
-    """G4: the pessimistic side of the clip: it ends the pull where A > 0 is above and A < 0 below the range."""
+    """G4: the clip ends the pull where A > 0 is above the range and where A < 0 is below it, only there."""
     ratio, advantage = torch.tensor([1.3, 1.3, .7, .7]), torch.tensor([1., -1., 1., -1.])
     logp = ratio.log().requires_grad_()
     loss = rl.policy_loss(logp, torch.zeros(4), advantage, .2, high)
@@ -150,7 +157,7 @@ def test_clip_truth_table(high, first_loss):
 
 
 def test_inside_the_clip_range_nothing_is_clipped():
-    """G4: within [1 - low, 1 + high] the loss is -ratio·A with gradient -ratio·A; the two limits are not mixed up."""
+    """G4: within [1 - low, 1 + high] loss and gradient are -ratio·A; here low is .5 and high is .1."""
     ratio, advantage = torch.tensor([.55, .99, 1.05, .55, 1.05]), torch.tensor([2., 2., 2., -2., -2.])
     logp = ratio.log().requires_grad_()
     loss = rl.policy_loss(logp, torch.zeros(5), advantage, .5, .1)
@@ -173,28 +180,29 @@ def test_kl_k3_of_small_differences():
 
 def test_kl_k3_is_unbiased():
     """G5: its mean under the policy is KL(policy || reference), for any two distributions."""
-    p, q = torch.tensor([.1, .2, .7]).double(), torch.tensor([.5, .3, .2]).double()
-    assert abs(float((p * rl.kl_k3(p.log(), q.log())).sum() - (p * (p / q).log()).sum())) < 1e-12
+    p, q = torch.tensor([[.1, .2, .7], [.5, .3, .2]], dtype=torch.float64)
+    exact = (p * (p / q).log()).sum()
+    assert abs(float((p * rl.kl_k3(p.log(), q.log())).sum() - exact)) < 1e-12
 
 
-# ---- G6: token-mean over the whole update ---------------------------------------------------------------------------
+# ---- G6: token-mean over the whole update -------------------------------------------------------------
 
 def test_the_two_row_example(gpt, make_batch, logprobs_of):
-    """G6: A = [1, -1], lengths [1, 3]: loss .5, d/dlogp -.25 and +.25 per token (a mean per row would give 0)."""
+    """G6: A = [1, -1], lengths [1, 3]: loss .5, d/dlogp -.25 and +.25 per token (a mean per row: 0)."""
     batch = make_batch(gpt, [[1, 2], [3]], [[EOS], [4, 5, EOS]])
-    figures, ours = gradient(gpt, batch, torch.tensor([1., -1.]), config())
+    figures, ours = gradient(gpt, batch, torch.tensor([1., -1.]), rl.Config())
     assert abs(figures["loss"] - .5) < 1e-6
     assert_close(ours, weighted(gpt, logprobs_of, batch, [-.25, .25]))
 
 
 @pytest.mark.parametrize("changes", [{}, {"temperature": .6}, {"updates": 2, "kl": .1, "clip_low": .05}])
-def test_micro_batches_only_sum(gpt, make_gpt, make_batch, changes):
+def test_micro_batches_only_sum(gpt, make_batch, changes):
     """G6: gradients and figures agree for micro-batches of 1 row, some rows and all rows."""
-    reference = make_gpt(1)
+    reference = moved(gpt)
     batch = make_batch(gpt, temperature=changes.get("temperature", 1.), shift=.1)
-    all_rows, expected = gradient(gpt, batch, ADVANTAGE, config(micro_batch=1_000, **changes), reference)
+    all_rows, expected = gradient(gpt, batch, ADVANTAGE, rl.Config(micro_batch=1_000, **changes), reference)
     for tokens in (1, 10, 20, 30):
-        figures, ours = gradient(gpt, batch, ADVANTAGE, config(micro_batch=tokens, **changes), reference)
+        figures, ours = gradient(gpt, batch, ADVANTAGE, rl.Config(micro_batch=tokens, **changes), reference)
         assert_close(ours, expected)
         assert figures.keys() == all_rows.keys()
         for name, value in figures.items():
@@ -203,9 +211,9 @@ def test_micro_batches_only_sum(gpt, make_gpt, make_batch, changes):
 
 @pytest.mark.parametrize("temperature", [1., .6])
 def test_gradient_equals_the_sum_over_single_rows(gpt, make_batch, logprobs_of, temperature):
-    """G6, G9: -A/N per token, N all 27 tokens, for finished, truncated and one-token rows alike, T included."""
+    """G6, G9: -A/N per token, N = 27, for finished, truncated and one-token rows alike, at any T."""
     batch = make_batch(gpt, temperature=temperature)
-    figures, ours = gradient(gpt, batch, ADVANTAGE, config(temperature=temperature))
+    figures, ours = gradient(gpt, batch, ADVANTAGE, rl.Config(temperature=temperature))
     n = sum(map(len, COMPLETIONS))
     assert_close(ours, weighted(gpt, logprobs_of, batch, [-float(a) / n for a in ADVANTAGE], temperature))
     expected = -sum(float(a) * len(c) for a, c in zip(ADVANTAGE, COMPLETIONS)) / n
@@ -213,12 +221,12 @@ def test_gradient_equals_the_sum_over_single_rows(gpt, make_batch, logprobs_of, 
 
 
 def test_skipping_silent_rows_changes_nothing(gpt, make_batch, logprobs_of):
-    """G2: rows without advantage are not computed, but their tokens stay in the denominator of all figures."""
+    """G2: rows without advantage are not computed, but their tokens stay in the denominator."""
     advantage = torch.tensor([1.5, 0., 0., -.5, 0., -1.])
     batch = make_batch(gpt)
     rows_computed, original = [], gpt.hidden
     gpt.hidden = lambda ids, *rest: (rows_computed.append(len(ids)), original(ids, *rest))[1]
-    figures, ours = gradient(gpt, batch, advantage, config())
+    figures, ours = gradient(gpt, batch, advantage, rl.Config())
     gpt.hidden = original
     assert sum(rows_computed) == 3
     assert_close(ours, weighted(gpt, logprobs_of, batch, [-float(a) / 27 for a in advantage]))
@@ -228,24 +236,25 @@ def test_skipping_silent_rows_changes_nothing(gpt, make_batch, logprobs_of):
 def test_rows_of_an_update_have_their_own_denominator(gpt, make_batch, logprobs_of):
     """G6: the denominator counts the tokens of the rows of this optimizer step, none of the others."""
     batch = make_batch(gpt)
-    _, ours = gradient(gpt, batch, ADVANTAGE, config(), rows=range(2, 4))
+    _, ours = gradient(gpt, batch, ADVANTAGE, rl.Config(), rows=range(2, 4))
     assert_close(ours, weighted(gpt, logprobs_of, batch, [0., 0., .5 / 9, -.8 / 9, 0., 0.]))
 
 
 def test_gradients_add_up(gpt, make_batch):
     """G6: policy_gradient adds to .grad, so that two calls give the sum."""
-    batch, c = make_batch(gpt), config()
+    batch, c = make_batch(gpt), rl.Config()
     _, once = gradient(gpt, batch, ADVANTAGE, c)
     rl.policy_gradient(gpt, gpt, batch, ADVANTAGE, range(6), c, PAD)
-    assert_close({name: p.grad for name, p in gpt.named_parameters()}, {name: 2 * g for name, g in once.items()})
+    twice = {name: p.grad for name, p in gpt.named_parameters()}
+    assert_close(twice, {name: 2 * g for name, g in once.items()})
 
 
-# ---- several updates per batch --------------------------------------------------------------------------------------
+# ---- several updates per batch ------------------------------------------------------------------------
 
 def test_several_updates_use_the_recorded_logprobs(gpt, make_batch, logprobs_of):
     """G3: with updates=2 the ratio is exp(logp - recorded) = e^.1 here, and weighs every token's gradient."""
     batch = make_batch(gpt, temperature=.6, shift=.1)
-    figures, ours = gradient(gpt, batch, ADVANTAGE, config(updates=2, temperature=.6))
+    figures, ours = gradient(gpt, batch, ADVANTAGE, rl.Config(updates=2, temperature=.6))
     assert abs(figures["ratio"] - math.exp(.1)) < 1e-5 and figures["clip_fraction"] == 0
     expected = [-math.exp(.1) * float(a) / 27 for a in ADVANTAGE]
     assert_close(ours, weighted(gpt, logprobs_of, batch, expected, .6), 3e-6)
@@ -253,23 +262,25 @@ def test_several_updates_use_the_recorded_logprobs(gpt, make_batch, logprobs_of)
 
 @pytest.mark.parametrize("shift, clipped", [(.3, (0, 3, 5)), (-.3, (1, 2, 4))])
 def test_clipped_rows_have_no_gradient(gpt, make_batch, logprobs_of, shift, clipped):
-    """G4, G6: ratio e^.3 > 1.2 ends the pull up, e^-.3 < .8 the pull down; the share counts all 27 tokens."""
+    """G4, G6: ratio e^.3 > 1.2 ends the pull up, e^-.3 < .8 the pull down; the share is of 27 tokens."""
     batch = make_batch(gpt, shift=shift)
-    figures, ours = gradient(gpt, batch, ADVANTAGE, config(updates=2))
-    weights = [0. if r in clipped else -math.exp(shift) * float(a) / 27 for r, a in enumerate(ADVANTAGE)]
+    figures, ours = gradient(gpt, batch, ADVANTAGE, rl.Config(updates=2))
+    pull = [-math.exp(shift) * float(a) / 27 for a in ADVANTAGE]
+    weights = [0. if r in clipped else x for r, x in enumerate(pull)]
     assert_close(ours, weighted(gpt, logprobs_of, batch, weights), 3e-6)
     assert abs(figures["clip_fraction"] - sum(len(COMPLETIONS[r]) for r in clipped) / 27) < 1e-6
 
 
 def test_the_clip_fraction_counts_silent_tokens_too(gpt, make_batch):
     """G6: logged figures have the denominator of the loss: 3 clipped tokens of 27, though 3 were computed."""
-    figures, _ = gradient(gpt, make_batch(gpt, shift=.3), torch.tensor([1., 0, 0, 0, 0, 0]), config(updates=2))
+    advantage = torch.tensor([1., 0, 0, 0, 0, 0])
+    figures, _ = gradient(gpt, make_batch(gpt, shift=.3), advantage, rl.Config(updates=2))
     assert abs(figures["clip_fraction"] - 3 / 27) < 1e-6 and abs(figures["loss"] + 1.2 * 3 / 27) < 1e-6
 
 
 def test_the_second_update_is_off_policy(gpt, make_batch, logprobs_of):
     """G3: after an optimizer step the ratio to the recorded log-probabilities is no longer 1."""
-    batch, c = make_batch(gpt), config(updates=2)
+    batch, c = make_batch(gpt), rl.Config(updates=2)
     first, _ = gradient(gpt, batch, ADVANTAGE, c, rows=range(0, 4))
     torch.optim.SGD(gpt.parameters(), lr=.1).step()
     second, _ = gradient(gpt, batch, ADVANTAGE, c, rows=range(4, 6))
@@ -278,13 +289,20 @@ def test_the_second_update_is_off_policy(gpt, make_batch, logprobs_of):
     assert abs(first["ratio"] - 1) < 1e-5 and abs(ratio - 1) > .01 and abs(second["ratio"] - ratio) < 1e-5
 
 
-# ---- the KL penalty -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("shift", [.3, -.3])
+def test_without_advantage_nothing_is_clipped(gpt, make_batch, shift):
+    """G4: at A = 0 both sides of the clip are 0; tokens computed for the KL penalty alone are not clipped."""
+    figures, _ = gradient(gpt, make_batch(gpt, shift=shift), torch.zeros(6), rl.Config(updates=2, kl=.1))
+    assert figures["clip_fraction"] == 0
 
-def test_kl_penalty_reaches_all_rows(gpt, make_gpt, make_batch, logprobs_of):
+
+# ---- the KL penalty -----------------------------------------------------------------------------------
+
+def test_kl_penalty_reaches_all_rows(gpt, make_batch, logprobs_of):
     """G5: with kl > 0 silent rows are computed too; each token adds kl·(1 - exp(reference - logp))/N."""
-    reference, batch = make_gpt(1), make_batch(gpt, temperature=.6)
+    reference, batch = moved(gpt), make_batch(gpt, temperature=.6)
     advantage = torch.tensor([1., -1., 0., 0., 0., 0.])
-    figures, ours = gradient(gpt, batch, advantage, config(kl=.5, temperature=.6), reference)
+    figures, ours = gradient(gpt, batch, advantage, rl.Config(kl=.5, temperature=.6), reference)
     differences = [(logprobs_of(reference, p, c, .6) - old).detach()
                    for p, c, old in zip(PROMPTS, COMPLETIONS, batch.logprobs)]
     weights = [(-a + .5 * (1 - d.exp())) / 27 for a, d in zip(advantage, differences)]
@@ -294,29 +312,30 @@ def test_kl_penalty_reaches_all_rows(gpt, make_gpt, make_batch, logprobs_of):
     assert all(p.grad is None for p in reference.parameters())
 
 
-def test_kl_penalty_alone_is_a_signal(gpt, make_gpt, make_batch):
-    """G5, G11: without any advantage the penalty still pulls, away from the start; at the start it is zero."""
+def test_kl_penalty_alone_is_a_signal(gpt, make_batch):
+    """G5, G11: without any advantage the penalty still pulls back to the start; at the start it is 0."""
     batch = make_batch(gpt)
-    figures, grads = gradient(gpt, batch, torch.zeros(6), config(kl=.1), make_gpt(1))
+    figures, grads = gradient(gpt, batch, torch.zeros(6), rl.Config(kl=.1), moved(gpt))
     assert figures["kl_penalty"] > .01 and float(grads["head.weight"].abs().max()) > 1e-4
-    figures, grads = gradient(gpt, batch, torch.zeros(6), config(kl=.1), copy.deepcopy(gpt))
+    figures, grads = gradient(gpt, batch, torch.zeros(6), rl.Config(kl=.1), copy.deepcopy(gpt))
     assert abs(figures["kl_penalty"]) < 1e-9 and float(grads["head.weight"].abs().max()) < 1e-6
 
 
-def test_kl_to_start_compares_with_the_recorded_logprobs(gpt, make_gpt, make_batch, logprobs_of):
+def test_kl_to_start_compares_with_the_recorded_logprobs(gpt, make_batch, logprobs_of):
     """G5: the logged KL is the k3 mean per token of recorded against start log-probabilities, both at T."""
-    batch, start, c = make_batch(gpt, temperature=.6), make_gpt(1), config(temperature=.6)
+    batch, start, c = make_batch(gpt, temperature=.6), moved(gpt), rl.Config(temperature=.6)
     with torch.inference_mode():
         d = torch.cat([logprobs_of(start, p, x, .6) - old
                        for p, x, old in zip(PROMPTS, COMPLETIONS, batch.logprobs)]).double()
-    assert abs(rl.kl_to_start(start, batch, c, PAD) - float((d.exp() - d - 1).mean())) < 1e-4
+    exact = float((d.exp() - d - 1).mean())
+    assert exact > .01 and abs(rl.kl_to_start(start, batch, c, PAD) / exact - 1) < 1e-4
     assert rl.kl_to_start(gpt, batch, c, PAD) < 1e-9
 
 
-# ---- G7, G9: EOS and truncation -------------------------------------------------------------------------------------
+# ---- G7, G9: EOS and truncation -----------------------------------------------------------------------
 
 def test_eos_is_trained(gpt, make_batch):
-    """G7: a rewarded completion [7, EOS] raises both its tokens; EOS itself has a gradient of -A(1 - p)/2."""
+    """G7: a rewarded completion [7, EOS] raises both tokens: at EOS's logit the gradient is -A(1 - p)/2."""
     batch, original, seen = make_batch(gpt, [[1, 2]], [[7, EOS]]), gpt.logits, []
 
     def logits(hidden):
@@ -324,12 +343,12 @@ def test_eos_is_trained(gpt, make_batch):
         seen[-1].retain_grad()
         return seen[-1]
     gpt.logits = logits
-    gradient(gpt, batch, torch.tensor([1.]), config())
+    gradient(gpt, batch, torch.tensor([1.]), rl.Config())
     p = seen[0].detach().softmax(-1)
     assert torch.allclose(seen[0].grad[[0, 1], [7, EOS]], -(1 - p[[0, 1], [7, EOS]]) / 2, atol=1e-6)
 
 
-# ---- G10: groups ----------------------------------------------------------------------------------------------------
+# ---- G10: groups --------------------------------------------------------------------------------------
 
 def test_advantages_follow_their_rows():
     """G10: shuffling rows within groups, or whole groups, shuffles the advantages likewise."""
@@ -341,38 +360,30 @@ def test_advantages_follow_their_rows():
 
 
 def test_gradient_does_not_depend_on_the_order_of_rows(gpt, make_batch):
-    """G10: rows and their advantages in another order give the same gradient, whatever the sorting by length."""
-    _, expected = gradient(gpt, make_batch(gpt, shift=.1), ADVANTAGE, config(updates=2, micro_batch=20))
+    """G10: rows and their advantages in another order give the same gradient: sorting is internal."""
+    _, expected = gradient(gpt, make_batch(gpt, shift=.1), ADVANTAGE, rl.Config(updates=2, micro_batch=20))
     for seed in range(4):
         order = torch.randperm(6, generator=generator(seed, "order")).tolist()
         batch = make_batch(gpt, [PROMPTS[r] for r in order], [COMPLETIONS[r] for r in order], shift=.1)
-        _, ours = gradient(gpt, batch, ADVANTAGE[order], config(updates=2, micro_batch=20))
+        _, ours = gradient(gpt, batch, ADVANTAGE[order], rl.Config(updates=2, micro_batch=20))
         assert_close(ours, expected, 3e-6)
 
 
-def digits(tokenizer, model_of, wrong=.5, **table):
-    """A model that answers '#### 7' or '#### 8' to everything; wrong is the probability of 8."""
-    four, newline, space = tokenizer.encode("####")[0], 10, 32
-    rows = {newline: {four: 1.}, four: {space: 1.}, space: {ord("7"): 1 - wrong, ord("8"): wrong},
-            ord("7"): {tokenizer.eos: 1.}, ord("8"): {tokenizer.eos: 1.}}
-    return model_of(rows | {table.get("start", newline): table.get("follows", rows[newline])}, tokenizer.n_vocab)
-
-
-def test_a_duplicated_problem_stays_two_groups(answer_tokenizer, bigram):
-    """G10: the same question twice, with other answers: row p·G + g is graded against problem p's own answer."""
-    model = digits(answer_tokenizer, bigram, wrong=0.)
+def test_a_duplicated_problem_stays_two_groups(answer_tokenizer, answering):
+    """G10: the same question with another answer: row p·G + g is graded against problem p's answer."""
+    model = answering(wrong=0.)
     problems = [{"question": "x", "answer": a} for a in ("8", "7", "7", "8")]
-    batch = rl.collect(model, answer_tokenizer, problems, 3, config(max_new=6), generator(0, "test"))
+    batch = rl.collect(model, answer_tokenizer, problems, 3, rl.Config(max_new=6), generator(0, "test"))
     assert batch.rewards.tolist() == [[0.] * 3, [1.] * 3, [1.] * 3, [0.] * 3]
     assert batch.grades == ["wrong"] * 3 + ["right"] * 6 + ["wrong"] * 3
     assert batch.texts == ["#### 7"] * 12 and batch.prompts == [answer_tokenizer.encode("x\n")] * 12
 
 
-def test_collect_records_what_was_sampled(answer_tokenizer, bigram):
-    """G7, G8, G13: completions with EOS, log-probabilities per token, and entropy ln 2 in one of four tokens."""
-    model = digits(answer_tokenizer, bigram)
+def test_collect_records_what_was_sampled(answer_tokenizer, answering):
+    """G7, G8, G13: completions with EOS, log-probability of each token, entropy ln 2 in one of four."""
+    model = answering()
     problems = [{"question": "a", "answer": "7"}, {"question": "bb", "answer": "8"}]
-    batch = rl.collect(model, answer_tokenizer, problems, 200, config(max_new=8), generator(0, "test"))
+    batch = rl.collect(model, answer_tokenizer, problems, 200, rl.Config(max_new=8), generator(0, "test"))
     four = answer_tokenizer.encode("####")[0]
     assert all(c in ([four, 32, ord(d), answer_tokenizer.eos] for d in "78") for c in batch.completions)
     expected = torch.tensor([0., 0., math.log(.5), 0.])
@@ -382,11 +393,12 @@ def test_collect_records_what_was_sampled(answer_tokenizer, bigram):
     assert [g == "right" for g in batch.grades] == batch.rewards.flatten().bool().tolist()
 
 
-def test_collect_at_a_temperature(answer_tokenizer, bigram):
-    """G8: rollouts at T=.5 turn .8/.2 into 16/17 and 1/17, in what is drawn, recorded and counted as entropy."""
-    model = digits(answer_tokenizer, bigram, wrong=.2)
+def test_collect_at_a_temperature(answer_tokenizer, answering):
+    """G8: rollouts at T=.5 turn .8/.2 into 16/17 and 1/17, in draws, records and entropy."""
+    model = answering(wrong=.2)
     problems = [{"question": "a", "answer": "7"}]
-    batch = rl.collect(model, answer_tokenizer, problems, 400, config(max_new=8, temperature=.5), generator(0, "t"))
+    c = rl.Config(max_new=8, temperature=.5)
+    batch = rl.collect(model, answer_tokenizer, problems, 400, c, generator(0, "test"))
     assert abs(float(batch.rewards.mean()) - 16 / 17) < .04
     for grade, logp in zip(batch.grades, batch.logprobs):
         assert abs(float(logp[2].exp()) - (16 if grade == "right" else 1) / 17) < 1e-4
@@ -394,39 +406,42 @@ def test_collect_at_a_temperature(answer_tokenizer, bigram):
     assert abs(batch.entropy - entropy / 4) < 1e-4
 
 
-def test_truncated_answers(answer_tokenizer, bigram):
-    """G9: cut off before EOS an answer is not complete ('#### 7' may go on to 78): reward 0, and it is counted."""
-    model = digits(answer_tokenizer, bigram, wrong=0.)
+def test_truncated_answers(answer_tokenizer, answering):
+    """G9: cut off before EOS '#### 7' is not complete (it may go on to 78): reward 0, and it is counted."""
+    model = answering(wrong=0.)
     problems = [{"question": "a", "answer": "7"}]
-    batch = rl.collect(model, answer_tokenizer, problems, 4, config(max_new=3), generator(0, "test"))
+    batch = rl.collect(model, answer_tokenizer, problems, 4, rl.Config(max_new=3), generator(0, "test"))
     assert batch.truncated == 1 and batch.texts == ["#### 7"] * 4
     assert batch.rewards.tolist() == [[0.] * 4] and batch.grades == ["unparsed"] * 4
     assert [len(c) for c in batch.completions] == [3] * 4 and all(len(x) == 3 for x in batch.logprobs)
 
 
-def test_truncated_share_counts_rollouts(monkeypatch, answer_tokenizer, bigram):
-    """G9: one of four rollouts cut off is .25; one that gave a complete answer and went on keeps its reward."""
-    model, eos = digits(answer_tokenizer, bigram), answer_tokenizer.eos
+def test_truncated_share_counts_rollouts(monkeypatch, answer_tokenizer, answering):
+    """G9: one of four rollouts cut off is .25; having given a complete answer, it keeps its reward."""
+    model, eos = answering(), answer_tokenizer.eos
     rows = [answer_tokenizer.encode(text) for text in ("#### 7", "#### 8", "#### 7\n", "x")]
     rows = [row if i == 2 else row + [eos] for i, row in enumerate(rows)]
     tokens = torch.tensor([row + [0] * (4 - len(row)) for row in rows])
+    entropy = torch.tensor([[.1, .2, .3, .4], [1., 1., 1., 1.], [.5] * 4, [2., 2., 0., 0.]])
     out = Rollouts(tokens, torch.tensor([len(r) for r in rows]), torch.tensor([True, True, False, True]),
-                   torch.zeros(4, 4), torch.tensor([[.1, .2, .3, .4], [1., 1., 1., 1.], [.5] * 4, [2., 2., 0., 0.]]))
+                   torch.zeros(4, 4), entropy)
     monkeypatch.setattr(rl, "sample", lambda *args, **kwargs: out)
-    batch = rl.collect(model, answer_tokenizer, [{"question": "a", "answer": "7"}], 4, config(), generator(0, "t"))
+    problems = [{"question": "a", "answer": "7"}]
+    batch = rl.collect(model, answer_tokenizer, problems, 4, rl.Config(), generator(0, "test"))
     assert batch.truncated == .25 and batch.rewards.tolist() == [[1., 0., 1., 0.]]
     assert batch.grades == ["right", "wrong", "right", "unparsed"]
     assert abs(batch.entropy - (1. + 4. + 2. + 4.) / 14) < 1e-6          # per token, not per row
     assert batch.completions == rows
 
 
-# ---- G11, G12: steps ------------------------------------------------------------------------------------------------
+# ---- G11, G12: steps ----------------------------------------------------------------------------------
 
 def test_no_signal_leaves_no_gradient(gpt, make_batch):
     """G11: all advantages 0: None, and every .grad is None, not zero."""
-    figures, grads = gradient(gpt, make_batch(gpt), torch.zeros(6), config())
+    figures, grads = gradient(gpt, make_batch(gpt), torch.zeros(6), rl.Config())
     assert figures is None and all(g is None for g in grads.values())
-    figures, grads = gradient(gpt, make_batch(gpt), ADVANTAGE.where(torch.arange(6) < 4, 0.), config(), rows=range(4, 6))
+    advantage = ADVANTAGE.where(torch.arange(6) < 4, 0.)
+    figures, grads = gradient(gpt, make_batch(gpt), advantage, rl.Config(), rows=range(4, 6))
     assert figures is None and all(g is None for g in grads.values())
 
 
@@ -437,36 +452,37 @@ def run_rl(tmp_path):
 
     def run(model, tokenizer, answers, **changes):
         for split in ("train", "val"):
-            lines = [json.dumps({"question": f"{split} {i}", "answer": a}) for i, a in enumerate(answers)]
-            (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+            problems = [{"question": f"{split} {i}", "answer": a, "difficulty": "easy"}
+                        for i, a in enumerate(answers)]
+            (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, problems)))
         save_checkpoint(tmp_path / "start.pt", model, tokenizer, [])
-        c = rl.Config(init=str(tmp_path / "start.pt"), data=str(tmp_path), out=str(tmp_path / "run"), max_new=8,
+        c = rl.Config(str(tmp_path / "start.pt"), str(tmp_path), out=str(tmp_path / "run"), max_new=8,
                       eval_problems=2, eval_samples=2, device="cpu", threads=1, **changes)
         before = load_model(c.init)[0]
         after = load_model(rl.train(c))[0]
-        return before, after, [json.loads(x) for x in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+        log = (tmp_path / "run/log.jsonl").read_text().splitlines()
+        return before, after, [json.loads(line) for line in log]
     yield run
     for sign, handler in handlers.items():
         signal.signal(sign, handler)
 
 
-def test_no_signal_no_step(run_rl, answer_tokenizer, bigram):
-    """G11: two right steps and then only silent ones: momentum and weight decay must not move the model."""
-    model = digits(answer_tokenizer, bigram, wrong=1.)
+def test_no_signal_no_step(run_rl, answer_tokenizer, answering):
+    """G11: where all answers are wrong, weight decay (on a zero gradient) must not move the model."""
+    model = answering(wrong=1.)
     before, after, log = run_rl(model, answer_tokenizer, ["7", "7"], n_problems=2, rollouts=4, steps=3,
                                 weight_decay=.1, lr=.1)
     assert [x["signal"] for x in log if "signal" in x] == [0., 0., 0.] and log[-2]["updates"] == 0
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
 
 
-def test_the_log_has_the_figures_of_the_batch(run_rl, answer_tokenizer, bigram):
-    """G2, G9, G13: reward, share of groups with a signal, unparsed, truncated and entropy of the sampled batch."""
-    model = digits(answer_tokenizer, bigram, wrong=.3)
-    before, after, log = run_rl(model, answer_tokenizer, ["7", "8", "7", "9", "7", "8"], n_problems=6, rollouts=3,
-                                steps=1, seed=3)
-    problems = [{"question": f"train {i}", "answer": a} for i, a in enumerate("787978")]
+def test_the_log_has_the_figures_of_the_batch(run_rl, answer_tokenizer, answering):
+    """G2, G9, G13: reward, share of groups with a signal, unparsed, truncated, entropy of the rollouts."""
+    model, answers = answering(wrong=.3), list("787978")
+    before, after, log = run_rl(model, answer_tokenizer, answers, n_problems=6, rollouts=3, steps=1, seed=3)
+    problems = [{"question": f"train {i}", "answer": a} for i, a in enumerate(answers)]
     chosen = [problems[i] for i in batch_indices(6, 6, 0, 3)]
-    batch = rl.collect(before, answer_tokenizer, chosen, 3, config(max_new=8), generator(3, "rollouts", 0))
+    batch = rl.collect(before, answer_tokenizer, chosen, 3, rl.Config(max_new=8), generator(3, "rollouts", 0))
     signals = sum(0 < sum(group) < 3 for group in batch.rewards.tolist()) / 6
     expected = {"reward": sum(batch.grades[r] == "right" for r in range(18)) / 18, "signal": signals,
                 "unparsed": 0., "truncated": 0., "entropy": batch.entropy, "length": 4.}
@@ -474,7 +490,6 @@ def test_the_log_has_the_figures_of_the_batch(run_rl, answer_tokenizer, bigram):
     for name, value in expected.items():
         assert abs(log[0][name] - value) < 1e-6, name
     assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
-    assert len(load_problems(f"{log and before and 'data'}") if False else problems) == 6
 
 
 def test_parameters_are_fp32(gpt):
@@ -488,31 +503,33 @@ def test_parameters_are_fp32(gpt):
         for p in (model.embed.weight, model.norm):
             p.grad = torch.ones_like(p)
         optimizer.step()
-        assert all(torch.equal(before[name], model.state_dict()[name]) != moves for name in ("embed.weight", "norm"))
+        for name in ("embed.weight", "norm"):
+            assert torch.equal(before[name], model.state_dict()[name]) != moves
 
 
 def test_bf16_through_autocast_only(gpt, make_batch):
     """G12: under autocast parameters and gradients stay fp32, and the gradient is that of fp32 within 5 %."""
     batch = make_batch(gpt)
-    _, exact = gradient(gpt, batch, ADVANTAGE, config())
+    _, exact = gradient(gpt, batch, ADVANTAGE, rl.Config())
     with torch.autocast("cpu", torch.bfloat16):
-        figures, rough = gradient(gpt, batch, ADVANTAGE, config())
+        figures, rough = gradient(gpt, batch, ADVANTAGE, rl.Config())
     for name in exact:
         assert rough[name].dtype == torch.float32
         assert float((rough[name] - exact[name]).norm()) < .05 * float(exact[name].norm()) + 1e-6
 
 
-# ---- does it learn? -------------------------------------------------------------------------------------------------
+# ---- does it learn? -----------------------------------------------------------------------------------
 
 def test_thirty_steps_raise_the_rewarded_token(make_gpt):
     """GRPO: thirty steps on one-token answers turn a token of probability .09 into the likely answer."""
     model: GPT = make_gpt(vocab_size=16, n_vocab=11)
     prompts, wanted, group = [[1], [2, 3], [4]], [7, 3, 5], 16
-    optimizer, c = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.), config()
+    optimizer, c = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.), rl.Config()
 
     def probability():
         with torch.inference_mode():
-            return sum(float(model(torch.tensor([p]))[0, -1].softmax(-1)[w]) for p, w in zip(prompts, wanted)) / 3
+            last = [model(torch.tensor([p]))[0, -1].softmax(-1) for p in prompts]
+        return sum(float(p[w]) for p, w in zip(last, wanted)) / 3
     start = probability()
     for step in range(30):
         out = sample(model, prompts, group, 1, 10, 9, generator(0, "rollouts", step))

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from checkpoint import generator
-from model import Cache, completion_logprobs, micro_batches, pack, sample, sample_block
+from model import Cache, completion_logprobs, decode, micro_batches, pack, sample
 
 EOS, PAD = 9, 10            # of small_gpt, which has 11 tokens in use
 LAST_UNIFORM = 1 - 2 ** -24  # the largest number that torch.rand draws in float32
@@ -16,6 +16,12 @@ def prompts_of_all_lengths(longest=12, n_vocab=9, seed=0):
 
 def uniforms(rows, max_new, seed=0):
     return torch.rand(rows, max_new, generator=generator(seed, "uniforms"))
+
+
+@torch.inference_mode()
+def draw(model, prompts, u, temperature=1.0, compact=True, eos=EOS, pad=PAD):
+    """Rollouts from uniform numbers u (rows, max_new) that the test chose."""
+    return decode(model, prompts, len(u) // len(prompts), eos, pad, u, temperature, compact)
 
 
 @torch.inference_mode()
@@ -73,7 +79,7 @@ def test_decoding_in_a_padded_batch_equals_the_full_forward(small_gpt):
     """S1: prompts of all lengths in a padded batch: same tokens, log-probabilities, entropies as alone."""
     prompts = prompts_of_all_lengths()
     u = uniforms(24, 10)
-    out = sample_block(small_gpt, prompts, 2, 10, EOS, PAD, u, 1.0, True)
+    out = draw(small_gpt, prompts, u)
     assert 0 < int(out.finished.sum()) < 24
     for row, completion in enumerate(out.completions()):
         tokens, logprobs, entropies = draw_alone(small_gpt, prompts[row // 2], u[row], 1.0)
@@ -81,6 +87,19 @@ def test_decoding_in_a_padded_batch_equals_the_full_forward(small_gpt):
         assert completion == tokens and int(out.lengths[row]) == n
         assert torch.allclose(out.logprobs[row, :n], torch.tensor(logprobs), atol=1e-4)
         assert torch.allclose(out.entropy[row, :n], torch.tensor(entropies), atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 9])
+def test_padded_prefill_in_chunks_equals_the_full_forward(gpt, chunk):
+    """S1: the same for prompts padded on the left; a chunk of padding only must not spoil what follows."""
+    prompts = prompts_of_all_lengths(9, 61)
+    ids = torch.tensor([[0] * (9 - len(p)) + p for p in prompts])
+    seen = torch.tensor([[False] * (9 - len(p)) + [True] * len(p) for p in prompts])
+    with torch.inference_mode():
+        cache = Cache(gpt.config, 9, 9, "cpu")
+        hidden = torch.cat([gpt.hidden(part, cache, seen) for part in ids.split(chunk, dim=1)], 1)
+        for row, p in enumerate(prompts):
+            assert torch.allclose(gpt.logits(hidden[row, -len(p):]), gpt(torch.tensor([p]))[0], atol=1e-4)
 
 
 def test_cached_keys_of_other_rows_stay_apart(gpt):
@@ -102,7 +121,7 @@ def test_a_prompt_is_computed_once_for_its_group(small_gpt):
     """S2: the first pass has one row per prompt; yet each row of the group draws its own first token."""
     prompts = prompts_of_all_lengths(4)
     shapes = spy_on_hidden(small_gpt)
-    out = sample_block(small_gpt, prompts, 50, 5, EOS, PAD, uniforms(200, 5), 1.0, False)
+    out = draw(small_gpt, prompts, uniforms(200, 5), compact=False)
     assert shapes[0] == (4, 4) and set(shapes[1:]) == {(200, 1)}
     for firsts in out.tokens[:, 0].view(4, 50):
         assert len(firsts.unique()) >= 5
@@ -125,8 +144,7 @@ def test_row_belongs_to_prompt_row_over_group(small_gpt):
 def test_compaction_changes_nothing(small_gpt, temperature):
     """S3: dropping finished rows gives the same tokens, since each row has its own uniform numbers."""
     prompts, u = prompts_of_all_lengths(6), uniforms(120, 20)
-    a, b = (sample_block(small_gpt, prompts, 20, 20, EOS, PAD, u, temperature, compact)
-            for compact in (True, False))
+    a, b = (draw(small_gpt, prompts, u, temperature, compact) for compact in (True, False))
     assert torch.equal(a.tokens, b.tokens) and torch.equal(a.lengths, b.lengths)
     assert torch.equal(a.finished, b.finished) and 20 < int(a.finished.sum())
     assert torch.allclose(a.logprobs, b.logprobs, atol=1e-5)
@@ -139,7 +157,7 @@ def test_compaction_drops_finished_rows(bigram):
     u = torch.tensor([[.25] * 4, [.75] * 4]).repeat(20, 1)
     for compact, rows in ((True, 20), (False, 40)):
         shapes = spy_on_hidden(model)
-        out = sample_block(model, [[0]], 40, 4, 2, 2, u, 1.0, compact)
+        out = draw(model, [[0]], u, compact=compact, eos=2)
         assert shapes == [(1, 1)] + [(rows, 1)] * 3
         assert out.lengths.tolist() == [4, 1] * 20 and out.finished.tolist() == [False, True] * 20
 
@@ -156,8 +174,8 @@ def test_order_of_rows_is_irrelevant(small_gpt):
     """S3: prompts in another order, with their uniform numbers, give the same completions in that order."""
     prompts, u = prompts_of_all_lengths(8), uniforms(8, 12)
     order = torch.randperm(8, generator=generator(0, "order"))
-    a = sample_block(small_gpt, prompts, 1, 12, EOS, PAD, u, 1.0, True)
-    b = sample_block(small_gpt, [prompts[i] for i in order], 1, 12, EOS, PAD, u[order], 1.0, True)
+    a = draw(small_gpt, prompts, u)
+    b = draw(small_gpt, [prompts[i] for i in order], u[order])
     assert torch.equal(a.tokens[order], b.tokens) and torch.equal(a.lengths[order], b.lengths)
 
 
@@ -201,10 +219,10 @@ def test_frequencies_match_softmax(small_gpt, temperature):
 
 
 def test_the_inverse_cdf_hits_each_tokens_interval(bigram):
-    """S3: probabilities .2, .3, .5: u in [0,.2) draws the first, in [.2,.5) the second, in [.5,1) the third."""
+    """S3: probabilities .2, .3, .5: u below .2 draws the first, below .5 the second, above the third."""
     model = bigram({0: {1: .2, 3: .3, 4: .5}}, n_vocab=6)
     u = torch.tensor([0., .1, .199, .201, .35, .499, .501, .9, LAST_UNIFORM])[:, None]
-    out = sample_block(model, [[0]], 9, 1, 5, 5, u, 1.0, True)
+    out = draw(model, [[0]], u, eos=5)
     assert out.tokens[:, 0].tolist() == [1, 1, 1, 3, 3, 3, 4, 4, 4]
 
 
@@ -212,7 +230,7 @@ def test_the_inverse_cdf_hits_each_tokens_interval(bigram):
 def test_a_token_of_probability_zero_is_never_drawn(bigram, u, expected):
     """S3: at both ends of [0,1) the draw skips tokens whose probability is exactly 0 in float32."""
     model = bigram({0: {2: .5, 3: .5}}, n_vocab=6)
-    out = sample_block(model, [[0]], 1, 1, 5, 5, torch.tensor([[u]]), 1.0, True)
+    out = draw(model, [[0]], torch.tensor([[u]]), eos=5)
     assert out.tokens.tolist() == [[expected]] and out.entropy.isfinite().all()
 
 
@@ -238,7 +256,7 @@ def test_eos_is_a_target_with_a_gradient(gpt):
 
 
 def test_pack_goes_by_lengths():
-    """G7: targets come from recorded lengths; a completion holding the pad id, or EOS = pad, loses no target."""
+    """G7: targets come from recorded lengths; completions that hold the pad id lose no target."""
     pad = 0
     prompts, completions = [[5, 0, 6], [7], [8, 8]], [[0, 9], [0, 0, 0, 9], []]
     ids, target = pack(prompts, completions, pad)
@@ -272,7 +290,8 @@ def test_sampled_rows_end_with_their_first_eos(small_gpt):
 
 def test_truncated_rows_have_all_tokens_and_no_eos(small_gpt):
     """G9: a row without EOS within max_new is not finished and keeps max_new tokens."""
-    out = sample(small_gpt, [[1], [2, 3]], 5, 7, 15, PAD, generator(0, "test"))   # 15: a row that no token uses
+    never = 15                                                           # a row that no token uses
+    out = sample(small_gpt, [[1], [2, 3]], 5, 7, never, PAD, generator(0, "test"))
     assert not out.finished.any() and (out.lengths == 7).all()
     assert [len(c) for c in out.completions()] == [7] * 10
 

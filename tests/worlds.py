@@ -1,11 +1,11 @@
-"""A small data set and checkpoints that several test files share, made once per session in a temporary folder;
-and the scripts run as a person runs them, inside this process (fast) or as a process of their own (real)."""
+"""A small data set and a checkpoint that several test files share, made once per session in a temporary folder;
+and the scripts as a person runs them, inside this process (fast) or as a process of their own (real)."""
 import atexit
 import functools
 import io
 import json
 import os
-import random
+import re
 import runpy
 import shutil
 import signal
@@ -23,7 +23,10 @@ from data import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 LONG = bool(os.environ.get("EARLYBIRD_LONG"))
-DATA_OPTIONS = dict(tokens=150_000, val_tokens=6_000, train_problems=400, eval_problems=100, benchmark_items=200)
+DATA_OPTIONS = dict(tokens=150_000, val_tokens=6_000, train_problems=400, eval_problems=100,
+                    benchmark_items=200)
+TINY_OPTIONS = dict(tokens=3_000, val_tokens=1_000, train_problems=20, eval_problems=5, benchmark_items=5,
+                    vocab_size=280)
 
 
 @functools.cache
@@ -46,7 +49,7 @@ def quietly(function, config):
 
 @functools.cache
 def data() -> Path:
-    """150 k tokens, 400 train problems, 100 easy and 100 hard ones in val and in test, 200 items per benchmark."""
+    """150 k tokens, 400 train problems, 100 easy and 100 hard ones in val and in test, 200 items a benchmark."""
     out = folder() / "data"
     quietly(prepare.prepare, prepare.Config(out=str(out), **DATA_OPTIONS))
     return out
@@ -56,8 +59,7 @@ def data() -> Path:
 def other_data() -> Path:
     """A tiny data set of another seed with another tokenizer."""
     out = folder() / "other_data"
-    quietly(prepare.prepare, prepare.Config(out=str(out), seed=5, vocab_size=280, tokens=3_000, val_tokens=1_000,
-                                            train_problems=20, eval_problems=5, benchmark_items=5))
+    quietly(prepare.prepare, prepare.Config(out=str(out), seed=5, **TINY_OPTIONS))
     return out
 
 
@@ -68,7 +70,8 @@ PRETRAIN = dict(size="0.3M", context=128, batch=4, micro_batch=2, tokens=1_536, 
 @functools.cache
 def base() -> Path:
     """A checkpoint after three updates: it knows nothing, but it is whole."""
-    return Path(quietly(pretrain.train, pretrain.Config(data=str(data()), out=str(folder() / "base"), **PRETRAIN)))
+    config = pretrain.Config(data=str(data()), out=str(folder() / "base"), **PRETRAIN)
+    return Path(quietly(pretrain.train, config))
 
 
 def texts(tokenizer, shard: Path) -> list[str]:
@@ -96,44 +99,43 @@ def snapshot(path: Path) -> dict[str, bytes]:
 @dataclass
 class Outcome:
     status: int         # exit status
-    message: str        # the error: what sys.exit was given, or all of stderr
+    errors: list[str]   # lines of stderr, progress bars aside
     out: str            # stdout
 
 
-class _Stdin(io.StringIO):
-    """Text to read in place of the keyboard."""
+def without_bars(stderr: str) -> list[str]:
+    """Lines of stderr that are not progress bars ('rl:  50%|##   | 1/2 [00:01<00:01,  1.00s/step]')."""
+    return [line for line in re.split(r"[\r\n]+", stderr)
+            if line.strip() and not re.search(r"\|.*\[\d+:\d\d|\d\.?\d*[kM]?(tok|step|problem) \[", line)]
 
 
 def run_here(script: str, *argv: object, stdin: str = "") -> Outcome:
-    """`python SCRIPT ARGV...` inside this process. An exception other than SystemExit passes through: a bug."""
-    path = ROOT / script
+    """`python SCRIPT ARGV...` in this process. An exception other than SystemExit passes through: a bug."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    saved = sys.argv, sys.stdin, random.getstate(), list(sys.path)
-    out, err, status, message = io.StringIO(), io.StringIO(), 0, ""
-    sys.argv, sys.stdin = [str(path), *map(str, argv)], _Stdin(stdin)
+    saved = sys.argv, sys.stdin, sys.path[:]
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    sys.argv, sys.stdin = [str(ROOT / script), *map(str, argv)], io.StringIO(stdin)
     try:
         with redirect_stdout(out), redirect_stderr(err):
-            runpy.run_path(str(path), run_name="__main__")
+            runpy.run_path(str(ROOT / script), run_name="__main__")
     except SystemExit as stop:
+        status = 1 if isinstance(stop.code, str) else stop.code or 0
         if isinstance(stop.code, str):
-            status, message = 1, stop.code
-        else:
-            status, message = stop.code or 0, err.getvalue().strip()
+            err.write("\n" + stop.code)
     finally:
-        sys.argv, sys.stdin = saved[0], saved[1]
-        random.setstate(saved[2])
-        sys.path[:] = saved[3]
+        sys.argv, sys.stdin, sys.path[:] = saved
         for sign, handler in handlers.items():
             signal.signal(sign, handler)
-    return Outcome(status, message, out.getvalue())
+    return Outcome(status, without_bars(err.getvalue()), out.getvalue())
 
 
 def environment(**more: str) -> dict[str, str]:
     return os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"} | more
 
 
-def run_process(script: str, *argv: object, stdin: str = "", **options) -> Outcome:
+def run_process(script: str, *argv: object, stdin: str = "", env: dict | None = None, **options) -> Outcome:
     """`python SCRIPT ARGV...` as a process of its own."""
     done = subprocess.run([sys.executable, str(ROOT / script), *map(str, argv)], input=stdin, text=True, cwd=ROOT,
-                          capture_output=True, timeout=120, env=environment(), **options)
-    return Outcome(done.returncode, done.stderr.strip(), done.stdout)
+                          timeout=120, env=env or environment(), stderr=subprocess.PIPE,
+                          **{"stdout": subprocess.PIPE} | options)
+    return Outcome(done.returncode, without_bars(done.stderr), done.stdout)
