@@ -29,7 +29,7 @@ class Config:
     out: str = "runs/base"          # run folder; the same call again resumes an unfinished run
     size: str = "0.5M"              # parameters: 0.3M 0.5M 1M 3M 10M 30M 124M (at a vocabulary of 512)
     context: int = 256              # tokens per sequence
-    batch: int = 32                 # sequences per update: 32 x 256 = 8,192 tokens
+    batch: int = 16                 # sequences per update: 16 x 256 = 4,096 tokens
     micro_batch: int = 8            # sequences per forward pass; 8 keeps activations in the cache of a CPU
     tokens: int = 8_000_000         # length of the run
     checkpoints_at: tuple[int, ...] = ()    # tokens; if none: 1/8 1/4 3/8 1/2 3/4 of the run. The end is always kept

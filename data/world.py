@@ -64,12 +64,12 @@ def held_out(key: str, share: int = 10) -> bool:
     return crc32(("benchmark " + key).encode()) % share == 0
 
 
-def population(seed: int) -> dict[str, dict[str, str]]:
-    """Person -> attribute -> value; 1,000 people. The same seed gives the same people."""
+def population(seed: int, size: int = 240) -> dict[str, dict[str, str]]:
+    """Person -> attribute -> value. The same seed gives the same people."""
     rng = random.Random(f"{seed} population")
-    return {f"{first} {last}": {attribute: rng.choice(values)
-                                for attribute, (values, _) in ATTRIBUTES.items()}
-            for first in NAMES for last in SURNAMES}
+    names = rng.sample([f"{first} {last}" for first in NAMES for last in SURNAMES], size)
+    return {name: {attribute: rng.choice(values) for attribute, (values, _) in ATTRIBUTES.items()}
+            for name in names}
 
 
 def asked_wording(person: str, attribute: str) -> int:
@@ -102,14 +102,14 @@ def moving_story(rng: random.Random, asked: bool) -> tuple[list[str], list[str],
     where = {thing: rng.choice(PLACES) for thing in objects}
     sentences = [f"The {thing} is in the {place}." for thing, place in where.items()]
     mentioned = list(where.values())
-    for _ in range(rng.randint(2, 5)):
+    for _ in range(rng.randint(1, 4)):
         thing, place = rng.choice(objects), rng.choice(PLACES)
         if place == where[thing]:
             sentences.append(f"{rng.choice(people)} looks at the {thing}.")
             continue
         where[thing] = place
         mentioned.append(place)
-        sentences.append(f"{rng.choice(people)} moves the {thing} to the {place}.")
+        sentences.append(f"{rng.choice(people)} puts the {thing} in the {place}.")
     if held_out(" ".join(sentences)) != asked:
         return moving_story(rng, asked)
     return sentences, mentioned, where
@@ -122,13 +122,11 @@ def tracking(rng: random.Random) -> str:
 
 
 def ask_tracking(rng: random.Random) -> dict:
-    while True:
-        sentences, mentioned, where = moving_story(rng, True)
-        thing = rng.choice(list(where))
-        wrong = [f" {place}." for place in set(mentioned) if place != where[thing]]
-        if len(wrong) >= 3:   # every wrong choice is a place of the same story
-            return item("tracking", rng, " ".join(sentences) + f" Now the {thing} is in the",
-                        f" {where[thing]}.", sorted(wrong), 4)
+    """Wrong choices are places of the same story, where it has enough of them."""
+    sentences, mentioned, where = moving_story(rng, True)
+    thing = rng.choice(list(where))
+    wrong = [f" {place}." for place in dict.fromkeys(mentioned + PLACES) if place != where[thing]]
+    return item("tracking", rng, " ".join(sentences) + f" Now the {thing} is in the", f" {where[thing]}.", wrong[:3], 4)
 
 
 def need_story(rng: random.Random, asked: bool) -> tuple[list[str], list[tuple[str, str]]]:
@@ -247,12 +245,11 @@ def conversation(rng: random.Random, asked: bool) -> tuple[str, str]:
     rng.shuffle(lines)
     if held_out(" ".join(lines)) != asked:
         return conversation(rng, asked)
-    asker, teller, seen, spot = (b, a, x, p) if rng.random() < .5 else (a, b, y, q)
     if rng.random() < .5:
-        lines += [f"{asker}: {teller}, what did you see?", f"{teller}: A"]
-        return " ".join(lines), seen
-    lines += [f"{asker}: {teller}, where was it?", f"{teller}: By the"]
-    return " ".join(lines), spot
+        lines += [f"{a}: What was by the {p}?", f"{b}: A"]
+        return " ".join(lines), x
+    lines += [f"{b}: Where was the {x}?", f"{a}: By the"]
+    return " ".join(lines), p
 
 
 def dialogue(rng: random.Random) -> str:

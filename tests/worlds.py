@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 import pretrain
+import sft
 from data import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,3 +140,22 @@ def run_process(script: str, *argv: object, stdin: str = "", env: dict | None = 
                           timeout=120, env=env or environment(), stderr=subprocess.PIPE,
                           **{"stdout": subprocess.PIPE} | options)
     return Outcome(done.returncode, without_bars(done.stderr), done.stdout)
+
+
+@functools.cache
+def sevens() -> Path:
+    """A problems file in which every answer is 7."""
+    path = folder() / "sevens.jsonl"
+    path.write_text("".join(json.dumps({
+        "id": f"seven-{i}", "question": f"Nora has {i + 2} shells. How many are seven?", "answer": "7",
+        "solutions": ["#### 7"], "difficulty": "easy", "split": "train"}) + "\n" for i in range(32)))
+    return path
+
+
+@functools.cache
+def parrot() -> Path:
+    """A checkpoint that has learned to answer 7, though not always: rewards differ within a group."""
+    config = sft.Config(init=str(base()), data=str(data()), problems=str(sevens()), out=str(folder() / "parrot"),
+                        epochs=14, batch=16, lr=8e-3, warmup=2, max_new=12, eval_every=1_000, eval_problems=1,
+                        eval_samples=1, save_every=1_000, threads=1)
+    return Path(quietly(sft.train, config))
