@@ -1,8 +1,7 @@
-"""What every run needs and no reader must study: options from a Config, the run folder with its lock and its log,
-seeded generators, atomic checkpoints with lineage, and exact resume.
+"""What every run needs and no reader must study: options, run folders, seeds, checkpoints, exact resume.
 
-A run is resumed bitwise because everything random is a function of (seed, stream, step), and because a checkpoint
-remembers how long each log file was: what was logged after it is cut off before the run goes on.
+A run is resumed bitwise because everything random is a function of (seed, stream, step), and because a
+checkpoint remembers how long each log file was: what was logged after it is cut off before the run goes on.
 """
 import argparse
 import ctypes
@@ -45,7 +44,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_positive(config: typing.Any, names: str, zero: bool = False) -> None:
-    """Raise UserError unless these options are finite numbers above 0 (or 0 itself, where `zero` allows it)."""
+    """Raise UserError unless these options are finite numbers above 0 (or 0, where `zero` allows it)."""
     for name in names.split():
         value = getattr(config, name)
         require(math.isfinite(value) and (value > 0 or zero and value == 0),
@@ -64,8 +63,8 @@ def number(text: str) -> int:
 
 
 def parse(cls: type, argv: list[str] | None = None) -> typing.Any:
-    """The command line of a Config: field `lr` is option `--lr`, the comment on its line is the help text, and
-    fields without a default are positional (one or more values). A tuple is written with commas."""
+    """The command line of a Config: field `lr` is option `--lr`, the comment on its line is the help text,
+    and fields without a default are positional (one or more values). A tuple is written with commas."""
     description = sys.modules[cls.__module__].__doc__
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -84,13 +83,14 @@ def parse(cls: type, argv: list[str] | None = None) -> typing.Any:
             one = number if one is int else one
             read = (lambda s, one=one: tuple(one(x) for x in s.split(",") if x)) if many else one
             shown = (",".join(map(str, f.default)) if many else f.default) or "none"
-            parser.add_argument(name, type=read, default=f.default, metavar="X", help=f"{text} (default: {shown})")
+            parser.add_argument(name, type=read, default=f.default, metavar="X",
+                                help=f"{text} (default: {shown})")
     values = vars(parser.parse_args(argv))
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def main(function: typing.Callable, cls: type) -> None:
-    """Run function(config) from the command line. What a person can mend ends in one line and exit status 2."""
+    """Run function(config) from the command line. What a person can mend ends in one line and status 2."""
     try:
         function(parse(cls))
     except (UserError, OSError) as error:
@@ -104,14 +104,14 @@ def main(function: typing.Callable, cls: type) -> None:
 
 
 def setup(device: str, threads: int) -> torch.device:
-    """Choose the device and the number of threads (0: all cores); keep big blocks of memory in the process."""
+    """Choose the device and the number of threads (0: all cores); keep big memory blocks in the process."""
     require(threads >= 0, f"--threads {threads}: must be 0 (all cores) or more")
     if threads:
         torch.set_num_threads(threads)
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         # glibc hands every big temporary back to the system, and fresh pages are ten times slower to write
-        for option, value in ((-1, 1 << 30), (-2, 1 << 28), (-3, 1 << 30)):   # M_TRIM_THRESHOLD, TOP_PAD, MMAP_...
+        for option, value in ((-1, 1 << 30), (-2, 1 << 28), (-3, 1 << 30)):   # M_TRIM_THRESHOLD, TOP_PAD, ...
             libc.mallopt(option, value)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -125,7 +125,7 @@ def setup(device: str, threads: int) -> torch.device:
 # ---- randomness ------------------------------------------------------------------------------------------
 
 def generator(seed: int, stream: str, step: int = 0) -> torch.Generator:
-    """A CPU generator for one stream ('data', 'rollouts', 'evaluation') at one step: none disturbs another."""
+    """A CPU generator for one stream ('data', 'rollouts', ...) at one step: none disturbs another."""
     digest = hashlib.blake2b(f"{seed} {stream} {step}".encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
@@ -136,8 +136,7 @@ def permutation(n: int, seed: int, epoch: int) -> list[int]:
 
 
 def batch_indices(n: int, batch: int, step: int, seed: int) -> list[int]:
-    """Which of n examples make up batch number `step`: a function of the seed and the step alone, so that resuming
-    needs no state. Every epoch sees every example once, in an order of its own."""
+    """Which of n examples make up batch `step`, without any state; every epoch is a new order of them all."""
     return [permutation(n, seed, i // n)[i % n] for i in range(step * batch, (step + 1) * batch)]
 
 
@@ -164,23 +163,25 @@ def atomic_write(path: Path, data: bytes) -> None:
         os.close(folder)
 
 
-def save_checkpoint(path: Path, model: GPT, tokenizer: Tokenizer, lineage: list[dict], **more: typing.Any) -> None:
+def save_checkpoint(path: Path, model: GPT, tokenizer: Tokenizer, lineage: list[dict],
+                    **more: typing.Any) -> None:
     """Everything that is needed to use the model elsewhere. `more` must be plain types and tensors."""
-    weights = {name.removeprefix("_orig_mod."): w.detach().cpu().clone() for name, w in model.state_dict().items()}
+    weights = {name.removeprefix("_orig_mod."): w.detach().cpu().clone()
+               for name, w in model.state_dict().items()}
     buffer = io.BytesIO()
-    torch.save({"format": FORMAT, "model": weights, "config": asdict(model.config), "tokenizer": tokenizer.spec,
-                "lineage": lineage, **more}, buffer)
+    torch.save({"format": FORMAT, "model": weights, "config": asdict(model.config),
+                "tokenizer": tokenizer.spec, "lineage": lineage, **more}, buffer)
     atomic_write(Path(path), buffer.getvalue())
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """Read a checkpoint on the CPU; never runs code from it. UserError names the file and what is wrong with it."""
+    """Read a checkpoint on the CPU; never runs code from it. UserError names the file and what is wrong."""
     require(Path(path).is_file(), f"{path}: no such checkpoint file")
     try:
         with zipfile.ZipFile(path) as z:
             damaged = z.testzip()                # compares every record with its CRC-32
         content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                   # zipfile and torch raise a dozen types for files that are not theirs
+    except Exception as error:                   # zipfile and torch raise a dozen types for foreign files
         raise UserError(f"{path}: not a checkpoint, or a truncated one ({type(error).__name__})") from None
     require(not damaged, f"{path}: damaged (checksum of {damaged} does not match); restore it from a copy")
     require(isinstance(content, dict) and content.get("format") == FORMAT,
@@ -189,15 +190,17 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[GPT, Tokenizer, dict]:
-    """(model, tokenizer, checkpoint). Raises UserError if they do not fit together or a weight is not finite."""
+    """(model, tokenizer, checkpoint). UserError if they do not fit together or a weight is not finite."""
     content = load_checkpoint(path)
     try:
         model = GPT(ModelConfig(**content["config"]))
         model.load_state_dict(content["model"])
         tokenizer = Tokenizer(content["tokenizer"])
-        require(tokenizer.n_vocab == model.config.n_vocab, "the tokenizer has another vocabulary than the model")
+        require(tokenizer.n_vocab == model.config.n_vocab,
+                "the tokenizer has another vocabulary than the model")
     except Exception as error:                   # whatever a foreign dict may cause in the four lines above
-        raise UserError(f"{path}: weights, model config and tokenizer do not fit together ({str(error)[:200]})") from None
+        raise UserError(f"{path}: weights, model config and tokenizer do not fit together "
+                        f"({str(error)[:200]})") from None
     for name, weight in content["model"].items():
         require(bool(weight.isfinite().all()), f"{path}: {name} has values that are not finite")
     return model.to(device), tokenizer, content
@@ -210,10 +213,9 @@ def file_sha256(path: str | Path) -> str:
 # ---- a run folder ----------------------------------------------------------------------------------------
 
 class Run:
-    """A run folder: config.json, log.jsonl (a line per step), samples.txt, last.pt for resuming.
-
-    `last` is the content of last.pt, None in a new run. `interrupted` turns True on Ctrl-C or SIGTERM: the loop then
-    saves after the step at hand and stops; a second Ctrl-C stops at once. Raises UserError if another process works
+    """A run folder: config.json, log.jsonl (a line per step), samples.txt, last.pt for resuming. `last` is
+    the content of last.pt, None in a new run. `interrupted` turns True on Ctrl-C or SIGTERM: the loop saves
+    after the step at hand and stops; a second Ctrl-C stops at once. Raises UserError if another process works
     in the folder, or if it holds a run of another configuration."""
 
     def __init__(self, config: typing.Any):
@@ -225,8 +227,8 @@ class Run:
         try:
             fcntl and fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{self.out}: another process is working in this run folder; wait for it, or choose "
-                            "another --out") from None
+            raise UserError(f"{self.out}: another process is working in this run folder; wait for it, or "
+                            "choose another --out") from None
         path = self.out / "config.json"
         there = json.loads(path.read_text()) if path.exists() else self.config
         different = [f"{k}={there.get(k)} there, {v} asked" for k, v in self.config.items()
@@ -235,7 +237,7 @@ class Run:
                                f"({'; '.join(different)}); choose another --out")
         atomic_write(path, json.dumps(self.config, indent=1).encode())
         self.last = load_checkpoint(self.out / "last.pt") if (self.out / "last.pt").exists() else None
-        self.skipped, self.bad_in_a_row = self.last["skipped"] if self.last else (0, 0)   # updates not done: NaN
+        self.skipped, self.bad_in_a_row = self.last["skipped"] if self.last else (0, 0)   # updates lost: NaN
         self.files = {}
         for name in ("log.jsonl", "samples.txt"):
             self.files[name] = open(self.out / name, "ab")
@@ -274,33 +276,32 @@ class Run:
         self.files["samples.txt"].flush()
 
     def lineage(self, earlier: list[dict], **counts: typing.Any) -> list[dict]:
-        """The earlier stages and this one: its script, options and counts (tokens, updates, FLOPs, seconds)."""
+        """The earlier stages and this one: script, options and counts (tokens, updates, FLOPs, seconds)."""
         return earlier + [{"script": self.script, "config": self.config, **counts}]
 
-    def save_last(self, model: GPT, tokenizer: Tokenizer, lineage: list[dict], optimizer: torch.optim.Optimizer,
-                  step: int, **state: typing.Any) -> None:
+    def save_last(self, model: GPT, tokenizer: Tokenizer, lineage: list[dict],
+                  optimizer: torch.optim.Optimizer, step: int, **state: typing.Any) -> None:
         """The one file to resume from. Log files are on disk before it is."""
         for f in self.files.values():
             os.fsync(f.fileno())
-        save_checkpoint(self.out / "last.pt", model, tokenizer, lineage, optimizer=optimizer.state_dict(), step=step,
-                        bytes={name: f.tell() for name, f in self.files.items()},
+        save_checkpoint(self.out / "last.pt", model, tokenizer, lineage, optimizer=optimizer.state_dict(),
+                        step=step, bytes={name: f.tell() for name, f in self.files.items()},
                         skipped=[self.skipped, self.bad_in_a_row], **state)
 
     def step(self, model: GPT, optimizer: torch.optim.Optimizer, grad_clip: float) -> float:
-        """Clip the gradient to norm `grad_clip`, update, clear the gradient; returns the norm before clipping.
-
-        A gradient that is not finite is not used: the update is skipped, and after three in a row the run ends with
-        UserError, the last saved state being whole."""
+        """Clip the gradient to norm `grad_clip`, update, clear it; returns the norm before clipping. One that
+        is not finite is not used; three in a row raise UserError, the last saved state being whole."""
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
         if math.isfinite(norm):
             optimizer.step()
         else:
             self.skipped += 1
-            print(f"\n{self.out}: gradient is not finite, update skipped ({self.skipped} so far)", file=sys.stderr)
+            print(f"\n{self.out}: gradient is not finite, update skipped ({self.skipped} so far)",
+                  file=sys.stderr)
         self.bad_in_a_row = 0 if math.isfinite(norm) else self.bad_in_a_row + 1
         optimizer.zero_grad(set_to_none=True)
-        require(self.bad_in_a_row < 3, f"{self.out}: three gradients in a row were not finite; last.pt has the last "
-                                       "good state. Lower --lr, or look into the data")
+        require(self.bad_in_a_row < 3, f"{self.out}: three gradients in a row were not finite; last.pt has "
+                                       "the last good state. Lower --lr, or look into the data")
         return norm
 
     def stop(self) -> None:

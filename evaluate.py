@@ -1,11 +1,11 @@
-"""Measure a checkpoint: pass@k on arithmetic problems, general benchmarks, bits per byte. Two checkpoints: compare.
+"""Measure a checkpoint: pass@k on arithmetic problems, general benchmarks, bits per byte; or compare two.
 
-    python evaluate.py runs/base/8M.pt                    on validation problems; a table, and JSON beside the file
+    python evaluate.py runs/base/8M.pt               on validation problems; a table, and JSON beside the file
     python evaluate.py runs/rl/final.pt runs/base/8M.pt --split test
 
-The scorer `grade` is the reward of rl.py too. Intervals are 95 % bootstrap intervals over problems (samples of one
-problem are not independent evidence); two models are compared on the same resampled problems. Validation is the
-default, so that nobody tunes on the test problems by accident.
+The scorer `grade` is the reward of rl.py too. Intervals are 95 % bootstrap intervals over problems (samples
+of one problem are not independent evidence); two models are compared on the same resampled problems.
+Validation is the default, so that nobody tunes on the test problems by accident.
 """
 import json
 import math
@@ -35,7 +35,7 @@ class Config:
     samples: int = 64               # per problem; at least 2 k makes pass@k more than a coin flip per problem
     k: tuple[int, ...] = (1, 8, 32)  # the k of pass@k
     temperature: float = 0.6        # of the sampling; the paper's value
-    max_new: int = 64               # longest answer, tokens
+    max_new: int = 80               # longest answer, tokens
     shots: int = 0                  # solved examples before each question
     benchmarks: bool = True         # general benchmarks and bits per byte too
     seed: int = 0                   # of the sampling, the examples and the bootstrap
@@ -49,11 +49,12 @@ def check(c: Config) -> None:
     require(bool(c.k) and 0 < min(c.k) and max(c.k) <= c.samples,
             f"--samples {c.samples}: pass@{max(c.k, default=0)} needs at least that many (and k at least 1)")
     require(c.n_problems > 0 and c.max_new > 0, "--n-problems and --max-new must be positive")
-    require(c.temperature > 0, f"--temperature {c.temperature}: must be positive (greedy accuracy is measured anyway)")
+    require(c.temperature > 0,
+            f"--temperature {c.temperature}: must be positive (greedy accuracy is measured anyway)")
     require(c.shots >= 0, f"--shots {c.shots}: must not be negative")
 
 
-# ---- the scorer ---------------------------------------------------------------------------------------------------
+# ---- the scorer ------------------------------------------------------------------------------------------
 
 INTEGER = r"-?(?:0|[1-9][0-9]*)"
 
@@ -61,9 +62,9 @@ INTEGER = r"-?(?:0|[1-9][0-9]*)"
 def grade(completion: str, answer: str, finished: bool = True) -> str:
     """'right', 'wrong' or 'unparsed' for the text before the first EOS.
 
-    Parsed means: it ends in exactly one line '#### N' with N in canonical form and ASCII digits, and '####' occurs
-    nowhere else. Numbers are compared as text: no eval, no int() of what a model wrote, no tolerance. A completion cut
-    off before its EOS counts only if the line is complete, that is, ended by a newline."""
+    Parsed means: it ends in exactly one line '#### N' with N in canonical form and ASCII digits, and '####'
+    occurs nowhere else. Numbers are compared as text: no eval, no int() of what a model wrote, no tolerance.
+    A completion cut off before its EOS counts only if the line is complete, that is, ended by a newline."""
     if EOS in completion:
         completion, finished = completion.split(EOS)[0], True
     match = re.fullmatch(rf"(?:[\s\S]*\n)?#### ({INTEGER})(\n?)", completion)
@@ -82,11 +83,11 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.prod(1.0 - k / i for i in range(n - c + 1, n + 1))
 
 
-# ---- intervals ----------------------------------------------------------------------------------------------------
+# ---- intervals -------------------------------------------------------------------------------------------
 
 def bootstrap_means(values: np.ndarray, seed: int, replicates: int = 2_000) -> np.ndarray:
-    """Means (replicates, ...) of values (problems, ...) over problems drawn with replacement. The same seed and number
-    of problems draw the same problems: subtract two models' means for a paired comparison."""
+    """Means (replicates, ...) of values (problems, ...) over problems drawn with replacement. The same seed
+    and number of problems draw the same problems: subtract two models' means for a paired comparison."""
     index = np.random.default_rng(seed).integers(0, len(values), (replicates, len(values)))
     return np.stack([values[i].mean(0) for i in index])
 
@@ -97,7 +98,7 @@ def interval(replicates: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-# ---- data -----------------------------------------------------------------------------------------------------
+# ---- data ------------------------------------------------------------------------------------------------
 
 def open_data(folder: str) -> tuple[dict, Tokenizer, dict[str, np.ndarray]]:
     """(manifest, tokenizer, shard name -> memory-mapped uint16 tokens), checked against each other."""
@@ -106,16 +107,18 @@ def open_data(folder: str) -> tuple[dict, Tokenizer, dict[str, np.ndarray]]:
         manifest = json.loads((path / "manifest.json").read_text())
         tokenizer = Tokenizer.load(path / "tokenizer.json")
     except FileNotFoundError as error:
-        raise UserError(f"{error.filename}: not found; make the data with: python data/prepare.py --out {folder}") from None
+        raise UserError(f"{error.filename}: not found; make the data with: "
+                        f"python data/prepare.py --out {folder}") from None
     except (ValueError, KeyError) as error:
-        raise UserError(f"{folder}: manifest.json or tokenizer.json is damaged ({error}); make the data again") from None
-    require(manifest.get("tokenizer_sha256") == tokenizer.sha256,
-            f"{path / 'tokenizer.json'}: not the tokenizer that made the shards in {folder}; make the data again")
+        raise UserError(f"{folder}: manifest.json or tokenizer.json is damaged ({error}); "
+                        "make the data again") from None
+    require(manifest.get("tokenizer_sha256") == tokenizer.sha256, f"{path / 'tokenizer.json'}: not the "
+            f"tokenizer that made the shards in {folder}; make the data again")
     shards = {}
     for name in manifest["shards"]:
         require((path / name).is_file(), f"{path / name}: not found, although the manifest lists it")
-        require(file_sha256(path / name) == manifest["sha256"][name],
-                f"{path / name}: checksum differs from manifest.json (truncated or changed); make the data again")
+        require(file_sha256(path / name) == manifest["sha256"][name], f"{path / name}: checksum differs "
+                "from manifest.json (truncated or changed); make the data again")
         shards[name.removesuffix(".bin")] = np.memmap(path / name, dtype=np.uint16, mode="r")
     return manifest, tokenizer, shards
 
@@ -130,11 +133,12 @@ def load_problems(path: str | Path, difficulty: str = "all", solutions: bool = F
             continue
         try:
             p = json.loads(line.decode())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             p = error
         require(isinstance(p, dict), f"{path}, line {i}: not a JSON object in UTF-8")
         for key in ("question", "answer"):
-            require(isinstance(p.get(key), str) and p[key].strip() != "", f"{path}, line {i}: {key!r} must be a text")
+            require(isinstance(p.get(key), str) and p[key].strip() != "",
+                    f"{path}, line {i}: {key!r} must be a text")
         require(re.fullmatch(INTEGER, p["answer"]) is not None,
                 f"{path}, line {i}: answer {p['answer'][:40]!r} is not an integer such as 12 or -3")
         if solutions:
@@ -155,7 +159,7 @@ def prompt_ids(tokenizer: Tokenizer, problem: dict) -> list[int]:
 
 
 def few_shot_prefix(tokenizer: Tokenizer, examples: list[dict], shots: int, seed: int) -> list[int]:
-    """Ids of `shots` solved examples, each ended by EOS as in the pretraining documents with several questions."""
+    """Ids of `shots` solved examples, each ended by EOS as in pretraining documents of several questions."""
     rng = np.random.default_rng(seed)
     ids = []
     for i in rng.choice(len(examples), shots, replace=False):
@@ -185,9 +189,9 @@ def attempt(model: GPT, tokenizer: Tokenizer, problems: list[dict], n: int, temp
         part = problems[i:i + per_call]
         prompts = [list(prefix) + prompt_ids(tokenizer, p) for p in part]
         longest = max(map(len, prompts))
-        require(longest + max_new <= model.config.context,
-                f"a prompt of {longest} tokens and an answer of up to --max-new {max_new} exceed the model's context of "
-                f"{model.config.context}; use fewer --shots, shorter problems or a smaller --max-new")
+        require(longest + max_new <= model.config.context, f"a prompt of {longest} tokens and an answer of "
+                f"up to --max-new {max_new} exceed the model's context of {model.config.context}; use fewer "
+                "--shots, shorter problems or a smaller --max-new")
         out = sample(model, prompts, n, max_new, tokenizer.eos, tokenizer.pad, gen, temperature)
         for row, (ids, finished) in enumerate(zip(out.completions(), out.finished.tolist())):
             text = tokenizer.decode(ids[:-1] if finished else ids)
@@ -205,7 +209,8 @@ def measure_problems(model: GPT, tokenizer: Tokenizer, problems: list[dict], c: 
     bar = tqdm(total=2 * len(problems), desc=desc, unit="problem")
     sampled = attempt(model, tokenizer, problems, c.samples, c.temperature, c.max_new,
                       generator(c.seed, "evaluation"), prefix, bar)
-    greedy = attempt(model, tokenizer, problems, 1, 0.0, c.max_new, generator(c.seed, "evaluation"), prefix, bar)
+    greedy = attempt(model, tokenizer, problems, 1, 0.0, c.max_new,
+                     generator(c.seed, "evaluation"), prefix, bar)
     bar.close()
     right, total = sampled.right(c.samples), len(sampled.grades)
     passes = np.array([[pass_at_k(c.samples, r, k) for k in c.k] for r in right.tolist()])       # (P, K)
@@ -217,7 +222,8 @@ def measure_problems(model: GPT, tokenizer: Tokenizer, problems: list[dict], c: 
            for i, k in enumerate(c.k)},
         "greedy": greedy.grades.count("right") / len(problems),
         "unparsed": sampled.grades.count("unparsed") / total, "truncated": sampled.truncated / total,
-        "answer_entropy": float(np.mean([entropy([sampled.texts[j].split("####")[-1] for j in g]) for g in groups])),
+        "answer_entropy": float(np.mean([entropy([sampled.texts[j].split("####")[-1] for j in g])
+                                         for g in groups])),
         "distinct_completions": float(np.mean([len({sampled.texts[j] for j in g}) for g in groups])),
         "styles": {k: v / total for k, v in sorted(Counter(map(style_of, sampled.texts)).items())},
         "right_per_problem": right.tolist(),
@@ -230,7 +236,7 @@ def entropy(values: list[str]) -> float:
     return float(-(p * np.log(p)).sum())
 
 
-# ---- general capabilities -----------------------------------------------------------------------------------------
+# ---- general capabilities --------------------------------------------------------------------------------
 
 def pick(scores: list[float], choices: list[str]) -> tuple[int, int]:
     """(choice by acc, choice by acc_norm) as in lm-evaluation-harness: largest log-likelihood, and largest
@@ -242,7 +248,7 @@ def pick(scores: list[float], choices: list[str]) -> tuple[int, int]:
 @torch.inference_mode()
 def score_rows(model: GPT, contexts: list[list[int]], continuations: list[list[int]], pad: int,
                tokens: int = 8192) -> tuple[list[float], list[bool]]:
-    """Per row: log-likelihood of the continuation given the context, and whether greedy decoding would produce it."""
+    """Per row: log-likelihood of the continuation given the context, and whether greedy decoding gives it."""
     device = model.head.weight.device
     sums, exact = [0.0] * len(contexts), [False] * len(contexts)
     for rows in micro_batches([len(a) + len(b) for a, b in zip(contexts, continuations)], tokens):
@@ -258,8 +264,9 @@ def score_rows(model: GPT, contexts: list[list[int]], continuations: list[list[i
 
 
 def measure_benchmarks(model: GPT, tokenizer: Tokenizer, items: list[dict]) -> dict:
-    """Task -> accuracy (acc_norm; for an item with a single choice: exact match), standard error, chance, hits."""
-    rows = [(tokenizer.encode(item["context"]), tokenizer.encode(choice)) for item in items for choice in item["choices"]]
+    """Task -> accuracy (acc_norm; exact match for items with one choice), standard error, chance, hits."""
+    rows = [(tokenizer.encode(item["context"]), tokenizer.encode(choice))
+            for item in items for choice in item["choices"]]
     sums, exact = score_rows(model, [a for a, _ in rows], [b for _, b in rows], tokenizer.pad)
     hits: dict[str, list[tuple[int, int, float]]] = {}
     at = 0
@@ -272,13 +279,14 @@ def measure_benchmarks(model: GPT, tokenizer: Tokenizer, items: list[dict]) -> d
         hits.setdefault(item["task"], []).append((by_sum, by_norm, item["chance"]))
         at += n
     return {task: {"acc_norm": np.mean([h[1] for h in v]).item(), "acc": np.mean([h[0] for h in v]).item(),
-                   "stderr": float(np.std([h[1] for h in v], ddof=1) / len(v) ** .5), "chance": float(v[0][2]),
-                   "items": len(v), "hits": [h[1] for h in v]} for task, v in hits.items()}
+                   "stderr": float(np.std([h[1] for h in v], ddof=1) / len(v) ** .5),
+                   "chance": float(v[0][2]), "items": len(v), "hits": [h[1] for h in v]}
+            for task, v in hits.items()}
 
 
 @torch.inference_mode()
 def bits_per_byte(model: GPT, tokenizer: Tokenizer, shard: np.ndarray, blocks: int = 128) -> float:
-    """−log-likelihood / (bytes · ln 2) of the first blocks of a shard; a block's first token is context only."""
+    """−log-likelihood / (bytes · ln 2) of a shard's first blocks; a block's first token is context only."""
     size, device = model.config.context, model.head.weight.device
     blocks = min(blocks, len(shard) // size)
     require(blocks > 0, f"the validation shard has {len(shard)} tokens, fewer than one context of {size}")
@@ -286,13 +294,14 @@ def bits_per_byte(model: GPT, tokenizer: Tokenizer, shard: np.ndarray, blocks: i
     total = 0.0
     for part in ids.to(device).split(16):
         logits: Tensor = model(part[:, :-1]).float()
-        total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum"))
+        total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(),
+                                                         reduction="sum"))
     n_bytes = sum(len(tokenizer.encoding.decode_single_token_bytes(i)) if i < tokenizer.eos else 0
                   for i in ids[:, 1:].flatten().tolist())
     return total / (n_bytes * math.log(2))
 
 
-# ---- a whole evaluation -------------------------------------------------------------------------------------------
+# ---- a whole evaluation ----------------------------------------------------------------------------------
 
 def evaluate(path: str, c: Config) -> dict:
     """Measure one checkpoint and write CHECKPOINT.SPLIT.Nshot.json beside it."""
@@ -300,7 +309,8 @@ def evaluate(path: str, c: Config) -> dict:
     device = setup(c.device, c.threads)
     model, tokenizer, content = load_model(path, device)
     _, data_tokenizer, shards = open_data(c.data)
-    require(data_tokenizer.sha256 == tokenizer.sha256, f"{path}: made with another tokenizer than {c.data} holds")
+    require(data_tokenizer.sha256 == tokenizer.sha256,
+            f"{path}: made with another tokenizer than {c.data} holds")
     problems = load_problems(c.problems or f"{c.data}/{c.split}.jsonl")
     prefix = []
     if c.shots:
@@ -311,7 +321,8 @@ def evaluate(path: str, c: Config) -> dict:
               "config": {k: v for k, v in asdict(c).items() if k != "checkpoints"}, "problems": {}}
     for difficulty in sorted({p.get("difficulty", "all") for p in problems}):
         chosen = [p for p in problems if p.get("difficulty", "all") == difficulty][:c.n_problems]
-        result["problems"][difficulty] = measure_problems(model, tokenizer, chosen, c, prefix, f"{name} {difficulty}")
+        result["problems"][difficulty] = measure_problems(model, tokenizer, chosen, c, prefix,
+                                                          f"{name} {difficulty}")
     if c.benchmarks:
         items = [json.loads(line) for line in Path(c.data, "benchmarks.jsonl").read_text().splitlines()]
         result["benchmarks"] = measure_benchmarks(model, tokenizer, items)
@@ -325,19 +336,22 @@ def evaluate(path: str, c: Config) -> dict:
 
 def table(result: dict) -> str:
     c = result["config"]
-    lines = [f"{result['checkpoint']}   ({c['split']}, {c['shots']}-shot, {c['samples']} samples at T={c['temperature']})"]
+    lines = [f"{result['checkpoint']}   ({c['split']}, {c['shots']}-shot, {c['samples']} samples "
+             f"at T={c['temperature']})"]
     for name, d in result["problems"].items():
         for k in c["k"]:
             m = d[f"pass@{k}"]
-            lines.append(f"  {name:8s}pass@{k:<4d}{m['mean']:7.1%}   [{m['interval'][0]:.1%}, {m['interval'][1]:.1%}]")
-        lines.append(f"  {name:8s}greedy {d['greedy']:.1%}, unparsed {d['unparsed']:.1%}, truncated {d['truncated']:.1%}, "
-                     f"answer entropy {d['answer_entropy']:.2f} nats, {d['distinct_completions']:.1f} distinct of "
-                     f"{d['samples']}")
+            lines.append(f"  {name:8s}pass@{k:<4d}{m['mean']:7.1%}   "
+                         f"[{m['interval'][0]:.1%}, {m['interval'][1]:.1%}]")
+        lines.append(f"  {name:8s}greedy {d['greedy']:.1%}, unparsed {d['unparsed']:.1%}, "
+                     f"truncated {d['truncated']:.1%}, answer entropy {d['answer_entropy']:.2f} nats, "
+                     f"{d['distinct_completions']:.1f} distinct of {d['samples']}")
         lines.append(f"  {name:8s}styles " + ", ".join(f"{s} {v:.0%}" for s, v in d["styles"].items()))
     for task, b in result.get("benchmarks", {}).items():
         lines.append(f"  {task:10s}{b['acc_norm']:6.1%} ± {b['stderr']:.1%}  (chance {b['chance']:.0%})")
     if "general_mean" in result:
-        lines.append(f"  general mean {result['general_mean']:.1%}, general text {result['bits_per_byte']:.3f} bits per byte")
+        lines.append(f"  general mean {result['general_mean']:.1%}, "
+                     f"general text {result['bits_per_byte']:.3f} bits per byte")
     return "\n".join(lines)
 
 
@@ -351,8 +365,9 @@ def compare(a: dict, b: dict, seed: int) -> dict:
                             for x, y in zip(pa["right_per_problem"], pb["right_per_problem"])])
             differences[f"{difficulty} pass@{k}"] = (float(gap.mean()), *interval(bootstrap_means(gap, seed)))
     if "benchmarks" in a:
-        gaps = [np.array(a["benchmarks"][t]["hits"]) - np.array(b["benchmarks"][t]["hits"]) for t in a["benchmarks"]]
-        means = np.mean([bootstrap_means(g, seed + i) for i, g in enumerate(gaps)], axis=0)   # items within each task
+        gaps = [np.array(a["benchmarks"][t]["hits"]) - np.array(b["benchmarks"][t]["hits"])
+                for t in a["benchmarks"]]
+        means = np.mean([bootstrap_means(g, seed + i) for i, g in enumerate(gaps)], axis=0)   # within tasks
         differences["general mean"] = (float(np.mean([g.mean() for g in gaps])), *interval(means))
     return differences
 

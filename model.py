@@ -1,9 +1,9 @@
-"""A small GPT in the OLMo-2 architecture, with a key-value cache, batched sampling and token log-probabilities.
+"""A small GPT in the OLMo-2 architecture, with key-value cache, batched sampling and token log-probabilities.
 
     python model.py runs/base/8M.pt          prints what the checkpoint is, then answers prompts that you type
 
-Axes: B rows, T positions, V vocabulary, L layers, H heads, D size of a head, P prompts, G rollouts per prompt.
-Left out: dropout, biases, weight tying (OLMo-2 has none of them) and grouped-query attention (not needed at 1B).
+Axes: B rows, T positions, V vocabulary, L layers, H heads, D head size, P prompts, G rollouts per prompt.
+Left out: dropout, biases, weight tying (OLMo-2 has none) and grouped-query attention (not needed at 1B).
 """
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from torch import Tensor
 @dataclass
 class ModelConfig:
     vocab_size: int = 512       # rows of the embedding and of the head
-    n_vocab: int = 512          # ids in use; the rows above exist for alignment only and are never sampled nor scored
+    n_vocab: int = 512          # ids in use; the rows above are for alignment, never sampled nor scored
     context: int = 256          # longest sequence, tokens
     d_model: int = 96
     n_layers: int = 4
@@ -43,11 +43,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Cache:
-    """Keys and values of everything decoded so far: two tensors (L, B·H, capacity, D), filled up to `length`.
-    The first `padding` (B,) columns of a row are padding, which no query may see.
-
-    The decode step attends over the whole capacity, unfilled columns masked: on a CPU a product with a contiguous
-    tensor is several times faster than one with a slice of it. The capacity therefore grows in small steps."""
+    """Keys and values decoded so far: two tensors (L, B·H, capacity, D), filled up to `length`. No query sees
+    the first `padding` (B,) columns of a row. Decoding attends over the whole capacity, unfilled columns
+    masked: CPUs multiply contiguous tensors several times faster than slices. So it grows in small steps."""
 
     def __init__(self, c: ModelConfig, padding: Tensor, capacity: int = 0):
         self.heads, self.length, self.padding = c.n_heads, 0, padding
@@ -90,18 +88,18 @@ class Block(nn.Module):
                 layer: int) -> Tensor:
         B, T, d = x.shape
         q, k, v = self.qkv(x).split(d, dim=-1)
-        q, k = rms_norm(q, self.q_norm), rms_norm(k, self.k_norm)        # over all heads at once, before the split
-        q, k, v = (y.view(B, T, self.n_heads, -1).transpose(1, 2) for y in (q, k, v))             # (B, H, T, D)
+        q, k = rms_norm(q, self.q_norm), rms_norm(k, self.k_norm)        # over all heads, before the split
+        q, k, v = (y.view(B, T, self.n_heads, -1).transpose(1, 2) for y in (q, k, v))           # (B, H, T, D)
         q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
         if cache is not None:
             k, v = cache.store(layer, k, v)
         if cache is not None and T == 1:      # PyTorch's fused attention is slow for single queries on a CPU
-            scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).unflatten(0, (B, -1))        # (B, H, 1, capacity)
+            scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).unflatten(0, (B, -1))    # (B, H, 1, keys)
             weights = (scores * q.shape[-1] ** -.5).masked_fill(~mask, -torch.inf).softmax(-1)
-            y = torch.bmm(weights.flatten(0, 1), v.flatten(0, 1)).unflatten(0, (B, -1))           # (B, H, 1, D)
+            y = torch.bmm(weights.flatten(0, 1), v.flatten(0, 1)).unflatten(0, (B, -1))         # (B, H, 1, D)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
-        x = x + rms_norm(self.out(y.transpose(1, 2).reshape(B, T, d)), self.attention_norm)       # norm after, not before
+        x = x + rms_norm(self.out(y.transpose(1, 2).reshape(B, T, d)), self.attention_norm)     # norm after
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return x + rms_norm(self.down(F.silu(gate) * up), self.mlp_norm)
 
@@ -118,20 +116,21 @@ class GPT(nn.Module):
             if p.dim() == 2:
                 nn.init.trunc_normal_(p, std=.02, a=-.06, b=.06, generator=generator)
         size = c.d_model // c.n_heads
-        angles = torch.outer(torch.arange(c.context), c.rope_theta ** -(torch.arange(0, size, 2).float() / size))
+        angles = torch.outer(torch.arange(c.context),
+                             c.rope_theta ** -(torch.arange(0, size, 2).float() / size))
         self.register_buffer("cos", angles.cos(), persistent=False)      # (context, D/2), fp32
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def hidden(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
-        """Final hidden states (B, T, d_model) of ids (B, T), which follow what the cache holds.
-
-        With a cache the mask is explicit: PyTorch's causal flag aligns top-left when keys outnumber queries."""
+        """Final hidden states (B, T, d_model) of ids (B, T), which follow what the cache holds. With a cache
+        the mask is explicit, as PyTorch's causal flag aligns top-left; what is padding sees only itself."""
         T, start = ids.shape[1], cache.length if cache else 0
         mask = None
         if cache is not None:
-            key, query = torch.arange(cache.room(T), device=ids.device), torch.arange(start, start + T, device=ids.device)
-            known = key >= cache.padding[:, None, None, None]            # (B, 1, 1, capacity)
-            mask = (key <= query[:, None]) & known | (key == query[:, None])   # (B, 1, T, capacity); padding sees itself
+            key, query = (torch.arange(cache.room(T), device=ids.device),
+                          torch.arange(start, start + T, device=ids.device))
+            known = key >= cache.padding[:, None, None, None]                    # (B, 1, 1, capacity)
+            mask = (key <= query[:, None]) & known | (key == query[:, None])     # (B, 1, T, capacity)
         x = self.embed(ids)
         for layer, block in enumerate(self.blocks):
             x = block(x, self.cos[start:start + T], self.sin[start:start + T], mask, cache, layer)
@@ -147,17 +146,16 @@ class GPT(nn.Module):
         return self.logits(self.hidden(ids))
 
     def flops_per_token(self, length: int) -> int:
-        """Forward FLOPs of one token in a sequence of `length`: 2 per weight in a product, plus attention
-        (Kaplan et al. 2020, appendix B). A backward pass costs twice that."""
+        """Forward FLOPs per token in a sequence of `length` (Kaplan et al. 2020); backward: twice that."""
         c = self.config
         weights = c.n_layers * (4 * c.d_model ** 2 + 3 * c.d_model * c.d_ff) + c.d_model * c.n_vocab
-        return 2 * weights + 2 * c.n_layers * c.d_model * length       # two products over length/2 keys on average
+        return 2 * weights + 2 * c.n_layers * c.d_model * length      # two products, length/2 keys on average
 
 
-# ---- sampling -----------------------------------------------------------------------------------------------------
+# ---- sampling --------------------------------------------------------------------------------------------
 
 class Rollouts(NamedTuple):
-    """B = P·G sampled completions; row p·G + g is rollout g of prompt p. Columns past its length are padding."""
+    """B = P·G sampled completions, row p·G + g being rollout g of prompt p, padded beyond its length."""
     tokens: Tensor      # (B, max_new) int64, EOS included where it was generated
     lengths: Tensor     # (B,) number of generated tokens, EOS included
     finished: Tensor    # (B,) bool: generated EOS within max_new tokens
@@ -172,51 +170,48 @@ class Rollouts(NamedTuple):
 def sample(model: GPT, prompts: list[list[int]], group: int, max_new: int, eos: int, pad: int,
            generator: torch.Generator, temperature: float = 1.0, compact: bool = True,
            block: int = 1024) -> Rollouts:
-    """Sample `group` completions of every prompt from softmax(logits / temperature); 0 is greedy.
-
-    Prompts of similar length are decoded together, at most `block` rows at a time, which bounds memory. The uniform
-    numbers behind row r are the same wherever and beside whatever it is decoded. Results are on the CPU.
-    Raises ValueError if a prompt is empty or leaves no room for max_new tokens in the context."""
+    """Sample `group` completions of every prompt from softmax(logits / temperature), 0: greedy; on the CPU.
+    Similar lengths are decoded together, `block` rows at a time to bound memory; the uniform numbers behind a
+    row do not depend on its company. ValueError if a prompt is empty or leaves no room for max_new tokens."""
     longest, room = max(map(len, prompts)), model.config.context - max_new
     if min(map(len, prompts)) == 0 or longest > room:
-        raise ValueError(f"prompts must have 1 to {room} tokens (context {model.config.context}, of which {max_new} "
-                         f"are for the answer), found up to {longest}")
-    u = torch.rand(len(prompts), group, max_new, generator=generator)    # on the CPU: the same on every device
+        raise ValueError(f"prompts must have 1 to {room} tokens (context {model.config.context}, of which "
+                         f"{max_new} are for the answer), found up to {longest}")
+    u = torch.rand(len(prompts), group, max_new, generator=generator)    # on the CPU: same on every device
     order = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
     parts = []
     for i in range(0, len(order), max(1, block // group)):
         chosen = order[i:i + max(1, block // group)]
         uniform = u[chosen].flatten(0, 1).to(model.head.weight.device)   # (rows of the block, max_new)
-        parts.append(decode(model, [prompts[p] for p in chosen], group, eos, pad, uniform, temperature, compact))
+        parts.append(decode(model, [prompts[p] for p in chosen], group, eos, pad, uniform, temperature,
+                            compact))
     rank = torch.tensor(order).argsort()                                 # back into the order of the prompts
     return Rollouts(*(torch.cat(x).unflatten(0, (-1, group))[rank].flatten(0, 1) for x in zip(*parts)))
 
 
-def decode(model: GPT, prompts: list[list[int]], group: int, eos: int, pad: int, u: Tensor, temperature: float,
-           compact: bool) -> Rollouts:
-    """`sample` for B = P·G rows at once, from uniform numbers u (B, max_new).
-
-    Every prompt is computed once and its cache repeated for the group. Finished rows leave the batch now and then.
-    Tokens are drawn by inverse CDF: compaction and the order of rows do not change what is sampled."""
+def decode(model: GPT, prompts: list[list[int]], group: int, eos: int, pad: int, u: Tensor,
+           temperature: float, compact: bool) -> Rollouts:
+    """`sample` for B = P·G rows at once, from uniform numbers u (B, max_new); a prompt is computed only once.
+    By inverse CDF, neither the order of rows nor dropping finished ones (`compact`) changes what is drawn."""
     (B, max_new), device, width = u.shape, u.device, max(map(len, prompts))
-    # Prompts are padded on the left, so that all rows write the same column of the cache. Rotary positions are
-    # relative: counting a row's positions from its padding on changes no attention score.
+    # left padding: all rows write the same cache column; rotary positions being relative, no score changes
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)           # (P, T)
     padding = torch.tensor([width - len(p) for p in prompts], device=device)
     cache = Cache(model.config, padding)
     rows = torch.arange(len(prompts), device=device).repeat_interleave(group)
     hidden = model.hidden(ids, cache)[rows, -1]                          # (B, d_model)
     cache.select(rows)
-    alive = torch.arange(B, device=device)                               # the output row of each row in the batch
+    alive = torch.arange(B, device=device)                               # output row of each row in the batch
     tokens = torch.full((B, max_new), pad, device=device)
     logprobs, entropy = torch.zeros(B, max_new, device=device), torch.zeros(B, max_new, device=device)
-    lengths, finished = torch.full((B,), max_new, device=device), torch.zeros(B, dtype=torch.bool, device=device)
+    lengths, finished = (torch.full((B,), max_new, device=device),
+                         torch.zeros(B, dtype=torch.bool, device=device))
     for t in range(max_new):
         logp = (model.logits(hidden).float() / (temperature or 1.0)).log_softmax(-1)              # (B, V)
         p = logp.exp()
         if temperature == 0:
             token = logp.argmax(-1)
-        else:                                                            # right=True: first entry above u · total
+        else:                                                            # right=True: first entry > u · total
             cdf = p.cumsum(-1)
             token = torch.searchsorted(cdf, u[alive, t, None] * cdf[:, -1:], right=True).squeeze(-1)
             token = token.clamp_(max=logp.shape[-1] - 1)
@@ -237,12 +232,12 @@ def decode(model: GPT, prompts: list[list[int]], group: int, eos: int, pad: int,
     return Rollouts(*(x.cpu() for x in (tokens, lengths, finished, logprobs, entropy)))
 
 
-# ---- scoring ------------------------------------------------------------------------------------------------------
+# ---- scoring ---------------------------------------------------------------------------------------------
 
 def pack(prompts: list[list[int]], completions: list[list[int]], pad: int,
          device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Rows of prompt + completion, padded on the right: ids (B, T) and `target` (B, T), True exactly at completion
-    tokens. The mask comes from lengths, never from comparing ids with padding, so EOS is a target like any other."""
+    """Rows of prompt + completion, padded on the right: ids (B, T) and `target` (B, T), True at completion
+    tokens. That comes from lengths, not from comparing ids with padding: EOS is a target like any other."""
     width = max(len(p) + len(c) for p, c in zip(prompts, completions))
     ids = torch.tensor([p + c + [pad] * (width - len(p) - len(c)) for p, c in zip(prompts, completions)])
     column = torch.arange(width)
@@ -252,16 +247,14 @@ def pack(prompts: list[list[int]], completions: list[list[int]], pad: int,
 
 
 def completion_logprobs(model: GPT, ids: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probabilities (N,) of the N target tokens, row after row, under softmax(logits / temperature).
-
-    ids, target (B, T) as made by `pack`. The head runs at the N positions only."""
-    hidden = model.hidden(ids[:, :-1])[target[:, 1:]]                    # (N, d_model): position t-1 predicts token t
+    """Log-probabilities (N,) of `pack`'s N targets, row after row, under softmax(logits / temperature)."""
+    hidden = model.hidden(ids[:, :-1])[target[:, 1:]]                    # (N, d_model): t-1 predicts token t
     logits = model.logits(hidden).float() / temperature
     return -F.cross_entropy(logits, ids[:, 1:][target[:, 1:]], reduction="none")
 
 
 def micro_batches(lengths: list[int], tokens: int) -> list[list[int]]:
-    """Row numbers, longest first, cut into batches of at most `tokens` tokens after padding (one row at least)."""
+    """Row numbers, longest first, in batches of at most `tokens` tokens after padding (at least one row)."""
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda r: -lengths[r]):
         if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens:
@@ -271,13 +264,13 @@ def micro_batches(lengths: list[int], tokens: int) -> list[list[int]]:
     return batches
 
 
-# ---- what a checkpoint is, and a prompt to try it -----------------------------------------------------------------
+# ---- what a checkpoint is, and a prompt to try it --------------------------------------------------------
 
 @dataclass
 class Config:
     checkpoint: tuple[str, ...]     # file to look at
     temperature: float = 0.6        # 0 = always the most probable token
-    max_new: int = 64               # longest answer, tokens
+    max_new: int = 80               # longest answer, tokens
     seed: int = 0                   # of the sampling
     device: str = "auto"            # cpu, cuda, auto
     threads: int = 0                # CPU threads, 0 = all cores
@@ -291,9 +284,9 @@ def chat(c: Config) -> None:
     model, tokenizer, content = load_model(c.checkpoint[0], setup(c.device, c.threads))
     m = model.config
     n = sum(p.numel() for p in model.parameters())
-    print(f"{c.checkpoint[0]}: {n:,} parameters ({n - 2 * m.vocab_size * m.d_model:,} without embedding and head)\n"
-          f"  {m.n_layers} layers, width {m.d_model}, {m.n_heads} heads, feed-forward {m.d_ff}, context {m.context}, "
-          f"vocabulary {m.n_vocab}\n  lineage:")
+    print(f"{c.checkpoint[0]}: {n:,} parameters ({n - 2 * m.vocab_size * m.d_model:,} without embedding and "
+          f"head)\n  {m.n_layers} layers, width {m.d_model}, {m.n_heads} heads, feed-forward {m.d_ff}, "
+          f"context {m.context}, vocabulary {m.n_vocab}\n  lineage:")
     for stage in content["lineage"]:
         print(f"    {stage['script']}: {stage['tokens']:,} tokens, {stage['updates']} updates, "
               f"{stage['flops']:.2e} FLOPs, {stage['seconds'] / 60:.1f} min, seed {stage['config']['seed']}")

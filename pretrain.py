@@ -1,11 +1,11 @@
-"""Pretrain a small GPT on the token shards of data/prepare.py, keeping a checkpoint at each listed token count.
+"""Pretrain a small GPT on the token shards of data/prepare.py, keeping checkpoints at listed token counts.
 
     python pretrain.py --data data/tiny --out runs/base
 
-The checkpoints along the way (runs/base/1M.pt, 2M.pt, ...) are what the whole study starts from. The learning rate
-is constant after the warm-up, as decaying it for each checkpoint would need a run for each; --decay adds a linear
-decay over the last part of the run. Left out: gradient accumulation over devices, document masking (a sequence may
-see the end of the document before), and a schedule of batch sizes.
+The checkpoints along the way (runs/base/1M.pt, 2M.pt, ...) are what the whole study starts from. The learning
+rate is constant after the warm-up, as decaying it for each checkpoint would need a run for each; --decay adds
+a linear decay over the last part of the run. Left out: gradient accumulation over devices, document masking
+(a sequence may see the end of the document before), and a schedule of batch sizes.
 """
 import time
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Config:
     batch: int = 16                 # sequences per update: 16 x 256 = 4,096 tokens
     micro_batch: int = 8            # sequences per forward pass; 8 keeps activations in the cache of a CPU
     tokens: int = 8_000_000         # length of the run
-    checkpoints_at: tuple[int, ...] = ()    # tokens; if none: 1/8 1/4 3/8 1/2 3/4 of the run. The end is always kept
+    checkpoints_at: tuple[int, ...] = ()    # tokens, besides the end; if none: 1/8 1/4 3/8 1/2 3/4 of the run
     lr: float = 3e-3                # peak learning rate of AdamW; small models take large ones
     warmup: int = 50                # updates until the peak
     decay: float = 0.0              # share of the run, at its end, over which lr falls linearly to 0
@@ -53,12 +53,14 @@ def check(c: Config) -> None:
     require(c.batch % c.micro_batch == 0, f"--micro-batch {c.micro_batch}: does not divide --batch {c.batch}")
     require(0 <= c.decay <= 1, f"--decay {c.decay}: must be between 0 and 1")
     late = [t for t in c.checkpoints_at if not 0 < t <= c.tokens]
-    require(not late, f"--checkpoints-at {','.join(map(str, late))}: not within the --tokens {c.tokens} of the run")
+    require(not late,
+            f"--checkpoints-at {','.join(map(str, late))}: not within the --tokens {c.tokens} of the run")
 
 
 def blocks(shard: np.ndarray, numbers: list[int], context: int) -> Tensor:
     """Blocks of a shard by number: (B, T+1), each block sharing its last token with the first of the next."""
-    return torch.from_numpy(np.stack([shard[i * context:(i + 1) * context + 1] for i in numbers]).astype(np.int64))
+    return torch.from_numpy(np.stack([shard[i * context:(i + 1) * context + 1]
+                                      for i in numbers]).astype(np.int64))
 
 
 def next_token_loss(model: GPT, sequences: Tensor) -> Tensor:
@@ -89,12 +91,13 @@ def train(c: Config) -> Path:
     cuda = device.type == "cuda"
     manifest, tokenizer, shards = open_data(c.data)
     for name, shard in shards.items():
-        require(len(shard) > c.context, f"{c.data}/{name}.bin: has {len(shard)} tokens, --context {c.context} needs more")
+        require(len(shard) > c.context,
+                f"{c.data}/{name}.bin: has {len(shard)} tokens, --context {c.context} needs more")
     run = Run(c)
     tokens_per_step = c.batch * c.context
     steps = -(-c.tokens // tokens_per_step)
     kept = c.checkpoints_at or [c.tokens * eighths // 8 for eighths in (1, 2, 3, 4, 6)]
-    due = {-(-t // tokens_per_step): t for t in kept}                    # step -> checkpoint, whole steps only
+    due = {-(-t // tokens_per_step): t for t in kept}                    # step -> checkpoint, at whole steps
     final = run.out / f"{c.tokens / 1e6:g}M.pt"
     if run.finished(final, steps):
         return final
@@ -121,22 +124,23 @@ def train(c: Config) -> Path:
                            seconds=seconds, parent=None, data=manifest["sha256"])
     bar = tqdm(total=steps * tokens_per_step, initial=step * tokens_per_step, unit="tok", unit_scale=True,
                desc="pretrain")
+    scores: dict[str, float] = {}
     while True:
-        started = time.perf_counter()
         # ---- learning rate
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(c, step, steps)
         # ---- evaluate and checkpoint
-        line = {}
         if step % c.eval_every == 0 or step == steps:
             with forward:
-                line = {f"val_{kind}": validation_loss(compiled, shards[f"val_{kind}"], c, device)
-                        for kind in ("general", "arithmetic")}
+                scores = {f"val_{kind}": validation_loss(compiled, shards[f"val_{kind}"], c, device)
+                          for kind in ("general", "arithmetic")}
+            run.log(step=step, **scores)
         if step in due:
             save_checkpoint(run.out / f"{due[step] / 1e6:g}M.pt", model, tokenizer, lineage())
         if step == steps:
             break
         # ---- collect
+        started = time.perf_counter()
         numbers = batch_indices((len(shards["train"]) - 1) // c.context, c.batch, step, c.seed)
         sequences = blocks(shards["train"], numbers, c.context)          # (B, T+1), none twice in an epoch
         # ---- update
@@ -152,20 +156,21 @@ def train(c: Config) -> Path:
         loss = float(total)
         seconds += time.perf_counter() - started
         run.log(step=step, tokens=step * tokens_per_step, loss=loss, lr=optimizer.param_groups[0]["lr"],
-                grad_norm=norm, skipped=run.skipped, flops=step * flops_per_step, seconds=round(seconds, 3), **line)
+                grad_norm=norm, skipped=run.skipped, flops=step * flops_per_step,
+                seconds=round(seconds, 3))
         bar.update(tokens_per_step)
-        bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in {"loss": loss, **line}.items()), refresh=False)
+        bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in {"loss": loss, **scores}.items()),
+                            refresh=False)
         # ---- stop
         if step % c.save_every == 0 or step == steps or run.interrupted:
             run.save_last(model, tokenizer, lineage(), optimizer, step, seconds=seconds)
         if run.interrupted and step < steps:
             run.stop()
-    run.log(step=step, **line)
     bar.close()
     save_checkpoint(final, model, tokenizer, lineage())
-    print(f"{final}: {step * tokens_per_step:,} tokens, {seconds / 60:.1f} min, {step * flops_per_step:.2e} FLOPs, "
-          f"validation loss general {line['val_general']:.3f}, arithmetic {line['val_arithmetic']:.3f}\n"
-          f"next: python rl.py --init {final} --out runs/rl")
+    print(f"{final}: {step * tokens_per_step:,} tokens, {seconds / 60:.1f} min, {step * flops_per_step:.2e} "
+          f"FLOPs, validation loss general {scores['val_general']:.3f}, "
+          f"arithmetic {scores['val_arithmetic']:.3f}\nnext: python rl.py --init {final} --out runs/rl")
     return final
 
 

@@ -3,9 +3,9 @@
     python rl.py --init runs/base/8M.pt --out runs/rl
 
 Every step: sample G answers to each of P problems, reward 1 for a right final answer and 0 otherwise, call an
-answer good or bad relative to its group (Shao et al. 2024), and raise or lower the log-probability of its tokens. The
-model never sees a reference solution. Left out: a value network (GRPO's point), a reward model (the reward is exact),
-length penalties, and top-k or top-p sampling (the sampled and the scored distribution must be the same).
+answer good or bad relative to its group (Shao et al. 2024), raise or lower the log-probability of its tokens.
+No reference solution is ever seen. Left out: a value network (GRPO's point), a reward model (the reward is
+exact), length penalties, top-k and top-p sampling (sampled and scored distribution must be the same).
 """
 import copy
 import json
@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import (
-    Run, batch_indices, file_sha256, generator, load_model, main, require, require_positive,
-    save_checkpoint, setup)
+from checkpoint import (Run, batch_indices, file_sha256, generator, load_model, main, require,
+                        require_positive, save_checkpoint, setup)
 from data.tokenizer import Tokenizer
 from evaluate import attempt, grade, load_problems, pass_at_k, prompt_ids
 from model import GPT, completion_logprobs, micro_batches, pack, sample
@@ -43,10 +42,10 @@ class Config:
     grad_clip: float = 1.0          # largest gradient norm
     std: bool = True                # divide the advantage by the group's standard deviation
     clip_low: float = 0.2           # the ratio counts down to 1 - clip_low ...
-    clip_high: float = 0.2          # ... and up to 1 + clip_high (0.28: "clip higher"); idle with one update per batch
+    clip_high: float = 0.2          # ... and up to 1 + clip_high (0.28: "clip higher"); idle with --updates 1
     kl: float = 0.0                 # coefficient of the KL penalty towards the start
     temperature: float = 1.0        # of the rollouts
-    max_new: int = 64               # longest answer, tokens
+    max_new: int = 80               # longest answer, tokens
     micro_batch: int = 4_096        # tokens per forward pass of the update
     eval_every: int = 10            # steps between validations (and transcripts)
     eval_problems: int = 100        # validation problems
@@ -60,23 +59,24 @@ class Config:
 
 def check(c: Config) -> None:
     require(c.init != "", "--init is missing: give the checkpoint to start from")
-    require(c.difficulty in ("easy", "hard", "all"), f"--difficulty {c.difficulty}: must be easy, hard or all")
+    require(c.difficulty in ("easy", "hard", "all"),
+            f"--difficulty {c.difficulty}: must be easy, hard or all")
     require(c.rollouts >= 2, f"--rollouts {c.rollouts}: a group needs at least 2 for a relative advantage")
-    require_positive(c, "n_problems steps updates lr grad_clip temperature max_new micro_batch eval_every eval_problems "
-                        "eval_samples save_every")
+    require_positive(c, "n_problems steps updates lr grad_clip temperature max_new micro_batch eval_every "
+                        "eval_problems eval_samples save_every")
     require_positive(c, "warmup weight_decay clip_low clip_high kl", zero=True)
-    require(c.n_problems % c.updates == 0, f"--updates {c.updates}: does not divide --n-problems {c.n_problems}")
+    require(c.n_problems % c.updates == 0,
+            f"--updates {c.updates}: does not divide --n-problems {c.n_problems}")
     late = [s for s in c.checkpoints_at if not 0 < s <= c.steps]
-    require(not late, f"--checkpoints-at {','.join(map(str, late))}: not within the --steps {c.steps} of the run")
+    require(not late,
+            f"--checkpoints-at {','.join(map(str, late))}: not within the --steps {c.steps} of the run")
 
 
-# ---- the algorithm ------------------------------------------------------------------------------------------------
+# ---- the algorithm ---------------------------------------------------------------------------------------
 
 def advantages(rewards: Tensor, std: bool = True) -> Tensor:
-    """(P, G) rewards -> (P, G) advantages: reward minus the group's mean, over its unbiased standard deviation.
-
-    A group with equal rewards says nothing and gets exactly 0; that is decided by comparing, as the standard
-    deviation of equal floats need not be 0 (Shao et al. 2024, section 4.1.2; without std: Liu et al. 2025)."""
+    """Rewards (P, G) minus their group's mean, over its unbiased deviation (Shao et al. 2024, section 4.1.2;
+    without: Liu et al. 2025). 0 where all are equal, even if the deviation of equal floats is not quite 0."""
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     if std:
         centred = centred / (rewards.std(dim=1, keepdim=True) + 1e-6)
@@ -84,17 +84,17 @@ def advantages(rewards: Tensor, std: bool = True) -> Tensor:
     return torch.where(signal, centred, 0.0)
 
 
-def policy_loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> Tensor:
+def policy_loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, clip_low: float,
+                clip_high: float) -> Tensor:
     """Clipped loss of each token (N,), not yet averaged (Schulman et al. 2017, equation 7)."""
     ratio = (logp - old_logp).exp()
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
 
 
 def kl_k3(logp: Tensor, reference_logp: Tensor) -> Tensor:
-    """Estimate of KL(policy || reference) at each token sampled from the policy: exp(d) - d - 1 with
-    d = reference_logp - logp, never negative (Schulman 2020, 'k3'). expm1 keeps small d exact."""
+    """KL(policy || reference) estimated at each sampled token, never negative (Schulman 2020, 'k3')."""
     d = reference_logp - logp
-    return torch.expm1(d) - d
+    return torch.expm1(d) - d                    # exp(d) - d - 1, exact for small d too
 
 
 @dataclass
@@ -127,20 +127,20 @@ def collect(model: GPT, tokenizer: Tokenizer, problems: list[dict], group: int, 
 
 def policy_gradient(model: GPT, reference: GPT, batch: Batch, advantage: Tensor, rows: range, c: Config,
                     pad: int) -> dict[str, float] | None:
-    """Add the GRPO gradient of these rows to the model's .grad; returns figures per token, or None if no row says
-    anything (then .grad is untouched).
-
-    The loss is the mean over *all* completion tokens of the rows, truncated and signal-free ones included, whatever
-    the micro-batches (Yu et al. 2025, token-mean). Rows without advantage add nothing to it: they are not computed."""
+    """Add the GRPO gradient of these rows to .grad; returns figures per token, None if no row has a signal.
+    The loss is the mean over *all* completion tokens of the rows, truncated and signal-free ones included,
+    whatever the micro-batches (Yu et al. 2025). Rows without advantage add 0 to it: they are not computed."""
     device = model.head.weight.device
     total = sum(len(batch.completions[r]) for r in rows)
     useful = [r for r in rows if advantage[r] != 0 or c.kl > 0]
     if not useful:
         return None
     sums = dict.fromkeys(("loss", "ratio", "clipped", "kl_penalty", "tokens", "positions"), 0.0)
-    for part in micro_batches([len(batch.prompts[r]) + len(batch.completions[r]) for r in useful], c.micro_batch):
+    for part in micro_batches([len(batch.prompts[r]) + len(batch.completions[r]) for r in useful],
+                              c.micro_batch):
         part = [useful[i] for i in part]
-        ids, target = pack([batch.prompts[r] for r in part], [batch.completions[r] for r in part], pad, device)
+        ids, target = pack([batch.prompts[r] for r in part], [batch.completions[r] for r in part], pad,
+                           device)
         logp = completion_logprobs(model, ids, target, c.temperature)                             # (N,)
         # one update per batch is exactly on-policy: the ratio is 1, its gradient that of REINFORCE
         old = logp.detach() if c.updates == 1 else torch.cat([batch.logprobs[r] for r in part]).to(device)
@@ -155,7 +155,8 @@ def policy_gradient(model: GPT, reference: GPT, batch: Batch, advantage: Tensor,
             sums["kl_penalty"] += float(penalty.detach().sum())
         (loss.sum() / total).backward()
         ratio = (logp.detach() - old).exp()
-        outside = torch.where(token_advantage > 0, ratio > 1 + c.clip_high, ratio < 1 - c.clip_low)
+        outside = ((token_advantage > 0) & (ratio > 1 + c.clip_high)
+                   | (token_advantage < 0) & (ratio < 1 - c.clip_low))
         for name, value in (("loss", loss.detach()), ("ratio", ratio), ("clipped", outside)):
             sums[name] += float(value.sum())
         sums["tokens"] += len(logp)
@@ -165,18 +166,16 @@ def policy_gradient(model: GPT, reference: GPT, batch: Batch, advantage: Tensor,
             "positions": sums["positions"]}
 
 
-# ---- measurements -------------------------------------------------------------------------------------------------
+# ---- measurements ----------------------------------------------------------------------------------------
 
 def signal_probability(n: int, right: int, group: int) -> float:
-    """Probability that `group` of n answers, `right` of them right, drawn without replacement, are neither all
-    right nor all wrong."""
+    """Probability that `group` of n answers, `right` of them right, drawn without replacement, are mixed."""
     return pass_at_k(n, right, group) + pass_at_k(n, n - right, group) - 1
 
 
 @torch.inference_mode()
 def kl_to_start(reference: GPT, batch: Batch, c: Config, pad: int, rows: int = 64) -> float:
-    """KL(policy || start) in nats per token, estimated on `rows` rollouts spread over the batch; the policy's
-    log-probabilities are the recorded ones."""
+    """KL(policy || start), nats per token, from `rows` rollouts of the batch and their recorded logprobs."""
     chosen = range(0, len(batch.prompts), max(1, len(batch.prompts) // rows))
     ids, target = pack([batch.prompts[r] for r in chosen], [batch.completions[r] for r in chosen], pad,
                        reference.head.weight.device)
@@ -185,21 +184,21 @@ def kl_to_start(reference: GPT, batch: Batch, c: Config, pad: int, rows: int = 6
 
 
 def probe(model: GPT, tokenizer: Tokenizer, problems: list[dict], c: Config) -> None:
-    """Measure the success rate before the first step, print the expected share of groups with a signal, and warn."""
+    """Measure the success rate before the first step; print the expected share of groups with a signal."""
     n = 2 * c.rollouts
     batch = collect(model, tokenizer, problems, n, c, generator(c.seed, "probe"))
     right = batch.rewards.sum(1).int().tolist()
     rate = sum(right) / (n * len(right))
     signal = float(np.mean([signal_probability(n, r, c.rollouts) for r in right]))
     unparsed = batch.grades.count("unparsed") / len(batch.grades)
-    print(f"before training: {rate:.1%} of {n * len(right)} answers right, {unparsed:.1%} without a readable answer; "
-          f"about {signal:.0%} of groups of {c.rollouts} will have a signal")
+    print(f"before training: {rate:.1%} of {n * len(right)} answers right, {unparsed:.1%} without a readable "
+          f"answer; about {signal:.0%} of groups of {c.rollouts} will have a signal")
     if signal == 0:
-        print("WARNING: no group has a signal, so RL cannot learn anything here. Start from a later checkpoint, or use "
-              "easier problems or more --rollouts.")
+        print("WARNING: no group has a signal, so RL cannot learn anything here. Start from a later "
+              "checkpoint, or use easier problems or more --rollouts.")
     elif signal < .3:
-        print("WARNING: few groups have a signal, and a rare success gets a large advantage: updates will be noisy. "
-              "More --n-problems or --rollouts, or a smaller --lr, are safer.")
+        print("WARNING: few groups have a signal, and a rare success gets a large advantage: updates will be "
+              "noisy. More --n-problems or --rollouts, or a smaller --lr, are safer.")
 
 
 def transcript(batch: Batch, problems: list[dict], step: int, group: int) -> str:
@@ -207,11 +206,12 @@ def transcript(batch: Batch, problems: list[dict], step: int, group: int) -> str
     parts = [f"======== step {step}"]
     for p in range(min(3, len(problems))):
         parts.append(f"{problems[p]['question']}   (answer {problems[p]['answer']})")
-        parts += [f"  [{batch.grades[r]}] " + json.dumps(batch.texts[r]) for r in range(p * group, p * group + 2)]
+        parts += [f"  [{batch.grades[r]}] " + json.dumps(batch.texts[r])
+                  for r in range(p * group, p * group + 2)]
     return "\n".join(parts)
 
 
-# ---- training -----------------------------------------------------------------------------------------------------
+# ---- training --------------------------------------------------------------------------------------------
 
 def train(c: Config) -> Path:
     """Run (or resume) RL; returns the path of the last checkpoint."""
@@ -222,8 +222,8 @@ def train(c: Config) -> Path:
     model, tokenizer, start = load_model(c.init, device)
     parent = file_sha256(c.init)
     longest = max(len(prompt_ids(tokenizer, p)) for p in problems + validation)
-    require(longest + c.max_new <= model.config.context, f"the longest prompt has {longest} tokens: with --max-new "
-            f"{c.max_new} that exceeds the model's context of {model.config.context}")
+    require(longest + c.max_new <= model.config.context, f"the longest prompt has {longest} tokens: with "
+            f"--max-new {c.max_new} that exceeds the model's context of {model.config.context}")
     reference = copy.deepcopy(model).requires_grad_(False)
     run = Run(c)
     final = run.out / "final.pt"
@@ -243,22 +243,23 @@ def train(c: Config) -> Path:
     def lineage() -> list[dict]:
         return run.lineage(start["lineage"], parent=parent, **counts)
     bar = tqdm(total=c.steps, initial=step, unit="step", desc="rl")
+    scores: dict[str, float] = {}
     while True:
-        started = time.perf_counter()
         # ---- learning rate
         for group in optimizer.param_groups:
             group["lr"] = c.lr * min(1.0, (step + 1) / max(1, c.warmup))
         # ---- evaluate and checkpoint
-        line = {}
         if step % c.eval_every == 0 or step == c.steps:
             gen = generator(c.seed, "evaluation")
             tried = attempt(model, tokenizer, validation, c.eval_samples, .6, c.max_new, gen)
-            line = {"val_pass@1": tried.grades.count("right") / len(tried.grades)}
+            scores = {"val_pass@1": tried.grades.count("right") / len(tried.grades)}
+            run.log(step=step, **scores)
         if step in c.checkpoints_at:
             save_checkpoint(run.out / f"step{step}.pt", model, tokenizer, lineage())
         if step == c.steps:
             break
         # ---- collect
+        started = time.perf_counter()
         chosen = pick(step)
         batch = collect(model, tokenizer, chosen, c.rollouts, c, generator(c.seed, "rollouts", step))
         advantage = advantages(batch.rewards, c.std).flatten()                                    # (B,)
@@ -268,7 +269,7 @@ def train(c: Config) -> Path:
         for i in range(c.updates):
             span = range(i * rows, (i + 1) * rows)
             part = policy_gradient(model, reference, batch, advantage, span, c, tokenizer.pad)
-            if part:                             # no signal, no step: momentum and decay must not move the model
+            if part:                             # no signal, no step: momentum must not move the model
                 figures.append(part | {"grad_norm": run.step(model, optimizer, c.grad_clip)})
         # ---- log
         step += 1
@@ -283,25 +284,24 @@ def train(c: Config) -> Path:
         means = {k: float(np.mean([f[k] for f in figures])) for k in figures[0]} if figures else {}
         reward = float(batch.rewards.mean())
         signal = float((batch.rewards.std(1) > 0).float().mean())
-        run.log(step=step, reward=reward, **line, signal=signal, unparsed=batch.grades.count("unparsed") / B,
+        run.log(step=step, reward=reward, signal=signal, unparsed=batch.grades.count("unparsed") / B,
                 truncated=batch.truncated, length=length, entropy=batch.entropy, kl=kl, **means,
                 lr=optimizer.param_groups[0]["lr"], skipped=run.skipped,
                 **{k: round(v, 3) for k, v in counts.items()})
-        if line:
+        if (step - 1) % c.eval_every == 0:
             run.write(transcript(batch, chosen, step, c.rollouts))
         bar.update(1)
-        shown = {"reward": reward, "signal": signal, "entropy": batch.entropy, "kl": kl, **line}
+        shown = {"reward": reward, "signal": signal, "entropy": batch.entropy, "kl": kl, **scores}
         bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in shown.items()), refresh=False)
         # ---- stop
         if step % c.save_every == 0 or step == c.steps or run.interrupted:
             run.save_last(model, tokenizer, lineage(), optimizer, step, counts=counts)
         if run.interrupted and step < c.steps:
             run.stop()
-    run.log(step=step, **line)
     bar.close()
     save_checkpoint(final, model, tokenizer, lineage())
     print(f"{final}: {counts['updates']} updates, {c.steps * c.n_problems * c.rollouts:,} rollouts, "
-          f"{counts['seconds'] / 60:.1f} min, validation pass@1 {line['val_pass@1']:.1%}\n"
+          f"{counts['seconds'] / 60:.1f} min, validation pass@1 {scores['val_pass@1']:.1%}\n"
           f"next: python evaluate.py {final} {c.init}")
     return final
 

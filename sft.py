@@ -2,9 +2,9 @@
 
     python sft.py --init runs/base/8M.pt --out runs/sft
 
-Next-token loss on the solution and its EOS only; the question is context. The same questions as in rl.py, and the
-same loop with the same headings: a diff of the two files shows what differs between the methods. Left out: sequence
-packing (padding is cheap at these lengths) and loss on the prompt.
+Next-token loss on the solution and its EOS only; the question is context. The same questions as in rl.py, and
+the same loop with the same headings: a diff of the two files shows what differs between the methods. Left
+out: sequence packing (padding is cheap at these lengths) and loss on the prompt.
 """
 import time
 from dataclasses import dataclass
@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import (
-    Run, batch_indices, file_sha256, generator, load_model, main, require, require_positive,
-    save_checkpoint, setup)
+from checkpoint import (Run, batch_indices, file_sha256, generator, load_model, main, require,
+                        require_positive, save_checkpoint, setup)
 from data.tokenizer import Tokenizer
 from evaluate import attempt, load_problems, prompt_ids
 from model import GPT, completion_logprobs, micro_batches, pack
@@ -37,7 +36,7 @@ class Config:
     decay: bool = True              # fall linearly to 0 at the end
     weight_decay: float = 0.0       # of AdamW
     grad_clip: float = 1.0          # largest gradient norm
-    max_new: int = 64               # longest answer in the validation, tokens
+    max_new: int = 80               # longest answer in the validation, tokens
     micro_batch: int = 4_096        # tokens per forward pass
     eval_every: int = 100           # updates between validations
     eval_problems: int = 100        # validation problems
@@ -51,8 +50,10 @@ class Config:
 
 def check(c: Config) -> None:
     require(c.init != "", "--init is missing: give the checkpoint to start from")
-    require(c.difficulty in ("easy", "hard", "all"), f"--difficulty {c.difficulty}: must be easy, hard or all")
-    require_positive(c, "epochs batch lr grad_clip max_new micro_batch eval_every eval_problems eval_samples save_every")
+    require(c.difficulty in ("easy", "hard", "all"),
+            f"--difficulty {c.difficulty}: must be easy, hard or all")
+    require_positive(c, "epochs batch lr grad_clip max_new micro_batch eval_every eval_problems eval_samples "
+                        "save_every")
     require_positive(c, "warmup weight_decay", zero=True)
 
 
@@ -100,7 +101,8 @@ def train(c: Config) -> Path:
     if run.finished(final, steps):
         return final
     late = [s for s in c.checkpoints_at if not 0 < s <= steps]
-    require(not late, f"--checkpoints-at {','.join(map(str, late))}: not within the {steps} updates of the run")
+    require(not late,
+            f"--checkpoints-at {','.join(map(str, late))}: not within the {steps} updates of the run")
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=c.weight_decay, fused=True)
     step, counts = 0, {"tokens": 0, "updates": 0, "flops": 0, "seconds": 0.0}
     if run.last:
@@ -110,17 +112,18 @@ def train(c: Config) -> Path:
     def lineage() -> list[dict]:
         return run.lineage(start["lineage"], parent=parent, **counts)
     bar = tqdm(total=steps, initial=step, unit="step", desc="sft")
+    scores: dict[str, float] = {}
     while True:
-        started = time.perf_counter()
         # ---- learning rate
         for group in optimizer.param_groups:
-            group["lr"] = c.lr * min(1.0, (step + 1) / max(1, c.warmup)) * (1 - step / steps if c.decay else 1)
+            group["lr"] = (c.lr * min(1.0, (step + 1) / max(1, c.warmup))
+                           * (1 - step / steps if c.decay else 1))
         # ---- evaluate and checkpoint
-        line = {}
         if step % c.eval_every == 0 or step == steps:
             gen = generator(c.seed, "evaluation")
             tried = attempt(model, tokenizer, validation, c.eval_samples, .6, c.max_new, gen)
-            line = {"val_pass@1": tried.grades.count("right") / len(tried.grades)}
+            scores = {"val_pass@1": tried.grades.count("right") / len(tried.grades)}
+            run.log(step=step, **scores)
             run.write(f"======== step {step}")
             for i, problem in enumerate(validation[:3]):
                 run.write(f"{problem['question']}   (answer {problem['answer']})\n"
@@ -130,6 +133,7 @@ def train(c: Config) -> Path:
         if step == steps:
             break
         # ---- collect
+        started = time.perf_counter()
         batch = [examples[i] for i in batch_indices(len(examples), c.batch, step, c.seed)]
         # ---- update
         figures = sft_gradient(model, batch, c, tokenizer.pad)
@@ -140,21 +144,20 @@ def train(c: Config) -> Path:
         counts["updates"] += 1
         counts["flops"] += 3 * model.flops_per_token(longest) * figures["positions"]
         counts["seconds"] += time.perf_counter() - started
-        run.log(step=step, loss=figures["loss"], **line, grad_norm=norm, lr=optimizer.param_groups[0]["lr"],
+        run.log(step=step, loss=figures["loss"], grad_norm=norm, lr=optimizer.param_groups[0]["lr"],
                 skipped=run.skipped, **{k: round(v, 3) for k, v in counts.items()})
         bar.update(1)
-        shown = {"loss": figures["loss"], **line}
+        shown = {"loss": figures["loss"], **scores}
         bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in shown.items()), refresh=False)
         # ---- stop
         if step % c.save_every == 0 or step == steps or run.interrupted:
             run.save_last(model, tokenizer, lineage(), optimizer, step, counts=counts)
         if run.interrupted and step < steps:
             run.stop()
-    run.log(step=step, **line)
     bar.close()
     save_checkpoint(final, model, tokenizer, lineage())
-    print(f"{final}: {counts['updates']} updates, {len(examples):,} examples, {counts['seconds'] / 60:.1f} min, "
-          f"validation pass@1 {line['val_pass@1']:.1%}\nnext: python evaluate.py {final} {c.init}")
+    print(f"{final}: {counts['updates']} updates, {len(examples):,} examples, {counts['seconds'] / 60:.1f} "
+          f"min, validation pass@1 {scores['val_pass@1']:.1%}\nnext: python evaluate.py {final} {c.init}")
     return final
 
 

@@ -20,7 +20,8 @@ NAMES = ("Nora Tom Ann Ben Lena Omar Mia Sam Ivy Max Eva Leo Zoe Jack Ruth Paul 
 ITEMS = "shells coins cards books pens stones apples stamps nuts beads".split()
 GAINS = "finds buys gets wins".split()
 LOSSES = "loses sells gives drops".split()
-OPERANDS = (2, 99)      # smallest and largest number in a question
+SMALLEST, TOPS = 2, (20, 50, 99)     # numbers in a question: from 2 to an upper end that each question draws anew,
+                                     # so that success does not come all at once in pretraining
 LARGEST = 199           # no intermediate result of any solution style is larger (nor smaller than 0)
 DIFFICULTY = {"easy": (1, 2), "hard": (3, 4)}          # number of operations
 STYLES = ("equations", "words", "regrouped", "tens")   # plus "bare" (the answer alone), in pretraining only
@@ -105,8 +106,9 @@ def draw_problem(rng: random.Random, difficulty: str, split: str) -> dict:
     "split", "canonical"}. No solution of a pretrain or train problem spells out a val or test problem as one
     of its steps."""
     while True:
-        start = rng.randint(*OPERANDS)
-        operations = [(rng.choice("+-"), rng.randint(*OPERANDS))
+        top = rng.choice(TOPS)
+        start = rng.randint(SMALLEST, top)
+        operations = [(rng.choice("+-"), rng.randint(SMALLEST, top))
                       for _ in range(rng.choice(DIFFICULTY[difficulty]))]
         results = [step[3] for step in chain(start, operations)]
         gained = start + sum(n for sign, n in operations if sign == "+")

@@ -85,10 +85,10 @@ def answer_tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def answering(bigram, answer_tokenizer):
-    """answering(wrong, unreadable) -> GPT that says '#### 8' or else '#### 7', or 'x' if unreadable, then EOS."""
+    """answering(wrong, unreadable) -> GPT that says '#### 7', '#### 8' if wrong or 'x' if unreadable, EOS."""
     def make(wrong: float = .5, unreadable: float = 0.) -> GPT:
         t = answer_tokenizer
-        newline, four, space, x, seven, eight = (t.encode(text)[0] for text in ("\n", "####", " ", "x", "7", "8"))
+        newline, four, space, x, seven, eight = (t.encode(c)[0] for c in ("\n", "####", " ", "x", "7", "8"))
         return bigram({newline: {four: 1 - unreadable, x: unreadable}, four: {space: 1.},
                        space: {seven: 1 - wrong, eight: wrong}, seven: {t.eos: 1.}, eight: {t.eos: 1.},
                        x: {t.eos: 1.}}, t.n_vocab)

@@ -1,5 +1,6 @@
-"""Bad input: one clear line that names the file or the option, a non-zero exit, and nothing lost or half-written
-(issue 2, Bad input; issue 3, Faults). The table holds (script, arguments, what the line must say)."""
+"""Bad input: one clear line that names the file or the option, a non-zero exit, and nothing lost or
+half-written (issue 2, Bad input; issue 3, Faults). The table holds (script, arguments, what the line must
+say)."""
 import errno
 import io
 import json
@@ -20,8 +21,8 @@ QUICK = {   # so that a row which is not refused ends soon; later arguments win
                        "--benchmark-items 3 --vocab-size 270",
     "pretrain.py": "--data {data} --out {out} --threads 1 --size 0.3M --context 32 --batch 2 --micro-batch 2 "
                    "--tokens 64 --checkpoints-at 64",
-    "sft.py": "--data {data} --out {out} --threads 1 --problems {bad}/good.jsonl --epochs 1 --eval-problems 1 "
-              "--eval-samples 1 --max-new 4 --init {base}",
+    "sft.py": "--data {data} --out {out} --threads 1 --problems {bad}/good.jsonl --epochs 1 "
+              "--eval-problems 1 --eval-samples 1 --max-new 4 --init {base}",
     "rl.py": "--data {data} --out {out} --threads 1 --problems {bad}/good.jsonl --steps 1 --n-problems 2 "
              "--rollouts 2 --eval-problems 1 --eval-samples 1 --max-new 4 --init {base}",
     "evaluate.py": "--data {data} --threads 1 --n-problems 1 --samples 2 --k 1 --max-new 4 --no-benchmarks",
@@ -29,9 +30,10 @@ QUICK = {   # so that a row which is not refused ends soon; later arguments win
 }
 
 
-# ---- bad files ----------------------------------------------------------------------------------------------
+# ---- bad files ---------------------------------------------------------------------------------------------
 
-GOOD = '{"question": "What is 1 plus 2?", "answer": "3", "solutions": ["1+2=3\\n#### 3"], "difficulty": "easy"}'
+GOOD = json.dumps({"question": "What is 1 plus 2?", "answer": "3", "solutions": ["1+2=3\n#### 3"],
+                   "difficulty": "easy"})
 
 
 def line(**changes) -> str:
@@ -152,6 +154,7 @@ def checkpoints(folder: Path) -> None:
     forge(folder / "config_text.pt", lambda c: c["config"].update(n_layers="five"))
     forge(folder / "config_heads.pt", lambda c: c["config"].update(n_heads=3))
     forge(folder / "config_context.pt", lambda c: c["config"].update(context=-1))
+    forge(folder / "context.pt", lambda c: c["config"].update(context=64))
     forge(folder / "config_vocab.pt", lambda c: c["config"].update(n_vocab=400))
     forge(folder / "tokenizer_less.pt", lambda c: c["tokenizer"].update(merges=c["tokenizer"]["merges"][:20]))
     forge(folder / "tokenizer_text.pt", lambda c: c.update(tokenizer="gpt2"))
@@ -210,7 +213,7 @@ def run_folders(folder: Path) -> None:
     flip(copy("r_last_flipped") / "last.pt", .7)
 
 
-# ---- the table ----------------------------------------------------------------------------------------------
+# ---- the table ---------------------------------------------------------------------------------------------
 
 NINES = "9" * 400
 ROWS = [
@@ -228,7 +231,7 @@ ROWS = [
     ("data/prepare.py", "--val-tokens 0", "--val-tokens 0"),
     ("data/prepare.py", "--train-problems 0", "--train-problems 0"),
     ("data/prepare.py", "--eval-problems -1", "--eval-problems -1"),
-    ("data/prepare.py", "--benchmark-items 5000", "--benchmark-items"),
+    ("data/prepare.py", "--benchmark-items 400", "--benchmark-items"),
     ("data/prepare.py", "--seed x", "--seed"),
     ("data/prepare.py", "--colour red", "--colour"),
     ("data/prepare.py", "stray", "stray"),
@@ -347,10 +350,10 @@ ROWS = [
     ("rl.py", "--problems {base}", "line 1"),
     ("rl.py", "--problems {bad}/long_question.jsonl", "context"),
     *[("rl.py", f"--problems {{bad}}/{name}.jsonl", f"{name}.jsonl, line 2") for name in (
-        "broken", "not_json", "array", "number", "null", "deep", "empty_answer", "word_answer", "float_answer",
-        "padded_answer", "plus_answer", "underscore_answer", "fullwidth_answer", "newline_answer", "int_answer",
-        "null_answer", "no_answer", "no_question", "blank_question", "list_question", "surrogate",
-        "list_difficulty", "number_difficulty", "bad_utf8")],
+        "broken", "not_json", "array", "number", "null", "deep", "empty_answer", "word_answer",
+        "float_answer", "padded_answer", "plus_answer", "underscore_answer", "fullwidth_answer",
+        "newline_answer", "int_answer", "null_answer", "no_answer", "no_question", "blank_question",
+        "list_question", "surrogate", "list_difficulty", "number_difficulty", "bad_utf8")],
 
     ("evaluate.py", "", "checkpoints"),
     ("evaluate.py", "{base} {base} {base}", "3 checkpoints"),
@@ -378,6 +381,7 @@ ROWS = [
     ("evaluate.py", "{base} --data {bad}/d_no_benchmark --benchmarks", "benchmarks.jsonl"),
     ("evaluate.py", "{base} --problems {bad}/broken.jsonl", "broken.jsonl, line 2"),
     ("evaluate.py", "{base} --problems {bad}/long_question.jsonl", "context"),
+    ("evaluate.py", "{bad}/context.pt --problems {bad}/good.jsonl --benchmarks", "context"),
     ("evaluate.py", "{base} --problems {bad}/list_difficulty.jsonl", "list_difficulty.jsonl, line 2"),
     ("evaluate.py", "{base} {bad}/half.pt", "half.pt"),
     ("evaluate.py", "{bad}/text_weight.pt", "text_weight.pt"),
@@ -405,8 +409,8 @@ def where(folder: Path, tmp_path: Path) -> dict:
 
 @pytest.mark.parametrize("script, arguments, expected", ROWS, ids=[f"{s} {a[:60]}" for s, a, _ in ROWS])
 def test_bad_input_is_refused_in_one_line(script, arguments, expected, bad, tmp_path):
-    """Issue 3, Faults: the message is one line that names the culprit, the exit status is not zero, no code of
-    the input ran, and no folder has a file more, less or changed."""
+    """Issue 3, Faults: the message is one line that names the culprit, the exit status is not zero, no code
+    of the input ran, and no folder has a file more, less or changed."""
     places = where(bad, tmp_path)
     argv = [a.format(**places) for a in f"{QUICK[script]} {arguments}".split()]
     watched = [bad, worlds.base().parent, worlds.data(), tmp_path]
@@ -433,9 +437,193 @@ def test_the_table_is_long_enough():
 
 @pytest.mark.parametrize("script", list(QUICK))
 def test_the_table_starts_from_good_input(script, bad, tmp_path):
-    """Each row changes one thing: without the change the same command succeeds, so the row tests its change."""
+    """Each row changes one thing: without the change the same command succeeds, so the row tests its
+    change."""
     argv = [a.format(**where(bad, tmp_path)) for a in QUICK[script].split()]
     if script in ("model.py", "evaluate.py"):
         argv.append(shutil.copy(worlds.base(), tmp_path))
     outcome = worlds.run_here(script, *argv)
     assert outcome.status == 0, outcome.errors
+
+
+# ---- places that cannot be written -------------------------------------------------------------------------
+
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="needs a place that even root cannot write")
+@pytest.mark.parametrize("script", ["data/prepare.py", "pretrain.py", "sft.py", "rl.py"])
+def test_an_out_folder_that_cannot_be_made(script, bad, tmp_path):
+    """Issue 3: one line naming the folder."""
+    places = where(bad, tmp_path) | {"out": "/sys/earlybird/out"}
+    outcome = worlds.run_here(script, *(a.format(**places) for a in QUICK[script].split()))
+    assert outcome.status != 0 and len(outcome.errors) == 1, outcome.errors
+    assert "/sys/earlybird" in outcome.errors[0]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.parametrize("script", ["data/prepare.py", "pretrain.py", "sft.py", "rl.py", "evaluate.py"])
+def test_a_read_only_folder(script, bad, tmp_path):
+    """Issue 3: a read-only place is named in one line, and nothing in it changes."""
+    place = tmp_path / "read_only"
+    place.mkdir()
+    path = shutil.copy(worlds.base(), place)
+    place.chmod(0o555)
+    argv = [a.format(**where(bad, place)) for a in QUICK[script].split()]
+    outcome = worlds.run_here(script, *argv, *([path] if script == "evaluate.py" else []))
+    place.chmod(0o755)
+    assert outcome.status != 0 and len(outcome.errors) == 1, outcome.errors
+    assert "read_only" in outcome.errors[0]
+    assert [p.name for p in place.iterdir()] == [Path(path).name]
+
+
+@contextmanager
+def full_disk(monkeypatch, after: int):
+    """The disk is full once `after` files were put in place: what is written then cannot be brought to the
+    disk."""
+    done, real_fsync, real_replace = [], os.fsync, os.replace
+
+    def replace(a, b):
+        real_replace(a, b)
+        if str(b).endswith(".pt"):
+            done.append(b)
+
+    def fsync(handle):
+        if len(done) >= after:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real_fsync(handle)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        patch.setattr(os, "fsync", fsync)
+        yield
+
+
+STEPS = {"pretrain.py": "--tokens 256 --checkpoints-at 256 --save-every 1",
+         "sft.py": "--batch 1 --save-every 1", "rl.py": "--steps 4 --save-every 1"}
+
+
+@pytest.mark.parametrize("script", STEPS)
+def test_a_full_disk_costs_no_checkpoint(script, bad, tmp_path, monkeypatch):
+    """Issue 2 and 3: the disk fills up at the third checkpoint: one line names the file that could not be
+    written, the second one is whole, there is no litter; and when there is room again the same command
+    finishes the run."""
+    options = f"{QUICK[script]} {STEPS[script]}"
+    if script == "sft.py":
+        options = options.replace("{bad}/good.jsonl", str(worlds.sevens()))
+    argv = [a.format(**where(bad, tmp_path)) for a in options.split()]
+    with full_disk(monkeypatch, after=2):
+        outcome = worlds.run_here(script, *argv)
+    out = tmp_path / "out"
+    assert outcome.status != 0 and len(outcome.errors) == 1, outcome.errors
+    assert str(out) in outcome.errors[0] and os.strerror(errno.ENOSPC) in outcome.errors[0]
+    assert {p.name for p in out.iterdir()} == {".lock", "config.json", "last.pt", "log.jsonl", "samples.txt"}
+    assert torch.load(out / "last.pt", weights_only=True)["step"] == 2
+    outcome = worlds.run_here(script, *argv)
+    assert outcome.status == 0, outcome.errors
+    assert "step 2" in outcome.out
+
+
+def test_a_full_disk_leaves_no_half_data_set(tmp_path):
+    """Issue 2: a write that fails half-way (here at a limit on the size of files) leaves neither the folder
+    nor a partial one, and the line says which file did not fit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        argv = [a.format(out=tmp_path / "data") for a in QUICK["data/prepare.py"].split()]
+        outcome = worlds.run_here("data/prepare.py", *argv, "--tokens", "30_000")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert outcome.status != 0 and len(outcome.errors) == 1, outcome.errors
+    assert "train.bin" in outcome.errors[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_does_not_cost_the_evaluation(bad, tmp_path, monkeypatch):
+    """Issue 2, nothing lost: minutes of measuring are on the screen before the JSON is written, and the line
+    names the file that could not be."""
+    path = Path(shutil.copy(worlds.base(), tmp_path))
+    argv = [a.format(**where(bad, tmp_path)) for a in QUICK["evaluate.py"].split()]
+    with full_disk(monkeypatch, after=0):
+        outcome = worlds.run_here("evaluate.py", path, *argv)
+    assert outcome.status != 0 and len(outcome.errors) == 1, outcome.errors
+    assert ".json" in outcome.errors[0] and os.strerror(errno.ENOSPC) in outcome.errors[0]
+    assert "pass@1" in outcome.out
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_log_that_cannot_be_written(bad, tmp_path):
+    """Issue 3: the log outgrows the disk between two checkpoints: one line naming it, in a process of its own
+    as the interpreter would report the unwritten rest once more at its end."""
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_500, 1_500))
+    argv = [a.format(**where(bad, tmp_path)) for a in QUICK["sft.py"].split()]
+    argv += ["--problems", worlds.sevens(), "--batch", 1, "--save-every", 1_000]
+    outcome = worlds.run_process("sft.py", *argv, preexec_fn=limit)
+    assert outcome.status != 0 and len(outcome.errors) == 1, outcome.errors
+    assert "log.jsonl" in outcome.errors[0]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_cannot_be_written():
+    """A table sent to a full disk must not end in success: the caller's script would go on without it."""
+    with open("/dev/full", "w") as full:
+        outcome = worlds.run_process("model.py", worlds.base(), "--threads", 1, stdout=full)
+    assert outcome.status != 0
+    said = " ".join(outcome.errors)
+    assert os.strerror(errno.ENOSPC) in said and "Traceback" not in said
+
+
+# ---- and the rest ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("script, arguments, expected", [
+    ("rl.py", "--problems none.jsonl --init none.pt", "none.jsonl"), ("sft.py", "--colour red", "--colour"),
+    ("evaluate.py", "none.pt --k 32 --samples 8", "--samples 8")])
+def test_real_processes_do_the_same(script, arguments, expected, tmp_path):
+    """The table runs inside this process; a shell sees the same: status 2, one line on stderr, nothing on
+    stdout."""
+    outcome = worlds.run_process(script, *arguments.split(), cwd=tmp_path)
+    assert outcome.status == 2 and outcome.out == ""
+    assert len(outcome.errors) == 1 and expected in outcome.errors[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_evaluation(bad, tmp_path, monkeypatch):
+    """Issue 2, Ctrl-C: status 130, no traceback, no half-written result."""
+    import model
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(model, "sample", interrupt)
+    path = shutil.copy(worlds.base(), tmp_path)
+    argv = [a.format(**where(bad, tmp_path)) for a in QUICK["evaluate.py"].split()]
+    outcome = worlds.run_here("evaluate.py", path, *argv)
+    assert outcome.status == 130 and outcome.errors == ["interrupted"]
+    assert [p.name for p in tmp_path.iterdir()] == [Path(path).name]
+
+
+def test_a_typed_line_that_is_not_utf8():
+    """model.py: a pasted line with bytes that are not UTF-8 is answered or refused in a line, and the next
+    one too."""
+    argv = [sys.executable, worlds.ROOT / "model.py", worlds.base(), "--threads", "1", "--max-new", "4"]
+    done = subprocess.run(argv, input=b"caf\xe9?\nNora\n", capture_output=True, timeout=300,
+                          env=worlds.environment(PYTHONIOENCODING="utf-8:strict"))
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.count(b"> ") == 3 and done.stderr == b""
+
+
+def test_models_text_stays_text(bad, tmp_path):
+    """Issue 3: text from a model never reaches an interpreter, a shell or a path: a vocabulary of nothing but
+    shell and Python code is sampled, graded and shown as text."""
+    ran = tmp_path / "ran"
+    evil = f"__import__('pathlib').Path('{ran}').touch() $(touch {ran}) `touch {ran}`; touch {ran}"
+    from data.arithmetic import style_of
+    from evaluate import grade
+    for text in (evil, f"{evil}\n#### 3", f"#### {evil}", "9**9**9\n#### 9**9**9", f"#### 3\n{evil}"):
+        assert grade(text, "3") == ("right" if text == f"{evil}\n#### 3" else "unparsed")
+        assert style_of(text) in ("other", "bare")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_evil_checkpoints_did_not_run(bad):
+    """Issue 3: after the whole table no pickle was executed. The instrument works: unpickling it does run."""
+    assert not (bad / "evil-ran").exists()
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        torch.load(bad / "old_evil.pt", weights_only=False).close()
+    assert (bad / "evil-ran").exists()

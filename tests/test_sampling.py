@@ -61,18 +61,31 @@ def spy_on_hidden(model):
 
 # ---- S1: the cache ------------------------------------------------------------------------------------
 
+def run_in_parts(model, parts, padding):
+    """Logits of all positions, the parts going through the model one after the other with a cache."""
+    cache = Cache(model.config, torch.tensor(padding))
+    with torch.inference_mode():
+        return torch.cat([model.logits(model.hidden(part, cache)) for part in parts], 1)
+
+
 @pytest.mark.parametrize("chunk", [1, 2, 3, 12])
 def test_prefill_in_chunks_equals_the_full_forward(gpt, chunk):
     """S1: chunks into a cache give the logits of one full forward, which a top-left mask does not."""
-    full = torch.randint(0, 61, (2, 15), generator=generator(0, "test"))
-    with torch.inference_mode():
-        for length in range(1, 13):
-            cache, parts = Cache(gpt.config, 2, 15, "cpu"), []
-            steps = list(full[:, :length].split(chunk, dim=1)) + list(full[:, length:].split(1, dim=1))
-            for part in steps:                           # the prompt in chunks, then token by token
-                parts.append(gpt.logits(gpt.hidden(part, cache)))
-            assert torch.allclose(torch.cat(parts, 1), gpt(full), atol=1e-4)
-            assert cache.length == 15
+    full = torch.randint(0, 61, (2, 36), generator=generator(0, "test"))
+    for length in range(1, 13):                          # the prompt in chunks, then token by token
+        parts = [*full[:, :length].split(chunk, dim=1), *full[:, length:].split(1, dim=1)]
+        assert torch.allclose(run_in_parts(gpt, parts, [0, 0]), gpt(full), atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 9])
+def test_padded_prefill_in_chunks_equals_the_full_forward(gpt, chunk):
+    """S1: the same for prompts padded on the left; a chunk of padding only must not spoil what follows."""
+    prompts = prompts_of_all_lengths(9, 61)
+    padding = [9 - len(p) for p in prompts]
+    ids = torch.tensor([[0] * n + p for n, p in zip(padding, prompts)])
+    logits = run_in_parts(gpt, ids.split(chunk, dim=1), padding)
+    for row, p in enumerate(prompts):
+        assert torch.allclose(logits[row, -len(p):], gpt(torch.tensor([p]))[0], atol=1e-4)
 
 
 def test_decoding_in_a_padded_batch_equals_the_full_forward(small_gpt):
@@ -89,30 +102,18 @@ def test_decoding_in_a_padded_batch_equals_the_full_forward(small_gpt):
         assert torch.allclose(out.entropy[row, :n], torch.tensor(entropies), atol=1e-4)
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 9])
-def test_padded_prefill_in_chunks_equals_the_full_forward(gpt, chunk):
-    """S1: the same for prompts padded on the left; a chunk of padding only must not spoil what follows."""
-    prompts = prompts_of_all_lengths(9, 61)
-    ids = torch.tensor([[0] * (9 - len(p)) + p for p in prompts])
-    seen = torch.tensor([[False] * (9 - len(p)) + [True] * len(p) for p in prompts])
-    with torch.inference_mode():
-        cache = Cache(gpt.config, 9, 9, "cpu")
-        hidden = torch.cat([gpt.hidden(part, cache, seen) for part in ids.split(chunk, dim=1)], 1)
-        for row, p in enumerate(prompts):
-            assert torch.allclose(gpt.logits(hidden[row, -len(p):]), gpt(torch.tensor([p]))[0], atol=1e-4)
-
-
 def test_cached_keys_of_other_rows_stay_apart(gpt):
-    """S1: Cache.select repeats and reorders whole rows, keys and values alike."""
-    ids = torch.randint(0, 61, (3, 6), generator=generator(0, "test"))
-    order = torch.tensor([2, 0, 0, 1])
+    """S1: Cache.select repeats and reorders whole rows: keys, values and the number of padding columns."""
+    prompts = [[1, 2, 3, 4, 5, 6], [7, 8], [9, 10, 11]]
+    padding = [6 - len(p) for p in prompts]
+    ids = torch.tensor([[0] * n + p for n, p in zip(padding, prompts)])
     with torch.inference_mode():
-        cache = Cache(gpt.config, 3, 7, "cpu")
+        cache = Cache(gpt.config, torch.tensor(padding))
         gpt.hidden(ids, cache)
-        cache.select(order)
-        last = torch.tensor([[4], [5], [6], [7]])
-        decoded = gpt.logits(gpt.hidden(last, cache))[:, 0]
-        assert torch.allclose(decoded, gpt(torch.cat([ids[order], last], 1))[:, -1], atol=1e-4)
+        cache.select(torch.tensor([2, 0, 0, 1]))
+        decoded = gpt.logits(gpt.hidden(torch.tensor([[4], [5], [6], [7]]), cache))[:, 0]
+        for row, (p, last) in enumerate(((2, 4), (0, 5), (0, 6), (1, 7))):
+            assert torch.allclose(decoded[row], gpt(torch.tensor([prompts[p] + [last]]))[0, -1], atol=1e-4)
 
 
 # ---- S2: one prefill per prompt -----------------------------------------------------------------------

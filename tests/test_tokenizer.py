@@ -1,4 +1,5 @@
-"""The tokenizer: every text survives, no text can act as a special token, merges are those of byte-level BPE."""
+"""The tokenizer: every text survives, no text can act as a special token, merges are those of byte-level
+BPE."""
 import json
 import random
 import re
@@ -15,10 +16,14 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.load(worlds.data() / "tokenizer.json")
 
 
-NASTY = ["", " ", "  ", "\n", "\r\n", "\t \n\n  x", "a  b   c ", "\0", "a\0b", "é", "e\u0301", "ﷺ", "שלום עולם", "مرحبا ١٢٣",
-         "\u202eabc\u202c", "👩\u200d👩\u200d👧\u200d👦", "🇩🇪🇫🇷", "\ufeffBOM", "\uffff\ufffe", "\U0010ffff", "１２３", "½²Ⅷ",
-         "हिन्दी", "한국어", "𝔘𝔫𝔦", "\u200b\u2028\u2029\u0085\u00a0", "'s don't WE'LL", "1,234.5e-6", "####", "#### 12\n", "a" * 999,
-         " " * 300, "\n" * 300, "12345678901234567890", EOS, PAD, f"{EOS}{EOS}", f"x {EOS}\n{PAD}y", "<|endoftext", "|>"]
+NASTY = [
+    "", " ", "  ", "\n", "\r\n", "\t \n\n  x", "a  b   c ", "\0", "a\0b", "'s don't WE'LL", "1,234.5e-6",
+    "####", "#### 12\n", "a" * 999, " " * 300, "\n" * 300, "12345678901234567890",
+    "é", "e\u0301", "ﷺ", "שלום עולם", "مرحبا ١٢٣", "\u202eabc\u202c", "हिन्दी",
+    "한국어", "𝔘𝔫𝔦",
+    "👩\u200d👩\u200d👧\u200d👦", "🇩🇪🇫🇷", "１２３", "½²Ⅷ",
+    "\ufeffBOM", "\uffff\ufffe", "\U0010ffff", "\u200b\u2028\u2029\u0085\u00a0",
+    EOS, PAD, f"{EOS}{EOS}", f"x {EOS}\n{PAD}y", "<|endoftext", "|>"]
 
 
 def random_text(rng: random.Random) -> str:
@@ -36,7 +41,8 @@ def random_text(rng: random.Random) -> str:
 
 
 def test_every_utf8_string_round_trips(tokenizer):
-    """Issue 2, tokenizer: nothing is dropped or changed, whatever the script, the blanks or the code points."""
+    """Issue 2, tokenizer: nothing is dropped or changed, whatever the script, the blanks or the code
+    points."""
     rng = random.Random(1)
     for text in NASTY + [random_text(rng) for _ in range(3_000)]:
         assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -76,17 +82,19 @@ def test_special_tokens_are_two_and_apart(tokenizer):
 
 
 def test_prompt_and_solution_are_tokenized_apart_as_together(tokenizer):
-    """A prompt followed by its solution gives the tokens of the joined text that pretraining saw: else SFT and RL
-    would train on another distribution than pretraining."""
+    """A prompt followed by its solution gives the tokens of the joined text that pretraining saw: else SFT
+    and RL would train on another distribution than pretraining."""
     for split in ("train", "val", "test"):
         for p in worlds.lines(worlds.data() / f"{split}.jsonl"):
             prompt = tokenizer.encode(p["question"] + "\n")
             for solution in p["solutions"]:
-                assert prompt + tokenizer.encode(solution) == tokenizer.encode(p["question"] + "\n" + solution)
+                together = tokenizer.encode(p["question"] + "\n" + solution)
+                assert prompt + tokenizer.encode(solution) == together
 
 
 def test_context_and_choice_are_tokenized_apart_as_together(tokenizer):
-    """B1: the log-likelihood of a choice is that of the text's own tokens, as the choices begin with their space."""
+    """B1: the log-likelihood of a choice is that of the text's own tokens, as the choices begin with their
+    space."""
     for item in worlds.lines(worlds.data() / "benchmarks.jsonl"):
         for choice in item["choices"]:
             together = tokenizer.encode(item["context"] + choice)
@@ -102,8 +110,8 @@ def test_merges_of_an_example_done_by_hand():
 
 
 def test_overlapping_pairs_merge_from_left_to_right():
-    """aaaaa has the pair aa four times; merged from the left it is (aa)(aa)a, whose most frequent pair is, by the
-    smaller ids, a after (aa) or (aa)(aa): both once per word, (256, 97) < (256, 256)."""
+    """aaaaa has the pair aa four times; merged from the left it is (aa)(aa)a, whose most frequent pair is, by
+    the smaller ids, a after (aa) or (aa)(aa): both once per word, (256, 97) < (256, 256)."""
     a = ord("a")
     assert train_bpe(["aaaaa", "aaaaa"], 259) == [[a, a]]
     assert train_bpe(["aaaaa", "aaaaa"], 260) == [[a, a], [256, a]]
@@ -111,7 +119,8 @@ def test_overlapping_pairs_merge_from_left_to_right():
 
 def slow_bpe(texts: list[str], n_merges: int) -> list[tuple[bytes, bytes]]:
     """The textbook: every word as a list of byte strings, all pairs counted anew for each merge."""
-    words = [[bytes([x]) for x in w.encode()] for t in texts for w in re.findall(r"[0-9]| ?[a-z]+| ?[.]+|\s+", t)]
+    words = [[bytes([x]) for x in word.encode()]
+             for text in texts for word in re.findall(r"[0-9]| ?[a-z]+| ?[.]+|\s+", text)]
     rank, merges = {bytes([i]): i for i in range(256)}, []
     while len(merges) < n_merges:
         pairs = Counter((x, y) for w in words for x, y in zip(w, w[1:]))
@@ -137,8 +146,10 @@ def slow_bpe(texts: list[str], n_merges: int) -> list[tuple[bytes, bytes]]:
 def test_merges_equal_the_textbook_algorithm(seed):
     """The word-count shortcut of train_bpe finds the same merges as counting every occurrence."""
     rng = random.Random(seed)
-    texts = [" ".join(rng.choice("abc") * rng.randrange(1, 4) + rng.choice(("", "bca", "cab")) for _ in range(40)) + "."
-             for _ in range(10)]
+
+    def word() -> str:
+        return rng.choice("abc") * rng.randrange(1, 4) + rng.choice(("", "bca", "cab"))
+    texts = [" ".join(word() for _ in range(40)) + "." for _ in range(10)]
     tokenizer = train_tokenizer(texts, 258 + 30)
     name = [bytes([i]) for i in range(256)]
     for left, right in tokenizer.spec["merges"]:
@@ -149,7 +160,8 @@ def test_merges_equal_the_textbook_algorithm(seed):
 
 
 def test_encoding_applies_merges_in_rank_order():
-    """tiktoken runs our merges as BPE does: lowest rank first. With ab < bc, 'abc' is ab·c and 'xbc' is x·bc."""
+    """tiktoken runs our merges as BPE does: lowest rank first. With ab < bc, 'abc' is ab·c and 'xbc' is
+    x·bc."""
     tokenizer = Tokenizer({"pattern": PATTERN, "merges": [[97, 98], [98, 99]]})
     assert tokenizer.encode("abc") == [256, 99]
     assert tokenizer.encode("xbc") == [120, 257]
@@ -182,7 +194,8 @@ def test_an_overwritten_tokenizer_file_is_read_anew(tmp_path):
 
 
 def test_sha256_tells_tokenizers_apart(tokenizer):
-    """A checkpoint of another tokenizer is recognized by this hash, so it must depend on merges and pattern."""
+    """A checkpoint of another tokenizer is recognized by this hash, so it must depend on merges and
+    pattern."""
     merges = [list(m) for m in tokenizer.spec["merges"]]
     merges[7], merges[8] = merges[8], merges[7]
     try:

@@ -1,5 +1,6 @@
-"""A small data set and a checkpoint that several test files share, made once per session in a temporary folder;
-and the scripts as a person runs them, inside this process (fast) or as a process of their own (real)."""
+"""A small data set and a checkpoint that several test files share, made once per session in a temporary
+folder; and the scripts as a person runs them, inside this process (fast) or as a process of their own
+(real)."""
 import atexit
 import functools
 import io
@@ -50,7 +51,8 @@ def quietly(function, config):
 
 @functools.cache
 def data() -> Path:
-    """150 k tokens, 400 train problems, 100 easy and 100 hard ones in val and in test, 200 items a benchmark."""
+    """150 k tokens, 400 train problems, 100 easy and 100 hard ones in val and in test, 200 items a
+    benchmark."""
     out = folder() / "data"
     quietly(prepare.prepare, prepare.Config(out=str(out), **DATA_OPTIONS))
     return out
@@ -107,7 +109,7 @@ class Outcome:
 def without_bars(stderr: str) -> list[str]:
     """Lines of stderr that are not progress bars ('rl:  50%|##   | 1/2 [00:01<00:01,  1.00s/step]')."""
     return [line for line in re.split(r"[\r\n]+", stderr)
-            if line.strip() and not re.search(r"\|.*\[\d+:\d\d|\d\.?\d*[kM]?(tok|step|problem) \[", line)]
+            if line.strip() and not re.search(r" \[\d+:\d\d.*\]\s*$", line)]
 
 
 def run_here(script: str, *argv: object, stdin: str = "") -> Outcome:
@@ -136,9 +138,9 @@ def environment(**more: str) -> dict[str, str]:
 
 def run_process(script: str, *argv: object, stdin: str = "", env: dict | None = None, **options) -> Outcome:
     """`python SCRIPT ARGV...` as a process of its own."""
-    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, argv)], input=stdin, text=True, cwd=ROOT,
-                          timeout=120, env=env or environment(), stderr=subprocess.PIPE,
-                          **{"stdout": subprocess.PIPE} | options)
+    options = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=600) | options
+    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, argv)], input=stdin, text=True,
+                          env=env or environment(), **options)
     return Outcome(done.returncode, without_bars(done.stderr), done.stdout)
 
 
@@ -155,7 +157,7 @@ def sevens() -> Path:
 @functools.cache
 def parrot() -> Path:
     """A checkpoint that has learned to answer 7, though not always: rewards differ within a group."""
-    config = sft.Config(init=str(base()), data=str(data()), problems=str(sevens()), out=str(folder() / "parrot"),
-                        epochs=14, batch=16, lr=8e-3, warmup=2, max_new=12, eval_every=1_000, eval_problems=1,
-                        eval_samples=1, save_every=1_000, threads=1)
+    config = sft.Config(init=str(base()), data=str(data()), problems=str(sevens()),
+                        out=str(folder() / "parrot"), epochs=14, batch=16, lr=8e-3, warmup=2, max_new=12,
+                        eval_every=1_000, eval_problems=1, eval_samples=1, save_every=1_000, threads=1)
     return Path(quietly(sft.train, config))

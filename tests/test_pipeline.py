@@ -1,0 +1,363 @@
+"""From an empty folder to an evaluated RL model, in small: each script hands its checkpoint to the next,
+first from Python, then from the command line (issue 2)."""
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import worlds
+
+import evaluate
+import pretrain
+import rl
+import sft
+from checkpoint import generator, load_checkpoint, load_model
+
+BASE = dict(size="0.3M", context=128, batch=4, micro_batch=2, tokens=2_048, checkpoints_at=(512, 2_048),
+            warmup=1, eval_every=2, save_every=2)
+SFT = dict(epochs=1, batch=8, lr=2e-3, max_new=12, eval_every=2, eval_problems=2, eval_samples=2,
+           save_every=2)
+RL = dict(n_problems=4, rollouts=4, steps=3, updates=2, kl=.01, max_new=12, eval_every=2, eval_problems=2,
+          eval_samples=2, save_every=2, checkpoints_at=(1,))
+EVALUATE = dict(n_problems=2, samples=8, k=(1, 8), max_new=32)
+
+
+@functools.cache
+def chain() -> dict[str, Path]:
+    """Stage -> its final checkpoint. The SFT stages learn to answer 7, so that RL has something to
+    reinforce."""
+    out = worlds.folder() / "chain"
+    data, sevens = str(worlds.data()), str(worlds.sevens())
+    done = {}
+
+    def stage(name, module, options):
+        config = module.Config(data=data, out=str(out / name), threads=1, **options)
+        done[name] = Path(worlds.quietly(module.train, config))
+    stage("base", pretrain, BASE)
+    stage("sft", sft, SFT | dict(init=str(done["base"]), problems=sevens, epochs=10, lr=8e-3))
+    stage("gold", sft, SFT | dict(init=str(done["sft"]), problems=sevens, gold=True, lr=1e-4))
+    stage("rl", rl, RL | dict(init=str(done["gold"]), problems=sevens))
+    return done
+
+
+# ---- from Python -------------------------------------------------------------------------------------------
+
+def test_the_chain_runs():
+    """Issue 2: pretrain, sft, sft --gold and rl start from the checkpoint before, and each one is a model."""
+    for path in chain().values():
+        model, tokenizer, _ = load_model(path)
+        assert model(torch.tensor([tokenizer.encode("Nora")])).isfinite().all()
+
+
+def test_each_stage_changes_the_model():
+    """Nothing is skipped silently: every stage's weights differ from its parent's."""
+    stages = [load_checkpoint(path)["model"] for path in chain().values()]
+    for parent, child in zip(stages, stages[1:]):
+        assert not torch.equal(parent["head.weight"], child["head.weight"])
+
+
+def test_the_lineage_names_every_stage():
+    """Issue 2, design.md: script, options, seed, tokens, updates, FLOPs, seconds and the parent's sha256, so
+    that the final file alone tells how it was made."""
+    paths = list(chain().values())
+    lineage = load_checkpoint(paths[-1])["lineage"]
+    assert [stage["script"] for stage in lineage] == ["pretrain.py", "sft.py", "sft.py", "rl.py"]
+    assert [stage["config"].get("gold") for stage in lineage] == [None, False, True, None]
+    for stage in lineage:
+        assert stage["tokens"] > 0 and stage["flops"] > 0 and stage["seconds"] > 0 and stage["updates"] > 0
+        assert stage["config"]["seed"] == 0
+    parents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths[:-1]]
+    assert [stage["parent"] for stage in lineage] == [None, *parents]
+    assert lineage[0]["tokens"] == 2_048 and lineage[0]["updates"] == 4
+
+
+def test_the_data_behind_a_model_is_recorded():
+    """R4, design.md: the first stage names the sha256 of every data file it may have read."""
+    recorded = load_checkpoint(chain()["base"])["lineage"][0]["data"]
+    for name in ("train.bin", "tokenizer.json", "val_general.bin"):
+        assert recorded[name] == hashlib.sha256((worlds.data() / name).read_bytes()).hexdigest()
+
+
+def test_pretraining_keeps_every_listed_checkpoint():
+    """Issue 2: a checkpoint at each token count, holding the model of that moment."""
+    early = chain()["base"].with_name("0.000512M.pt")
+    assert early.is_file()
+    stage = load_checkpoint(early)["lineage"][-1]
+    assert (stage["tokens"], stage["updates"]) == (512, 1)
+    assert not torch.equal(load_checkpoint(early)["model"]["head.weight"],
+                           load_checkpoint(chain()["base"])["model"]["head.weight"])
+
+
+@pytest.mark.parametrize("counts", [(256, 512), (512, 256), (300, 301)])
+def test_token_counts_within_one_update_all_get_a_file(counts, tmp_path):
+    """Issue 2: each listed token count has its checkpoint, even when two fall into the same update or are
+    given out of order; and train() returns a path that exists."""
+    config = pretrain.Config(data=str(worlds.data()), out=str(tmp_path), threads=1,
+                             **BASE | dict(tokens=512, checkpoints_at=counts))
+    assert Path(worlds.quietly(pretrain.train, config)).is_file()
+    assert all((tmp_path / f"{n / 1e6:g}M.pt").is_file() for n in counts)
+
+
+def test_rl_keeps_every_listed_checkpoint():
+    """--checkpoints-at works for RL as for pretraining: the model after that step, with its own counts."""
+    stage = load_checkpoint(chain()["rl"].with_name("step1.pt"))["lineage"][-1]
+    assert stage["updates"] == 2 and stage["tokens"] < load_checkpoint(chain()["rl"])["lineage"][-1]["tokens"]
+
+
+def test_pretraining_logs_what_it_promises():
+    """Issue 2, pretrain.py: loss, both validation losses, FLOPs and seconds; losses near ln 510 at the
+    start."""
+    lines = worlds.lines(chain()["base"].parent / "log.jsonl")
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    assert {"step", "tokens", "loss", "lr", "grad_norm", "flops", "seconds"} <= steps[0].keys()
+    assert [line["tokens"] for line in steps] == [512, 1024, 1536, 2048]
+    measured = [line for line in lines if "val_general" in line]
+    assert len(measured) == 3 and all("val_arithmetic" in line for line in measured)
+    assert steps[0]["loss"] == pytest.approx(math.log(512), abs=.3)
+    assert measured[-1]["val_general"] < measured[0]["val_general"] - .1
+
+
+def test_rl_logs_what_it_promises():
+    """Issue 2, rl.py: per step reward, signal fraction, parse failures, truncated, length, entropy, KL to the
+    start, ratio and clip fraction, gradient norm, tokens, FLOPs, seconds; validation pass@1 at intervals."""
+    lines = worlds.lines(chain()["rl"].parent / "log.jsonl")
+    steps = [line for line in lines if "reward" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    for line in steps:
+        shares = ("reward", "signal", "unparsed", "truncated", "clip_fraction")
+        assert {*shares, "length", "entropy", "kl", "ratio", "grad_norm", "tokens", "flops", "seconds",
+                "lr"} <= line.keys()
+        assert all(0 <= line[key] <= 1 for key in shares)
+        assert line["reward"] + line["unparsed"] <= 1 and 1 <= line["length"] <= 12 and line["grad_norm"] > 0
+        assert 0 < line["entropy"] < math.log(512) and line["kl"] >= 0
+    assert any(line["signal"] > 0 for line in steps)
+    assert abs(steps[0]["kl"]) < 1e-6 < steps[-1]["kl"]   # the start itself, then away from it
+    for key in ("tokens", "flops", "seconds"):
+        assert [line[key] for line in steps] == sorted({line[key] for line in steps})
+
+
+def test_sft_logs_what_it_promises():
+    """The same keys where the method is the same: loss, gradient norm, learning rate, counts, validation."""
+    lines = worlds.lines(chain()["sft"].parent / "log.jsonl")
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 41))   # 32 examples x 10 epochs / 8
+    assert {"loss", "grad_norm", "lr", "tokens", "updates", "flops", "seconds"} <= steps[0].keys()
+    assert steps[-1]["loss"] < .5 < 3 < steps[0]["loss"]
+    assert steps[-1]["lr"] == pytest.approx(8e-3 / 40)   # decays linearly, last step 1/40
+    assert any("val_pass@1" in line for line in lines)
+
+
+@pytest.mark.parametrize("stage, key, steps", [
+    ("base", "val_general", [0, 2, 4]), ("rl", "val_pass@1", [0, 2, 3]),
+    ("sft", "val_pass@1", list(range(0, 41, 2)))])
+def test_a_validation_is_labelled_by_the_updates_done(stage, key, steps):
+    """A validation measures the model after `step` steps: with eval_every = 2 those are 0, 2, ... and the
+    end, each once. (It was logged one step late, and the last two under the same number.)"""
+    lines = worlds.lines(chain()[stage].parent / "log.jsonl")
+    assert [line["step"] for line in lines if key in line] == steps
+
+
+def test_all_solutions_make_more_examples(tmp_path):
+    """Issue 2, sft.py: --gold trains on every solution of each question, else on one."""
+    problems = worlds.lines(worlds.data() / "train.jsonl")[:10]
+    _, tokenizer, _ = load_model(chain()["base"])
+    one = sft.make_examples(tokenizer, problems, False, 0)
+    gold = sft.make_examples(tokenizer, problems, True, 0)
+    assert len(one) == 10 and len(gold) == sum(len(p["solutions"]) for p in problems)
+    texts = [(tokenizer.decode(prompt), tokenizer.decode(solution[:-1])) for prompt, solution in gold]
+    assert texts == [(p["question"] + "\n", s) for p in problems for s in p["solutions"]]
+    assert all(solution[-1] == tokenizer.eos for _, solution in one + gold)
+    assert {tuple(solution) for _, solution in one} <= {tuple(solution) for _, solution in gold}
+    assert one != sft.make_examples(tokenizer, problems, False, 1)   # the choice depends on the seed
+
+
+def test_transcripts_can_be_read():
+    """Issue 2, rl.py: samples.txt has questions, right answers, grades and what the model wrote."""
+    text = (chain()["rl"].parent / "samples.txt").read_text()
+    assert "How many are seven?   (answer 7)" in text
+    assert "[right]" in text or "[unparsed]" in text or "[wrong]" in text
+
+
+def test_evaluation_measures_and_writes(tmp_path):
+    """Issue 2, evaluate.py: a table on the screen, JSON beside the checkpoint, easy and hard apart."""
+    path = Path(shutil.copy(chain()["rl"], tmp_path))
+    config = evaluate.Config((str(path),), data=str(worlds.data()), threads=1, **EVALUATE)
+    result = worlds.quietly(evaluate.run, config)
+    result = json.loads(json.dumps(result[0]))   # tuples become lists, as in the file
+    assert json.loads(path.with_suffix(".val.0shot.json").read_text()) == result
+    assert result["problems"].keys() == {"easy", "hard"}
+    for numbers in result["problems"].values():
+        for key in ("pass@1", "pass@8"):
+            low, high = numbers[key]["interval"]
+            assert 0 <= low <= numbers[key]["mean"] <= high <= 1
+        assert numbers["problems"] == 2 and numbers["samples"] == 8
+    assert len(result["benchmarks"]) == 7
+    for task in result["benchmarks"].values():
+        assert task["items"] >= 200 and abs(task["acc_norm"] - task["chance"]) < .25    # it knows nothing
+        assert task["stderr"] == pytest.approx(
+            math.sqrt(task["acc_norm"] * (1 - task["acc_norm"]) / (task["items"] - 1)))
+    assert 2 < result["bits_per_byte"] < 8
+    assert result["lineage"] == load_checkpoint(path)["lineage"]
+
+
+def test_two_checkpoints_are_compared(tmp_path, capsys):
+    """P3: two checkpoints give the paired difference; of a checkpoint with itself it is 0 with interval [0,
+    0]."""
+    path = shutil.copy(chain()["rl"], tmp_path)
+    config = evaluate.Config((path, path), data=str(worlds.data()), threads=1, benchmarks=False, **EVALUATE)
+    evaluate.run(config)
+    printed = capsys.readouterr().out.split("minus")[1]
+    assert printed.count("+0.0 points  [+0.0, +0.0]") == 4   # easy and hard, pass@1 and pass@8
+
+
+def test_evaluating_with_examples_before_the_question(tmp_path):
+    """Issue 2, evaluate.py: k-shot results have a file of their own and do not replace the 0-shot ones."""
+    path = Path(shutil.copy(chain()["rl"], tmp_path))
+    config = evaluate.Config((str(path),), data=str(worlds.data()), threads=1, shots=1, benchmarks=False,
+                             **EVALUATE | dict(max_new=8))
+    worlds.quietly(evaluate.run, config)
+    assert path.with_suffix(".val.1shot.json").is_file() and not path.with_suffix(".val.0shot.json").exists()
+
+
+@pytest.mark.parametrize("stage, module", [("base", pretrain), ("sft", sft), ("rl", rl)])
+def test_a_finished_run_says_so_and_changes_nothing(stage, module, capsys):
+    """Issue 2, Interface: the second call with the same --out must not touch a finished run. (It cut the last
+    lines off log.jsonl and samples.txt, which are written after the last state.)"""
+    path = chain()[stage]
+    there = json.loads((path.parent / "config.json").read_text())
+    there = {k: tuple(v) if isinstance(v, list) else v for k, v in there.items()}
+    before, times = worlds.snapshot(path.parent), path.stat().st_mtime_ns
+    result = module.train(module.Config(**there))
+    assert "finished" in capsys.readouterr().out
+    assert Path(result) == path
+    assert worlds.snapshot(path.parent) == before and path.stat().st_mtime_ns == times
+
+
+@pytest.mark.parametrize("stage", ["base", "parrot"])
+def test_rl_measures_before_it_trains(stage, capsys):
+    """Issue 2, rl.py: before the first step it prints the success rate and the expected share of groups with
+    a signal, and warns when there is none."""
+    start = chain()["base"] if stage == "base" else chain()["gold"]
+    model, tokenizer, _ = load_model(start)
+    problems = worlds.lines(worlds.sevens())[:4]
+    config = rl.Config(init=str(start), **RL)
+    rl.probe(model, tokenizer, problems, config)
+    said = capsys.readouterr().out
+    assert "% of 32 answers right" in said and "groups of 4" in said   # 2 x 4 answers to 4 problems
+    assert ("WARNING" in said and "later checkpoint" in said) == (stage == "base")
+
+
+def test_the_probe_leaves_the_run_alone():
+    """R6: measuring first changes neither the weights nor the rollouts' numbers."""
+    model, tokenizer, _ = load_model(chain()["gold"])
+    problems = worlds.lines(worlds.sevens())[:4]
+    config = rl.Config(init="x", **RL)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    alone = rl.collect(model, tokenizer, problems, 4, config, generator(0, "rollouts", 0))
+    worlds.quietly(lambda c: rl.probe(model, tokenizer, problems, c), config)
+    after = rl.collect(model, tokenizer, problems, 4, config, generator(0, "rollouts", 0))
+    assert alone.completions == after.completions
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
+
+
+# ---- from the command line ---------------------------------------------------------------------------------
+
+def options(changes: dict) -> list[str]:
+    """The command line of these fields."""
+    argv = []
+    for name, value in changes.items():
+        name = name.replace("_", "-")
+        if isinstance(value, bool):
+            argv.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            value = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            argv.append(f"--{name}={value}")
+    return argv
+
+
+def test_the_command_lines_of_the_issue(tmp_path):
+    """Issue 2, Interface: the five commands, chained as a person chains them, and the same bits as from
+    Python."""
+    data, sevens = tmp_path / "data", str(worlds.sevens())
+
+    def run(script, *argv, **changes):
+        outcome = worlds.run_here(script, *argv, *options(changes))
+        assert outcome.status == 0, outcome.errors
+        return outcome.out
+    said = run("data/prepare.py", out=data, **worlds.TINY_OPTIONS | dict(vocab_size=512))
+    assert f"python pretrain.py --data {data}" in said
+    out = run("pretrain.py", data=data, out=tmp_path / "base", threads=1, **BASE)
+    base = tmp_path / "base" / "0.002048M.pt"
+    assert base.is_file() and str(base) in out
+    said = run("sft.py", init=base, data=data, problems=sevens, out=tmp_path / "sft", threads=1,
+               gold=True, **SFT)
+    assert str(tmp_path / "sft" / "final.pt") in said
+    said = run("rl.py", init=base, data=data, problems=sevens, out=tmp_path / "rl", threads=1, **RL)
+    assert "WARNING" in said and f"python evaluate.py {tmp_path / 'rl' / 'final.pt'} {base}" in said
+    said = run("evaluate.py", tmp_path / "rl" / "final.pt", base, data=data, threads=1,
+               **EVALUATE | dict(max_new=8))
+    assert all(part in said for part in ("pass@1", "pass@8", "chance", "bits per byte", "minus", "paired"))
+    again = pretrain.Config(data=str(data), out=str(tmp_path / "again"), threads=1, **BASE)
+    there = load_checkpoint(base)["model"]
+    for name, value in load_checkpoint(worlds.quietly(pretrain.train, again))["model"].items():
+        assert torch.equal(value, there[name])
+
+
+def test_the_printed_next_command_is_complete(tmp_path):
+    """style.md 10: what a script prints as the next command works when pasted: it names the data folder too,
+    if that is not the default one."""
+    data = tmp_path / "elsewhere"
+    worlds.run_here("data/prepare.py", *options(worlds.TINY_OPTIONS | dict(out=data)))
+    argv = options(BASE | dict(data=data, out=tmp_path / "base", threads=1))
+    said = worlds.run_here("pretrain.py", *argv).out
+    command = said.split("next: python rl.py ")[1].splitlines()[0]
+    assert str(data) in command
+
+
+def test_a_person_can_ask_a_checkpoint():
+    """Issue 2, model.py: it prints sizes, lineage and tokens seen, then answers each line until the input
+    ends; a prompt that is too long, empty or not ASCII is survived."""
+    prompts = "Nora has 3 shells. How many are seven?\n\n" + "long " * 300 + "\nЖ 👩 <|endoftext|>\n"
+    argv = [chain()["gold"], "--threads", "1", "--max-new", "12"]
+    outcome = worlds.run_process("model.py", *argv, stdin=prompts)
+    assert outcome.status == 0, outcome.errors
+    for part in ("parameters", "5 layers", "context 128", "pretrain.py", "sft.py", "2,048"):
+        assert part in outcome.out
+    answers = outcome.out.split("> ")[1:]
+    assert len(answers) == 5   # the last one ends the conversation
+    assert "#### 7" in answers[0]
+    assert "1 to 116 tokens" in answers[2]
+    assert not outcome.errors
+
+
+def test_a_greedy_answer_repeats():
+    """--temperature 0 always takes the most probable token, whatever the seed."""
+    argv = [chain()["gold"], "--threads", "1", "--max-new", "12", "--temperature", "0"]
+    prompt = "Nora has 3 shells. How many are seven?\n"
+    said = [worlds.run_here("model.py", *argv, "--seed", seed, stdin=prompt * 2).out for seed in (0, 1)]
+    assert said[0] == said[1]
+    first, second = said[0].split("> ")[1:3]
+    assert first == second
+
+
+@pytest.mark.parametrize("script", "data/prepare.py pretrain.py sft.py rl.py evaluate.py model.py".split())
+def test_help_is_printed(script):
+    """Issue 2, Interface: every script has --help, which says what the script does and ends well."""
+    outcome = worlds.run_here(script, "--help")
+    assert outcome.status == 0 and f"python {script}" in outcome.out and not outcome.errors
+
+
+def test_defaults_are_consistent():
+    """The scripts find each other's output by default: same data folder, and the run folders differ."""
+    defaults = {m.__name__: {f.name: f.default for f in dataclasses.fields(m.Config)}
+                for m in (pretrain, sft, rl, evaluate)}
+    assert len({d["data"] for d in defaults.values()}) == 1
+    assert len({defaults[m]["out"] for m in ("pretrain", "sft", "rl")}) == 3
+    assert defaults["sft"]["difficulty"] == defaults["rl"]["difficulty"]
+    assert defaults["sft"]["eval_problems"] == defaults["rl"]["eval_problems"]

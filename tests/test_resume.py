@@ -1,0 +1,290 @@
+"""R5: a run that was killed at random moments and resumed ends in the same bits as one that was not.
+
+EARLYBIRD_LONG=1 kills each trainer 25 times instead of twice."""
+import functools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import worlds
+
+import pretrain
+import rl
+import sft
+from checkpoint import load_checkpoint
+
+KILLS = 25 if worlds.LONG else 2
+LONGER = 6 if worlds.LONG else 1        # more steps, so that there is something left to kill
+
+# Importing torch takes seconds. This process does it once (and an optimizer step, which imports the other
+# half), and forks for every run that it is asked for: it reads [output, script, options...] as JSON, answers
+# with the process id, and, when that process has ended, with its exit status.
+SERVER = """
+import json, os, runpy, sys, traceback
+sys.path.insert(0, os.getcwd())
+import pretrain, rl, sft, torch
+torch.set_num_threads(1)
+weight = torch.nn.Parameter(torch.zeros(1))
+weight.grad = torch.zeros(1)
+torch.optim.AdamW([weight], fused=True).step()
+for line in sys.stdin:
+    out, *argv = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+        os.dup2(1, 2)
+        sys.argv, status = argv, 0
+        try:
+            runpy.run_path(argv[0], run_name="__main__")
+        except SystemExit as stop:
+            status = stop.code or 0
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush()
+        os._exit(status)
+    print(child, flush=True)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(status, flush=True)
+"""
+
+
+class Server:
+    def __init__(self, out: Path):
+        self.out = out                  # where the runs' output is appended
+        self.process = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, text=True,
+                                        stdout=subprocess.PIPE, cwd=worlds.ROOT, env=worlds.environment())
+
+    def start(self, script: str, argv: list[str]) -> int:
+        """Process id of a new run."""
+        self.process.stdin.write(json.dumps([str(self.out), str(worlds.ROOT / script), *argv]) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def wait(self) -> int:
+        """Exit status of the run; -9 if it was killed."""
+        return int(self.process.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = Server(worlds.folder() / "output.txt")
+    yield server
+    server.process.stdin.close()
+    server.process.wait(timeout=30)
+
+
+TRAINERS = {
+    "pretrain.py": (pretrain, dict(size="0.3M", context=32, batch=8, micro_batch=4, tokens=20 * LONGER * 256,
+                                   warmup=3, decay=.5, eval_every=9, save_every=2,
+                                   checkpoints_at=(1_000, 20 * LONGER * 256))),
+    "sft.py": (sft, dict(batch=8, epochs=5 * LONGER, lr=1e-3, max_new=12, eval_every=3, eval_problems=2,
+                         eval_samples=2, save_every=2, checkpoints_at=(5,))),
+    "rl.py": (rl, dict(n_problems=4, rollouts=4, steps=12 * LONGER, updates=2, kl=.01, max_new=12,
+                       eval_every=3, eval_problems=2, eval_samples=2, save_every=2, checkpoints_at=(5,))),
+}
+
+
+def config_of(script: str, out: Path):
+    module, options = TRAINERS[script]
+    options = dict(data=str(worlds.data()), out=str(out), threads=1, **options)
+    if script != "pretrain.py":
+        options |= dict(init=str(worlds.base() if script == "sft.py" else worlds.parrot()),
+                        problems=str(worlds.sevens()))
+    return module.Config(**options)
+
+
+def final_of(script: str) -> str:
+    return f"{20 * LONGER * 256 / 1e6:g}M.pt" if script == "pretrain.py" else "final.pt"
+
+
+def command_line(config) -> list[str]:
+    argv = []
+    for name, value in vars(config).items():
+        if not isinstance(value, bool):
+            value = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            argv.append(f"--{name.replace('_', '-')}={value}")
+    return argv
+
+
+@functools.cache
+def uninterrupted(script: str) -> Path:
+    """The run folder of a run from beginning to end."""
+    out = worlds.folder() / f"uninterrupted-{script}"
+    worlds.quietly(TRAINERS[script][0].train, config_of(script, out))
+    return out
+
+
+def same(a, b) -> bool:
+    """Nested dicts and lists of tensors and plain values are equal, bitwise; 'seconds' and 'out' aside."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        ignored = ("seconds", "out", "bytes")
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in ignored)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_same_run(resumed: Path, reference: Path) -> None:
+    """Every file of the two folders has the same content, seconds aside."""
+    names = {p.name for p in reference.iterdir()}
+    assert {p.name for p in resumed.iterdir()} == names                  # no litter either
+    assert len([name for name in names if name.endswith(".pt")]) == 3
+    logs = [[{k: v for k, v in line.items() if k != "seconds"} for line in worlds.lines(f / "log.jsonl")]
+            for f in (resumed, reference)]
+    assert logs[0] == logs[1]
+    assert (resumed / "samples.txt").read_bytes() == (reference / "samples.txt").read_bytes()
+    for name in names:
+        if name.endswith(".pt"):
+            assert same(load_checkpoint(resumed / name), load_checkpoint(reference / name)), name
+
+
+def size_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else -1
+
+
+def started(log: Path, before: tuple, pid: int) -> None:
+    """Wait until the run has opened its log (which sets its size or time) or has ended."""
+    for _ in range(20_000):
+        state = (size_of(log), log.stat().st_mtime_ns) if log.exists() else None
+        if state != before or not Path(f"/proc/{pid}/stat").exists():
+            return
+        time.sleep(.005)
+    raise AssertionError("the run does not start")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork") or not Path("/proc").exists(), reason="needs fork and /proc")
+@pytest.mark.parametrize("script", TRAINERS)
+def test_a_killed_run_ends_in_the_same_bits(script, server, tmp_path):
+    """R5, issue 3: SIGKILL at random moments; weights, moments, kept checkpoints, log and transcripts are
+    equal to the uninterrupted run's; R3: no half-written file at any kill, no litter at the end."""
+    reference = uninterrupted(script)
+    rng, out, kills, moments = random.Random(f"kill {script}"), tmp_path / "run", 0, []
+    length = max(line.get("seconds", 0) for line in worlds.lines(reference / "log.jsonl"))
+    argv = command_line(config_of(script, out))
+    log = out / "log.jsonl"
+    while kills < KILLS:
+        before = (size_of(log), log.stat().st_mtime_ns) if log.exists() else None
+        pid = server.start(script, argv)
+        started(log, before, pid)
+        time.sleep(rng.uniform(0, .8 * length / (KILLS + 1)) if worlds.LONG else rng.uniform(0, .6 * length))
+        os.kill(pid, signal.SIGKILL)
+        if server.wait() != -signal.SIGKILL:
+            break                                                        # it had finished before
+        kills += 1
+        moments.append(len(log.read_text().splitlines()))
+        for path in out.glob("*.pt"):
+            load_checkpoint(path)
+        json.loads((out / "config.json").read_text())
+    server.start(script, argv)
+    assert server.wait() == 0, server.out.read_text()[-2_000:]
+    assert kills >= KILLS // 2, f"killed {kills} times, at lines {moments}"
+    assert_same_run(out, reference)
+
+
+@pytest.mark.parametrize("script, sign", [("pretrain.py", signal.SIGINT), ("sft.py", signal.SIGINT),
+                                          ("rl.py", signal.SIGINT), ("rl.py", signal.SIGTERM)])
+def test_ctrl_c_saves_and_says_how_to_go_on(script, sign, server, tmp_path):
+    """Issue 2, Bad input: Ctrl-C (and a queue's SIGTERM) ends after the step at hand with status 130, the
+    state is saved, the way to resume is printed, and the resumed run has the same bits."""
+    out = tmp_path / "run"
+    argv = command_line(config_of(script, out))
+    server.out.write_text("")
+    pid = server.start(script, argv)
+    log = out / "log.jsonl"
+    while size_of(log) <= 0:
+        time.sleep(.005)
+    os.kill(pid, sign)
+    assert server.wait() == 130
+    steps = len(worlds.lines(log))
+    assert load_checkpoint(out / "last.pt")["step"] == steps
+    said = server.out.read_text()
+    assert "run the same command again" in said and str(out) in said and "Traceback" not in said
+    server.start(script, argv)
+    assert server.wait() == 0
+    assert f"resuming after step {steps}" in server.out.read_text()
+    assert_same_run(out, uninterrupted(script))
+
+
+def test_a_second_ctrl_c_stops_at_once(server, tmp_path):
+    """Whoever presses Ctrl-C twice does not wait for the step; what was saved before is whole."""
+    out = tmp_path / "run"
+    argv = command_line(config_of("rl.py", out)) + ["--n-problems=8", "--rollouts=48", "--eval-every=99"]
+    server.out.write_text("")
+    pid = server.start("rl.py", argv)
+    while size_of(out / "log.jsonl") <= 0:
+        time.sleep(.005)
+    os.kill(pid, signal.SIGINT)
+    time.sleep(.05)
+    os.kill(pid, signal.SIGINT)
+    assert server.wait() == 130
+    assert "Traceback" not in server.out.read_text()
+    for path in out.glob("*.pt"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("script", TRAINERS)
+def test_what_a_killed_write_left_is_removed(script, tmp_path):
+    """R3: a kill in the middle of a write leaves a temporary file that nobody will ever use (4 MB here,
+    gigabytes for a large model). The next call removes it; other hidden files are not ours to touch."""
+    out = tmp_path / "run"
+    shutil.copytree(uninterrupted(script), out)
+    for path in out.glob("*.pt"):
+        if path.name != "last.pt":
+            path.unlink()   # so that there is something left to do
+    (out / ".last.pt.x7_kd93a").write_bytes(b"half")
+    (out / ".mine").write_text("keep")
+    worlds.quietly(TRAINERS[script][0].train, config_of(script, out))
+    assert {p.name for p in out.iterdir() if p.name.startswith(".")} == {".lock", ".mine"}
+
+
+@pytest.mark.parametrize("script", TRAINERS)
+def test_a_run_killed_before_its_last_file_is_completed(script, tmp_path):
+    """R5: the state says that all steps are done, but the final checkpoint was not written: the next call
+    writes it instead of claiming to be finished, and the log has its last lines once."""
+    reference, out = uninterrupted(script), tmp_path / "run"
+    shutil.copytree(reference, out)
+    (out / final_of(script)).unlink()
+    worlds.quietly(TRAINERS[script][0].train, config_of(script, out))
+    assert_same_run(out, reference)
+
+
+@pytest.mark.parametrize("script", ["sft.py", "rl.py"])
+def test_resuming_from_a_changed_start_is_refused(script, tmp_path):
+    """R5: an --init that was overwritten since is another start: the KL reference and the lineage would be
+    those of a model that this run never saw. The line names the file."""
+    start, out = tmp_path / "start.pt", tmp_path / "run"
+    shutil.copy(worlds.base(), start)
+    module = TRAINERS[script][0]
+    config = config_of(script, out)
+    config.init = str(start)
+    worlds.quietly(module.train, config)
+    (out / "final.pt").unlink()
+    shutil.copy(worlds.parrot(), start)
+    with pytest.raises(ValueError, match="start.pt"):
+        worlds.quietly(module.train, config)
+
+
+def test_resuming_with_changed_data_is_refused(tmp_path):
+    """R5: the data folder was made anew with another seed under the same name: going on would mix two data
+    sets."""
+    data, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(worlds.data(), data)
+    config = config_of("pretrain.py", out)
+    config.data = str(data)
+    worlds.quietly(pretrain.train, config)
+    (out / final_of("pretrain.py")).unlink()
+    shutil.rmtree(data)
+    shutil.copytree(worlds.other_data(), data)
+    with pytest.raises(ValueError, match="data"):
+        worlds.quietly(pretrain.train, config)

@@ -1,0 +1,443 @@
+"""Grades, pass@k, intervals, comparisons and general measures: rules A, P and B."""
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+from checkpoint import UserError, generator
+from data.tokenizer import EOS
+from evaluate import (
+    Attempts,
+    bits_per_byte,
+    bootstrap_means,
+    compare,
+    entropy,
+    grade,
+    interval,
+    load_problems,
+    measure_benchmarks,
+    measure_problems,
+    pass_at_k,
+    pick,
+    score_rows,
+)
+
+# ---- A1, A2, A3: the verifier -------------------------------------------------------------------------
+
+RIGHT = ["#### 12", "#### 12\n", "37+48=85\n85-73=12\n#### 12", "words\n\n#### 12\n", f"#### 12{EOS}",
+         f"#### 12\n{EOS}#### 13"]
+WRONG = ["#### 13", "#### 120", "#### 1", "#### -12", "#### 0", "#### " + "9" * 5000, "a\n#### 2\n"]
+UNPARSED = {
+    "bare": "12", "empty": "", "newline": "\n", "two answers": "#### 12\n#### 12",
+    "right, then wrong": "#### 12\n#### 13", "wrong, then right": "#### 13\n#### 12",
+    "two in a line": "#### 12 #### 12", "leading zero": "#### 012", "plus": "#### +12", "point": "#### 12.0",
+    "int() takes 1_2": "#### 1_2", "full-width": "#### １２", "Arabic": "#### ١٢", "superscript": "#### 1²",
+    "mixed": "#### 1２", "exponent": "#### 12e0", "hex": "#### 0xc", "space before": " #### 12",
+    "space after": "#### 12 ", "two spaces": "####  12", "no space": "####12", "tab": "####\t12",
+    "in a sentence": "the answer is #### 12", "unit": "#### 12 shells", "full stop": "#### 12.",
+    "sum": "#### 6+6", "comma": "#### 1,2", "text after": "#### 12\nor so", "two newlines": "#### 12\n\n",
+    "carriage return": "#### 12\r\n", "five": "##### 12", "three": "### 12", "two minus": "#### --12",
+    "minus": "#### -", "nothing": "#### ", "answer after EOS": f"{EOS}#### 12",
+    "answer after EOS and text": f"x{EOS}\n#### 12", "vertical tab": "a\v#### 12",
+    "line separator": "a\u2028#### 12", "power": "#### 9**9**9", "null": "#### 12\0",
+}
+
+
+@pytest.mark.parametrize("completion", RIGHT)
+def test_right_answers(completion):
+    """A1: the form once, with or without the final newline, after any working; EOS ends the text."""
+    assert grade(completion, "12") == "right"
+
+
+@pytest.mark.parametrize("completion", WRONG, ids=lambda text: text[:12])
+def test_wrong_answers(completion):
+    """A1, A3: another number in the one exact form is 'wrong'; 5,000 digits raise nothing."""
+    assert grade(completion, "12") == "wrong"
+
+
+@pytest.mark.parametrize("completion", UNPARSED.values(), ids=UNPARSED)
+def test_unparsed_answers(completion):
+    """A1, A3: whatever is not exactly the form is 'unparsed', counted apart from wrong numbers."""
+    assert grade(completion, "12") == "unparsed"
+
+
+@pytest.mark.parametrize("gold", ["-3", "0", "100278", "9" * 30])
+def test_any_integer_can_be_the_answer(gold):
+    """A1: negative, zero and long answers are compared exactly, as text; neighbours in float64 differ."""
+    assert grade(f"#### {gold}", gold) == "right"
+    for other in (int(gold) + 1, -int(gold) - 1):
+        assert grade(f"#### {other}", gold) == "wrong"
+
+
+def test_cut_off_answers():
+    """G9: a completion cut off before EOS counts only if its answer line is complete."""
+    assert grade("#### 12", "12", finished=False) == "unparsed"
+    assert grade("#### 12\n", "12", finished=False) == "right"
+    assert grade("#### 12\nmore", "12", finished=False) == "unparsed"
+
+
+def test_hacks_score_nothing():
+    """A2: repeating the prompt, listing 0..99, giving the answer and then another."""
+    question = "Nora has 10 shells. Nora finds 2. How many shells?"
+    probes = [question, f"{question}\n12", f"{question}\n#### 12\n{question}\n#### 13",
+              "\n".join(f"#### {i}" for i in range(100)), "#### " + " ".join(map(str, range(100))),
+              "".join(f"#### {i}\n" for i in range(13)), "#### 12\nNo: #### 13", "#### 12 or 13", "####"]
+    assert all(grade(probe, "12") != "right" for probe in probes)
+
+
+def test_grading_long_text_takes_no_time():
+    """A1: the pattern cannot be made slow; a text of 200,000 characters is read in a fraction of a second."""
+    for text in ("\n" * 200_000, "\n#### 1" * 28_000, "#### " + "1" * 200_000 + "x", "####" * 50_000):
+        assert grade(text, "12") == "unparsed"
+
+
+# ---- P1, P2, P4: pass@k -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("n, c, k, expected", [
+    (4, 1, 2, .5), (32, 1, 8, .25), (10, 3, 5, .9166667), (32, 0, 32, 0), (64, 1, 32, .5), (100, 3, 1, .03),
+    (8, 8, 1, 1), (8, 5, 4, 1)])
+def test_pass_at_k_values(n, c, k, expected):
+    """P1: values worked out beforehand; 1 if fewer than k samples are wrong."""
+    assert abs(pass_at_k(n, c, k) - expected) < 1e-7
+
+
+def test_pass_at_k_is_the_enumeration():
+    """P1: the share of all k-subsets of n samples that hold a right one, for every n <= 8, c and k."""
+    for n in range(1, 9):
+        for c in range(n + 1):
+            for k in range(1, n + 1):
+                subsets = list(itertools.combinations(range(n), k))      # the first c samples are right
+                expected = sum(min(subset) < c for subset in subsets) / len(subsets)
+                assert abs(pass_at_k(n, c, k) - expected) < 1e-12
+
+
+def test_pass_at_k_of_many_samples():
+    """P1: no overflow and no cancellation where binomials have thousands of digits."""
+    exact = 1 - math.comb(9_990, 5_000) / math.comb(10_000, 5_000)
+    assert abs(pass_at_k(10_000, 10, 5_000) - exact) < 1e-12
+    assert abs(pass_at_k(10_000, 1, 1) - 1e-4) < 1e-15
+
+
+@pytest.mark.parametrize("n, c, k", [(4, 1, 5), (4, 4, 5), (4, 0, 0), (4, 5, 2), (4, -1, 2), (0, 0, 1)])
+def test_pass_at_k_errors(n, c, k):
+    """P1: k > n is an error even where all samples are right; so are impossible counts."""
+    with pytest.raises(ValueError):
+        pass_at_k(n, c, k)
+
+
+def test_enough_samples_by_default():
+    """P2: at least 2 k samples for pass@k, and asking for k > samples is refused before any work."""
+    c = evaluate.Config(("x.pt",))
+    assert c.samples >= 2 * max(c.k) and max(c.k) == 32
+    with pytest.raises(UserError, match="--samples 16"):
+        evaluate.check(evaluate.Config(("x.pt",), samples=16))
+
+
+def test_standard_error_of_pass_at_32():
+    """P2: at 200 problems about .035, .032, .030 for n = 32, 64, 128 and .029 at best (beta(.3, 4))."""
+    rng = np.random.default_rng(0)
+    rates = rng.beta(.3, 4, 20_000)
+    values = [[pass_at_k(n, c, 32) for c in rng.binomial(n, rates).tolist()] for n in (32, 64, 128)]
+    errors = np.std([*values, 1 - (1 - rates) ** 32], axis=1) / 200 ** .5
+    assert np.allclose(errors, [.035, .032, .030, .029], atol=.001) and (np.diff(errors) < 0).all()
+
+
+def test_right_attempts_are_counted():
+    """P4: per problem the number of right attempts, as an integer; nothing is a little right."""
+    a = Attempts([""] * 6, ["right", "wrong", "unparsed", "right", "right", "right"], 0)
+    counts = a.right(3)
+    assert counts.tolist() == [1, 3] and counts.dtype.kind == "i"
+
+
+# ---- P3: bootstrap ------------------------------------------------------------------------------------
+
+def test_bootstrap_is_over_problems():
+    """P3: replicates are means of problems drawn with replacement, all columns (k) from one draw."""
+    values = np.stack([np.array([1., 0, 0, 0, 0]), np.array([10., 0, 0, 0, 0])], 1)
+    means = bootstrap_means(values, 0)
+    assert means.shape[0] >= 2_000 and means.shape[1:] == (2,)
+    assert np.allclose(means[:, 1], 10 * means[:, 0])                    # the same problems for every k
+    counts = np.round(means[:, 0] * 5).astype(int)
+    assert np.allclose(means[:, 0] * 5, counts) and counts.max() >= 3    # with replacement
+    expected = [math.comb(5, i) * .2 ** i * .8 ** (5 - i) for i in range(4)]     # binomial(5, 1/5)
+    assert np.allclose(np.bincount(counts)[:4] / len(counts), expected, atol=.04)
+
+
+def test_bootstrap_is_deterministic():
+    """P3: a fixed seed draws the same problems, whatever numpy's global state is; another seed others."""
+    values = np.arange(30.)
+    a = bootstrap_means(values, 0)
+    np.random.seed(7)
+    assert np.array_equal(a, bootstrap_means(values, 0))
+    assert not np.array_equal(a, bootstrap_means(values, 1))
+
+
+def test_bootstrap_is_paired():
+    """P3: the same seed draws the same problems for two models: differences are paired."""
+    rng = np.random.default_rng(0)
+    a, b = rng.random(40), rng.random(40)
+    assert np.allclose(bootstrap_means(a, 3) - bootstrap_means(b, 3), bootstrap_means(a - b, 3))
+
+
+def test_interval_is_the_middle_95_percent():
+    """P3: the interval leaves 2.5 % of the replicates out on either side."""
+    low, high = interval(np.random.default_rng(0).permutation(10_001) / 10_000)
+    assert abs(low - .025) < 1e-9 and abs(high - .975) < 1e-9
+
+
+def test_coverage():
+    """P3: of 300 intervals for the mean of 40 exponential values 90 to 97 % hold the truth."""
+    rng = np.random.default_rng(1)
+    hits = 0
+    for seed in range(300):
+        low, high = interval(bootstrap_means(rng.exponential(1., 40), seed, 400))
+        hits += low < 1 < high
+    assert .90 <= hits / 300 <= .97
+
+
+def result(right, samples=4, k=(1, 2), hits=None):
+    r = {"config": {"k": list(k)}, "problems": {"easy": {"samples": samples, "right_per_problem": right}}}
+    if hits:
+        r["benchmarks"] = {task: {"hits": h} for task, h in hits.items()}
+    return r
+
+
+def test_compare_is_paired():
+    """P3: one more right sample at each of very different problems is certain: an interval without width."""
+    a, b = result([1, 2, 3, 4] * 10), result([0, 1, 2, 3] * 10)
+    mean, low, high = compare(a, b, 0)["easy pass@1"]
+    assert abs(mean - .25) < 1e-12 and abs(low - .25) < 1e-12 and abs(high - .25) < 1e-12
+    assert compare(a, a, 0)["easy pass@2"] == (0., 0., 0.)
+
+
+def test_compare_is_first_minus_second():
+    """P3: pass@2 of 4 samples with 1 right is .5, with 0 right 0, with 4 right 1; so .5 - 0 and .5 - 1."""
+    differences = compare(result([1, 1]), result([0, 4]), 0)
+    assert differences["easy pass@2"] == (0., -.5, .5) and abs(differences["easy pass@1"][0] + .25) < 1e-12
+    flipped = compare(result([0, 4]), result([1, 1]), 0)
+    assert abs(flipped["easy pass@1"][0] - .25) < 1e-12
+
+
+def test_compare_interval_has_the_right_width():
+    """P3: gaps of ±1 at 100 problems have a standard error of .1: the interval is about ±1.96 times that."""
+    a, b = result([4, 0] * 50), result([0, 4] * 50)
+    mean, low, high = compare(a, b, 0)["easy pass@1"]
+    assert mean == 0 and abs(low + .196) < .03 and abs(high - .196) < .03
+
+
+def test_compare_general_mean():
+    """P3, B1: the mean over tasks of the difference in hits; each task has the same weight."""
+    a = result([1], hits={"x": [1, 1, 1, 0], "y": [1, 1]})
+    b = result([1], hits={"x": [0, 0, 1, 0], "y": [1, 1]})
+    mean, low, high = compare(a, b, 0)["general mean"]
+    assert abs(mean - .25) < 1e-12 and low <= .25 <= high and 0 <= low < high <= .5
+
+
+# ---- a whole set of problems --------------------------------------------------------------------------
+
+def test_measures_of_a_known_model(answering, answer_tokenizer):
+    """A3, P1, P4: a model right with .75·.6, wrong with .75·.4, unreadable with .25 is measured as such."""
+    problems = [{"question": f"q{i}", "answer": "7"} for i in range(60)]
+    c = evaluate.Config(("x.pt",), samples=20, k=(1, 4), temperature=1.0, max_new=8)
+    r = measure_problems(answering(.4, .25), answer_tokenizer, problems, c, [], "test")
+    share = .75 * .6
+    assert abs(r["pass@1"]["mean"] - share) < .04 and abs(r["pass@4"]["mean"] - (1 - (1 - share) ** 4)) < .04
+    assert abs(r["unparsed"] - .25) < .04 and r["truncated"] == 0 and r["greedy"] == 1
+    assert abs(sum(r["right_per_problem"]) / 1200 - r["pass@1"]["mean"]) < 1e-9
+    low, high = r["pass@1"]["interval"]
+    width = 2 * 1.96 * (share * (1 - share) / 1200) ** .5                # all problems are alike
+    assert low < r["pass@1"]["mean"] < high and .7 < (high - low) / width < 1.3
+    expected = -sum(p * math.log(p) for p in (.25, .75 * .6, .75 * .4))
+    assert expected - .2 < r["answer_entropy"] < expected                # 20 samples see a little less
+    assert r["distinct_completions"] <= 3
+
+
+def test_measuring_twice_gives_the_same(answering, answer_tokenizer):
+    """R6: the evaluation has a generator of its own, seeded by the config alone."""
+    problems = [{"question": f"q{i}", "answer": "7"} for i in range(5)]
+    c = evaluate.Config(("x.pt",), samples=8, k=(1,), max_new=8)
+    a = measure_problems(answering(), answer_tokenizer, problems, c, [], "test")
+    torch.manual_seed(3)
+    assert measure_problems(answering(), answer_tokenizer, problems, c, [], "test") == a
+
+
+@pytest.mark.parametrize("values, expected", [
+    (["a"] * 5, 0.), (["a", "b"], math.log(2)), (list("abcd"), math.log(4)),
+    (["7"] * 3 + ["8"], math.log(4) - .75 * math.log(3))])
+def test_entropy_of_answers(values, expected):
+    """G13: -sum p log p of what was observed, in nats."""
+    assert abs(entropy(values) - expected) < 1e-12
+
+
+# ---- B1, B2: general capabilities ---------------------------------------------------------------------
+
+def test_pick_by_sum_and_per_character():
+    """B1: choices 'aa', 'bbbb' with -4, -6: acc picks 0; per character -2, -1.5: acc_norm picks 1."""
+    assert pick([-4, -6], ["aa", "bbbb"]) == (0, 1)
+    assert pick([-4, -6], [" aa", " bbbb"]) == (0, 1)
+
+
+def test_pick_does_not_count_the_leading_space():
+    """B1: ' a' and 'bb' with -2 and -3: per character without the space -2 and -1.5; with it -1 and -1.5."""
+    assert pick([-2, -3], [" a", " bb"]) == (0, 1)
+    assert pick([-3, -3.1], [" ab c", " abc"])[1] == 0                   # an inner space is a character
+
+
+def test_pick_counts_characters_not_bytes():
+    """B1: 'éé' is two characters and 'abc' three: -2.2 and -2.9 give -1.1 and -.97 (-.55 by bytes)."""
+    assert pick([-2.2, -2.9], ["éé", "abc"]) == (0, 1)
+
+
+def test_ties_go_to_the_first():
+    """B1: of equal scores the first is taken, by sum and per character."""
+    assert pick([-3, -1, -1], ["aa", "bb", "cc"]) == (1, 1) and pick([-2, -4], ["a", "bb"])[1] == 0
+
+
+@pytest.mark.parametrize("tokens", [1, 20, 10_000])
+def test_scores_equal_single_rows(gpt, logprobs_of, tokens):
+    """B1: log-likelihood of the continuation given the context, whatever is computed beside it."""
+    contexts = [[1], [2, 3, 4, 5, 6, 7, 8, 9], [10, 11], [12, 13, 14], [1]]
+    continuations = [[20, 0, 21], [22], [0, 0, 0, 0, 0], [23, 24], [25]]
+    sums, _ = score_rows(gpt, contexts, continuations, 0, tokens)
+    for s, context, continuation in zip(sums, contexts, continuations):
+        with torch.inference_mode():
+            assert abs(s - float(logprobs_of(gpt, context, continuation).sum())) < 1e-4
+
+
+def test_exact_match_needs_every_token(gpt):
+    """B1: LAMBADA-style: every target token is the argmax under teacher forcing, first and last too."""
+    ids = [3, 4]
+    with torch.inference_mode():
+        for _ in range(4):
+            ids.append(int(gpt(torch.tensor([ids]))[0, -1].argmax()))
+    good = ids[2:]
+    spoilt = [good[:i] + [(good[i] + 1) % 61] + good[i + 1:] for i in range(4)]
+    continuations = [good, good[:1], *spoilt]
+    _, exact = score_rows(gpt, [ids[:2]] * 6, continuations, 0)
+    assert exact == [True, True, False, False, False, False]
+
+
+def test_benchmark_accuracy_chance_and_error(bigram, byte_tokenizer):
+    """B1: accuracies, their standard error sqrt(p(1-p)/(n-1)) and chance, for a known model."""
+    a, b, c, q = (ord(x) for x in "abcq")
+    model = bigram({q: {a: .3, b: .6, c: .1}, a: {a: 1.}, b: {b: .01, c: .99}}, byte_tokenizer.n_vocab)
+    def item(task, choices, answer, chance):
+        return {"task": task, "context": "q", "choices": choices, "answer": answer, "chance": chance}
+    items = [item("m", ["a", "b"], 1, .5), item("m", ["a", "b"], 0, .5), item("m", ["aa", "bb"], 0, .5),
+             item("m", ["a", "bc"], 1, .5), item("m", ["aaaa", "b"], 0, .5),     # .3 in 4 letters, .6 in 1
+             item("w", ["bc"], 0, 0.), item("w", ["b"], 0, 0.), item("w", ["a"], 0, 0.)]
+    r = measure_benchmarks(model, byte_tokenizer, items)
+    m, w = r["m"], r["w"]
+    assert m["hits"] == [1, 0, 1, 1, 1] and abs(m["acc_norm"] - .8) < 1e-9 and abs(m["acc"] - .6) < 1e-9
+    assert abs(m["stderr"] - (.8 * .2 / 4) ** .5) < 1e-9 and m["chance"] == .5 and m["items"] == 5
+    assert w["hits"] == [1, 1, 0] and w["chance"] == 0 and abs(w["acc"] - 2 / 3) < 1e-9
+
+
+def test_bits_per_byte_by_hand(make_gpt, byte_tokenizer, answer_tokenizer):
+    """B2: -log-likelihood/(bytes·ln 2) ; a context's first token is context only; EOS has no bytes."""
+    for tokenizer, merged in ((byte_tokenizer, 1), (answer_tokenizer, 4)):
+        model = make_gpt(vocab_size=320, n_vocab=tokenizer.n_vocab, context=16)
+        shard = np.random.default_rng(0).integers(97, 123, 55).astype(np.uint16)     # 3 contexts and a rest
+        shard[[3, 16, 30]] = tokenizer.eos                                           # 16 opens a context
+        shard[[5, 20, 40]] = tokenizer.encode("####")[0]
+        nats, n_bytes = 0., 0
+        for start in (0, 16, 32):
+            ids = shard[start:start + 16].tolist()
+            with torch.inference_mode():
+                logits = model(torch.tensor([ids]))[0].double()
+            for t in range(1, 16):
+                nats -= float(logits[t - 1].log_softmax(-1)[ids[t]])
+                n_bytes += 0 if ids[t] == tokenizer.eos else merged if start + t in (5, 20, 40) else 1
+        expected = nats / (n_bytes * math.log(2))
+        assert abs(bits_per_byte(model, tokenizer, shard) - expected) < 1e-5
+        first = bits_per_byte(model, tokenizer, shard, blocks=1)
+        assert abs(first - bits_per_byte(model, tokenizer, shard[:16])) < 1e-9
+        assert abs(first - expected) > 1e-3
+
+
+def test_bits_per_byte_of_a_uniform_model(bigram, byte_tokenizer):
+    """B2: a uniform guess among 258 tokens, one byte each, costs log2(258) = 8.011 bits per byte."""
+    model = bigram({}, byte_tokenizer.n_vocab, context=8)
+    shard = np.arange(64).astype(np.uint16)
+    assert abs(bits_per_byte(model, byte_tokenizer, shard) - math.log2(258)) < 1e-4
+
+
+def test_bits_per_byte_needs_one_context(gpt, byte_tokenizer):
+    """B2: a shard shorter than one context is an error that says so, not a division by zero."""
+    with pytest.raises(UserError, match="63 tokens"):
+        bits_per_byte(gpt, byte_tokenizer, np.zeros(63, dtype=np.uint16))
+
+
+# ---- problem files ------------------------------------------------------------------------------------
+
+GOOD = {"question": "1+1?", "answer": "2", "solutions": ["1+1=2\n#### 2"], "difficulty": "easy"}
+
+
+def write(path, *lines):
+    path.write_bytes(b"\n".join(x if isinstance(x, bytes) else json.dumps(x).encode() for x in lines))
+    return path
+
+
+@pytest.mark.parametrize("line, fault", [
+    (b"{", "JSON"), (b"[1]", "JSON"), (b"\xff{}", "JSON|UTF-8"), (b"9" * 5000, "JSON"), (b"null", "JSON"),
+    (b"[" * 100_000, "JSON"),
+    ({"answer": "2"}, "'question'"), ({"question": ""}, "'question'"), ({"question": 5}, "'question'"),
+    ({"answer": 2}, "'answer'"), ({"answer": " "}, "'answer'"), ({"answer": "2.0"}, "2.0"),
+    ({"answer": "02"}, "02"), ({"answer": "２"}, "answer"), ({"answer": "2\n"}, "answer"),
+    ({"solutions": None}, "'solutions'"), ({"solutions": []}, "'solutions'"),
+    ({"solutions": "2"}, "'solutions'"),
+    ({"solutions": ["#### 2", 5]}, "'solutions'"), ({"solutions": ["#### 2", "#### 3"]}, "#### 2"),
+    ({"solutions": ["1+1=2"]}, "#### 2")], ids=lambda x: str(x)[:30])
+def test_problem_errors_name_file_and_line(tmp_path, line, fault):
+    """Problem files: every fault is one UserError with the file, the number of the line and what is wrong."""
+    if isinstance(line, dict) and line != {"answer": "2"}:               # that one lacks its question
+        line = GOOD | line
+    path = write(tmp_path / "some.jsonl", GOOD, b"", GOOD, line, GOOD)
+    with pytest.raises(UserError, match=fault) as error:
+        load_problems(path, solutions=True)
+    assert f"{path}, line 4:" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_problems_are_read_in_order(tmp_path):
+    """Problem files: all problems of the difficulty, in the order of the file, blank lines skipped."""
+    problems = [GOOD | {"question": str(i), "difficulty": d} for i, d in enumerate(("easy", "hard", "easy"))]
+    path = write(tmp_path / "p.jsonl", problems[0], b"", *problems[1:], b"")
+    assert load_problems(path) == problems
+    assert [p["question"] for p in load_problems(path, "easy", solutions=True)] == ["0", "2"]
+    assert [p["question"] for p in load_problems(path, "hard")] == ["1"]
+
+
+def test_problems_need_no_solutions_for_rl(tmp_path):
+    """Problem files: RL and evaluation read question and answer alone, non-ASCII text included."""
+    path = write(tmp_path / "p.jsonl", {"question": "¿Cuánto es 1−2?", "answer": "-1"})
+    assert load_problems(path) == [{"question": "¿Cuánto es 1−2?", "answer": "-1"}]
+
+
+def test_no_problems_is_an_error(tmp_path):
+    """Problem files: a missing file, an empty one, none of the difficulty: an error naming the file."""
+    path, empty = write(tmp_path / "p.jsonl", GOOD), write(tmp_path / "empty.jsonl", b"\n")
+    for file, difficulty in ((path, "hard"), (empty, "all"), (tmp_path / "missing", "all")):
+        with pytest.raises(UserError, match=file.name):
+            load_problems(file, difficulty)
+
+
+def test_attempts_are_graded_against_their_own_problem(answering, answer_tokenizer):
+    """P4: row p·n + i is attempt i at problem p, greedy at temperature 0, and truncated ones are counted."""
+    problems = [{"question": "a", "answer": a} for a in "7887"]
+    model = answering(wrong=.2)
+    tried = evaluate.attempt(model, answer_tokenizer, problems, 2, 0.0, 8, generator(0, "test"))
+    assert tried.grades == ["right", "right", "wrong", "wrong", "wrong", "wrong", "right", "right"]
+    assert tried.texts == ["#### 7"] * 8 and tried.truncated == 0
+    cut = evaluate.attempt(model, answer_tokenizer, problems, 2, 0.0, 3, generator(0, "test"))
+    assert cut.truncated == 8 and cut.grades == ["unparsed"] * 8
+
+
+def test_too_long_prompts_are_explained(answering, answer_tokenizer):
+    """Limits: a prompt that leaves no room in the context is an error that names the options to change."""
+    with pytest.raises(UserError, match="--shots.*--max-new|--max-new.*--shots"):
+        evaluate.attempt(answering(), answer_tokenizer, [{"question": "a b " * 30, "answer": "7"}], 2, 1.0, 8,
+                         generator(0, "test"))
