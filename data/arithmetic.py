@@ -20,8 +20,8 @@ NAMES = ("Nora Tom Ann Ben Lena Omar Mia Sam Ivy Max Eva Leo Zoe Jack Ruth Paul 
 ITEMS = "shells coins cards books pens stones apples stamps nuts beads".split()
 GAINS = "finds buys gets wins".split()
 LOSSES = "loses sells gives drops".split()
-SMALLEST, TOPS = 2, (20, 50, 99)     # numbers in a question: from 2 to an upper end that each question draws anew,
-                                     # so that success does not come all at once in pretraining
+SMALLEST, TOPS = 2, (20, 50, 99)     # numbers in a question: from 2 to an upper end that each question draws
+                                     # anew, so that success does not come all at once in pretraining
 LARGEST = 199           # no intermediate result of any solution style is larger (nor smaller than 0)
 DIFFICULTY = {"easy": (1, 2), "hard": (3, 4)}          # number of operations
 STYLES = ("equations", "words", "regrouped", "tens")   # plus "bare" (the answer alone), in pretraining only

@@ -126,7 +126,8 @@ def ask_tracking(rng: random.Random) -> dict:
     sentences, mentioned, where = moving_story(rng, True)
     thing = rng.choice(list(where))
     wrong = [f" {place}." for place in dict.fromkeys(mentioned + PLACES) if place != where[thing]]
-    return item("tracking", rng, " ".join(sentences) + f" Now the {thing} is in the", f" {where[thing]}.", wrong[:3], 4)
+    context = " ".join(sentences) + f" Now the {thing} is in the"
+    return item("tracking", rng, context, f" {where[thing]}.", wrong[:3], 4)
 
 
 def need_story(rng: random.Random, asked: bool) -> tuple[list[str], list[tuple[str, str]]]:

@@ -293,11 +293,14 @@ def help_of(module) -> dict[str, str]:
     assert not stop.value.code
     after = printed.getvalue().split("positional arguments:" if "positional arguments:" in printed.getvalue()
                                      else "options:")[1]
-    found = {}
+    found, option = {}, None
     for line in after.splitlines():
-        match = re.match(r"  (?:-h, )?(--)?([a-z0-9-]+)(?:, --no-[a-z0-9-]+)?(?: X)?(?:  +(.*))?$", line)
-        if match and match[2] != "options":
-            found[match[2].replace("-", "_")] = match[3] or ""
+        match = re.match(r"  (?:-h, )?(?:--)?([a-z0-9-]+)(?:, --no-[a-z0-9-]+)?(?: X)?(?:  +(.*))?$", line)
+        if match and line[2] != " ":
+            option = match[1].replace("-", "_")
+            found[option] = match[2] or ""
+        elif line.startswith("    ") and option:   # a long option's text is on the next line
+            found[option] += line.strip()
     found.pop("help")
     return found
 
