@@ -5,7 +5,9 @@
 Axes: B rows, T positions, V vocabulary, L layers, H heads, D head size, P prompts, G rollouts per prompt.
 Left out: dropout, biases, weight tying (OLMo-2 has none) and grouped-query attention (not needed at 1B).
 """
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from typing import NamedTuple
 
 import torch
@@ -257,10 +259,9 @@ def micro_batches(lengths: list[int], tokens: int) -> list[list[int]]:
     """Row numbers, longest first, in batches of at most `tokens` tokens after padding (at least one row)."""
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda r: -lengths[r]):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > tokens:
+            batches.append([])
+        batches[-1].append(row)
     return batches
 
 
@@ -283,26 +284,20 @@ def chat(c: Config) -> None:
     require(c.temperature >= 0, f"--temperature {c.temperature}: must not be negative")
     model, tokenizer, content = load_model(c.checkpoint[0], setup(c.device, c.threads))
     m = model.config
+    require(0 < c.max_new < m.context, f"--max-new {c.max_new}: must be between 1 and {m.context - 1}")
     n = sum(p.numel() for p in model.parameters())
-    print(f"{c.checkpoint[0]}: {n:,} parameters ({n - 2 * m.vocab_size * m.d_model:,} without embedding and "
-          f"head)\n  {m.n_layers} layers, width {m.d_model}, {m.n_heads} heads, feed-forward {m.d_ff}, "
-          f"context {m.context}, vocabulary {m.n_vocab}\n  lineage:")
+    core = n - 2 * m.vocab_size * m.d_model
+    print(f"{c.checkpoint[0]}: {n:,} parameters, {core:,} without embedding and head\n  {m}\n  lineage:")
     for stage in content["lineage"]:
         print(f"    {stage['script']}: {stage['tokens']:,} tokens, {stage['updates']} updates, "
               f"{stage['flops']:.2e} FLOPs, {stage['seconds'] / 60:.1f} min, seed {stage['config']['seed']}")
     print('  type a question, such as "Nora has 37 shells. Nora finds 48. How many shells?" (end: Ctrl-D)')
-    for turn in range(1_000_000):
-        try:
-            line = input("> ")
-        except EOFError:
-            return print()
-        try:
-            out = sample(model, [tokenizer.encode(line + "\n")], 1, c.max_new, tokenizer.eos, tokenizer.pad,
-                         generator(c.seed, "chat", turn), c.temperature)
-        except ValueError as error:
-            print(error)
-            continue
-        print(tokenizer.decode(out.completions()[0]).replace("<|endoftext|>", ""))
+    with suppress(EOFError):
+        for turn in count():
+            prompt = tokenizer.encode(input("> ") + "\n")[c.max_new - m.context:]     # its end, if too long
+            gen = generator(c.seed, "chat", turn)
+            out = sample(model, [prompt], 1, c.max_new, tokenizer.eos, tokenizer.pad, gen, c.temperature)
+            print(tokenizer.decode(out.completions()[0]).removesuffix("<|endoftext|>"))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ No reference solution is ever seen. Left out: a value network (GRPO's point), a 
 exact), length penalties, top-k and top-p sampling (sampled and scored distribution must be the same).
 """
 import copy
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,11 +83,10 @@ def advantages(rewards: Tensor, std: bool = True) -> Tensor:
     return torch.where(signal, centred, 0.0)
 
 
-def policy_loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, clip_low: float,
-                clip_high: float) -> Tensor:
+def policy_loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
     """Clipped loss of each token (N,), not yet averaged (Schulman et al. 2017, equation 7)."""
     ratio = (logp - old_logp).exp()
-    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
 
 
 def kl_k3(logp: Tensor, reference_logp: Tensor) -> Tensor:
@@ -130,21 +128,19 @@ def policy_gradient(model: GPT, reference: GPT, batch: Batch, advantage: Tensor,
     """Add the GRPO gradient of these rows to .grad; returns figures per token, None if no row has a signal.
     The loss is the mean over *all* completion tokens of the rows, truncated and signal-free ones included,
     whatever the micro-batches (Yu et al. 2025). Rows without advantage add 0 to it: they are not computed."""
-    device = model.head.weight.device
-    total = sum(len(batch.completions[r]) for r in rows)
+    device, prompts, completions = model.head.weight.device, batch.prompts, batch.completions
+    total = sum(len(completions[r]) for r in rows)
     useful = [r for r in rows if advantage[r] != 0 or c.kl > 0]
     if not useful:
         return None
     sums = dict.fromkeys(("loss", "ratio", "clipped", "kl_penalty", "tokens", "positions"), 0.0)
-    for part in micro_batches([len(batch.prompts[r]) + len(batch.completions[r]) for r in useful],
-                              c.micro_batch):
+    for part in micro_batches([len(prompts[r]) + len(completions[r]) for r in useful], c.micro_batch):
         part = [useful[i] for i in part]
-        ids, target = pack([batch.prompts[r] for r in part], [batch.completions[r] for r in part], pad,
-                           device)
+        ids, target = pack([prompts[r] for r in part], [completions[r] for r in part], pad, device)
         logp = completion_logprobs(model, ids, target, c.temperature)                             # (N,)
         # one update per batch is exactly on-policy: the ratio is 1, its gradient that of REINFORCE
         old = logp.detach() if c.updates == 1 else torch.cat([batch.logprobs[r] for r in part]).to(device)
-        sizes = torch.tensor([len(batch.completions[r]) for r in part])
+        sizes = torch.tensor([len(completions[r]) for r in part])
         token_advantage = advantage[part].repeat_interleave(sizes).to(device)
         loss = policy_loss(logp, old, token_advantage, c.clip_low, c.clip_high)
         if c.kl > 0:
@@ -160,7 +156,7 @@ def policy_gradient(model: GPT, reference: GPT, batch: Batch, advantage: Tensor,
         for name, value in (("loss", loss.detach()), ("ratio", ratio), ("clipped", outside)):
             sums[name] += float(value.sum())
         sums["tokens"] += len(logp)
-        sums["positions"] += sum(len(batch.prompts[r]) + len(batch.completions[r]) for r in part)
+        sums["positions"] += sum(len(prompts[r]) + len(completions[r]) for r in part)
     return {"loss": sums["loss"] / total, "ratio": sums["ratio"] / sums["tokens"],
             "clip_fraction": sums["clipped"] / total, "kl_penalty": sums["kl_penalty"] / total,
             "positions": sums["positions"]}
@@ -204,10 +200,9 @@ def probe(model: GPT, tokenizer: Tokenizer, problems: list[dict], c: Config) -> 
 def transcript(batch: Batch, problems: list[dict], step: int, group: int) -> str:
     """Two answers to each of three problems, with their grades."""
     parts = [f"======== step {step}"]
-    for p in range(min(3, len(problems))):
-        parts.append(f"{problems[p]['question']}   (answer {problems[p]['answer']})")
-        parts += [f"  [{batch.grades[r]}] " + json.dumps(batch.texts[r])
-                  for r in range(p * group, p * group + 2)]
+    for i, p in enumerate(problems[:3]):
+        parts.append(f"{p['question']}   (answer {p['answer']})")
+        parts += [f"  [{batch.grades[r]}] {batch.texts[r]!r}" for r in (i * group, i * group + 1)]
     return "\n".join(parts)
 
 
