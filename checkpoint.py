@@ -19,9 +19,11 @@ import tempfile
 import typing
 import zipfile
 from dataclasses import MISSING, asdict, fields
+from fractions import Fraction
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from data.tokenizer import Tokenizer
 from model import GPT, ModelConfig
@@ -55,19 +57,25 @@ def require_positive(config: typing.Any, names: str, zero: bool = False) -> None
 
 def number(text: str) -> int:
     """An integer as people write it: 8000000, 8_000_000, 8e6, 8M, 500k."""
-    match = re.fullmatch(r"(-?[0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]{1,2})?)([kMG]?)", text)
-    value = float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[match[2]] if match else .5
-    if value != int(value):
+    match = re.fullmatch(r"(-?[0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]{1,2})?)([kMG]?)", text, re.ASCII)
+    scale = {"": 1, "k": 10 ** 3, "M": 10 ** 6, "G": 10 ** 9}
+    value = Fraction(match[1].replace("_", "")) * scale[match[2]] if match else Fraction(1, 2)
+    if value.denominator != 1 or abs(value) >= 2 ** 64:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number (such as 8000000, 8e6 or 8M)")
     return int(value)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message} (--help explains the options)")
 
 
 def parse(cls: type, argv: list[str] | None = None) -> typing.Any:
     """The command line of a Config: field `lr` is option `--lr`, the comment on its line is the help text,
     and fields without a default are positional (one or more values). A tuple is written with commas."""
     description = sys.modules[cls.__module__].__doc__
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     comments = dict(re.findall(r"^ +(\w+):.*?# *(.*)$", inspect.getsource(cls), re.MULTILINE))
     hints = typing.get_type_hints(cls)
     for f in fields(cls):
@@ -89,23 +97,31 @@ def parse(cls: type, argv: list[str] | None = None) -> typing.Any:
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
+def close_bars() -> None:
+    """End the line of every progress bar, so that what is printed next has a line of its own."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+
+
 def main(function: typing.Callable, cls: type) -> None:
     """Run function(config) from the command line. What a person can mend ends in one line and status 2."""
     try:
         function(parse(cls))
     except (UserError, OSError) as error:
+        close_bars()
         named = isinstance(error, OSError) and error.filename
         text = f"{error.filename}: {error.strerror}" if named else str(error)
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(text.split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        close_bars()
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
 def setup(device: str, threads: int) -> torch.device:
     """Choose the device and the number of threads (0: all cores); keep big memory blocks in the process."""
-    require(threads >= 0, f"--threads {threads}: must be 0 (all cores) or more")
+    require(0 <= threads <= 4096, f"--threads {threads}: must be 0 (all cores) or more, at most 4096")
     if threads:
         torch.set_num_threads(threads)
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -116,8 +132,10 @@ def setup(device: str, threads: int) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(1, device=device).device
-    except (RuntimeError, AssertionError) as error:
+        found = torch.empty(1, device=device)
+        found.item()                             # the meta device, for one, has no values
+        return found.device
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise UserError(f"--device {device}: not available here ({str(error).splitlines()[0]}); "
                         "use cpu, cuda or auto") from None
 
@@ -154,8 +172,10 @@ def atomic_write(path: Path, data: bytes) -> None:
         os.umask(mask)
         os.chmod(temporary, 0o666 & ~mask)       # mkstemp alone would leave 0600
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)           # so that the line on the screen names it
         raise
     if os.name == "posix":
         folder = os.open(path.parent, os.O_RDONLY)
@@ -186,6 +206,10 @@ def load_checkpoint(path: str | Path) -> dict:
     require(not damaged, f"{path}: damaged (checksum of {damaged} does not match); restore it from a copy")
     require(isinstance(content, dict) and content.get("format") == FORMAT,
             f"{path}: a PyTorch file, but not a checkpoint of this project (no format {FORMAT!r})")
+    stages = content.get("lineage")
+    known = {"script", "config", "tokens", "updates", "flops", "seconds"}
+    require(isinstance(stages, list) and all(isinstance(s, dict) and known <= s.keys() for s in stages),
+            f"{path}: its lineage is missing or damaged")
     return content
 
 
@@ -193,6 +217,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[GP
     """(model, tokenizer, checkpoint). UserError if they do not fit together or a weight is not finite."""
     content = load_checkpoint(path)
     try:
+        require(content["config"]["d_model"] % (2 * content["config"]["n_heads"]) == 0, "n_heads does not divide")
         model = GPT(ModelConfig(**content["config"]))
         model.load_state_dict(content["model"])
         tokenizer = Tokenizer(content["tokenizer"])
@@ -212,41 +237,85 @@ def file_sha256(path: str | Path) -> str:
 
 # ---- a run folder ----------------------------------------------------------------------------------------
 
-class Run:
-    """A run folder: config.json, log.jsonl (a line per step), samples.txt, last.pt for resuming. `last` is
-    the content of last.pt, None in a new run. `interrupted` turns True on Ctrl-C or SIGTERM: the loop saves
-    after the step at hand and stops; a second Ctrl-C stops at once. Raises UserError if another process works
-    in the folder, or if it holds a run of another configuration."""
+OPEN: list["Run"] = []
 
-    def __init__(self, config: typing.Any):
-        self.out, self.interrupted = Path(config.out), False
-        self.script = Path(inspect.getfile(type(config))).name
+
+def one_run(train: typing.Callable) -> typing.Callable:
+    """Decorator: however train() ends, its run folder is unlocked and the signal handlers are given back."""
+    @functools.wraps(train)
+    def wrapped(config: typing.Any) -> Path:
+        try:
+            return train(config)
+        finally:
+            while OPEN:
+                OPEN.pop().close()
+    return wrapped
+
+
+class Run:
+    """A run folder: config.json, log.jsonl (a line per step), samples.txt, last.pt for resuming.
+
+    `last` is the content of last.pt, None in a new run. `interrupted` turns True on Ctrl-C or SIGTERM: the loop
+    then saves after the step at hand and stops; a second Ctrl-C stops at once. `start` names what the run begins
+    from (file or folder -> sha256). Raises UserError if another process works in the folder, if it holds a run of
+    another configuration, or if what it began from has changed."""
+
+    def __init__(self, config: typing.Any, start: dict[str, typing.Any] | None = None):
+        self.out, self.interrupted, self.files, self.handlers = Path(config.out), False, {}, {}
+        self.script, self.start = Path(inspect.getfile(type(config))).name, start or {}
         self.config = json.loads(json.dumps(asdict(config)))             # tuples become lists, as in the file
         self.out.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.out / ".lock", "w")
+        OPEN.append(self)
         try:
             fcntl and fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{self.out}: another process is working in this run folder; wait for it, or "
-                            "choose another --out") from None
-        path = self.out / "config.json"
-        there = json.loads(path.read_text()) if path.exists() else self.config
-        different = [f"{k}={there.get(k)} there, {v} asked" for k, v in self.config.items()
-                     if k not in ("device", "threads", "out") and there.get(k) != v]
-        require(not different, f"{path}: this folder holds a run with another configuration "
-                               f"({'; '.join(different)}); choose another --out")
-        atomic_write(path, json.dumps(self.config, indent=1).encode())
+            raise UserError(f"{self.out}: another process is working in this run folder; wait for it, or choose "
+                            "another --out") from None
         self.last = load_checkpoint(self.out / "last.pt") if (self.out / "last.pt").exists() else None
-        self.skipped, self.bad_in_a_row = self.last["skipped"] if self.last else (0, 0)   # updates lost: NaN
-        self.files = {}
-        for name in ("log.jsonl", "samples.txt"):
-            self.files[name] = open(self.out / name, "ab")
-            self.files[name].truncate(self.last["bytes"][name] if self.last else 0)
+        path = self.out / "config.json"
+        if self.last:
+            try:
+                there = dict(json.loads(path.read_text()))
+                self.skipped, self.bad_in_a_row = self.last["skipped"]
+                sizes, began, _ = self.last["bytes"], self.last["start"], self.last["done"] + self.last["step"]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{self.out}: config.json or last.pt is damaged ({type(error).__name__}); "
+                                "choose another --out") from None
+            different = [f"{k}={there.get(k)} there, {v} asked" for k, v in self.config.items()
+                         if k not in ("device", "threads", "out") and there.get(k) != v]
+            require(not different, f"{path}: this folder holds a run with another configuration "
+                                   f"({'; '.join(different)}); choose another --out")
+            for name, digest in self.start.items():
+                require(began.get(name) == digest, f"{name}: changed since the run in {self.out} started from it; "
+                                                   "choose another --out")
+        else:
+            self.skipped, self.bad_in_a_row = 0, 0                       # updates not done: gradient not finite
+            sizes = {"log.jsonl": 0, "samples.txt": 0}
+        for litter in (*self.out.glob(".*.pt.*"), *self.out.glob(".config.json.*")):                          # what a kill in the middle of a write left
+            litter.unlink()
+        atomic_write(path, json.dumps(self.config, indent=1).encode())
+        self.sizes = sizes
+        self.files = {name: open(self.out / name, "ab", buffering=0) for name in sizes}
+        if not (self.last and self.last["done"]):
+            self._cut()
         for sign in (signal.SIGINT, signal.SIGTERM):
             try:
-                signal.signal(sign, self._interrupt)
+                self.handlers[sign] = signal.signal(sign, self._interrupt)
             except ValueError:                   # not the main thread: the caller handles signals
                 break
+
+    def _cut(self) -> None:
+        """Cut the log files to where they were when last.pt was saved."""
+        for name, f in self.files.items():
+            f.truncate(self.sizes[name])
+            f.seek(0, os.SEEK_END)
+
+    def close(self) -> None:
+        for f in (*self.files.values(), self.lock):
+            f.close()
+        for sign, handler in self.handlers.items():
+            signal.signal(sign, handler)
 
     def _interrupt(self, sign: int, frame: typing.Any) -> None:
         if self.interrupted:
@@ -256,37 +325,47 @@ class Run:
 
     def finished(self, final: Path, steps: int) -> bool:
         """True, and says so, if this run was completed by an earlier call; says so too if it only goes on."""
-        done = self.last is not None and self.last["step"] == steps and final.exists()
-        if self.last:
-            print(f"{self.out}: " + (f"finished already; the result is {final}" if done
-                                     else f"resuming after step {self.last['step']} of {steps}"))
+        done = self.last is not None and self.last["done"] and final.exists()
+        if done:
+            print(f"{self.out}: finished already; the result is {final}")
+        elif self.last:
+            self._cut()
+            print(f"{self.out}: resuming after step {self.last['step']} of {steps}")
         return done
 
     def restore(self, model: GPT, optimizer: torch.optim.Optimizer) -> None:
         model.load_state_dict(self.last["model"])
         optimizer.load_state_dict(self.last["optimizer"])
 
+    def _append(self, name: str, text: str) -> None:
+        try:
+            self.files[name].write((text + "\n").encode())
+        except OSError as error:
+            raise UserError(f"{self.out / name}: not written ({error.strerror}); last.pt is whole") from None
+
     def log(self, **numbers: typing.Any) -> None:
-        self.files["log.jsonl"].write((json.dumps(numbers) + "\n").encode())
-        self.files["log.jsonl"].flush()
+        """Append a line to log.jsonl; what is not finite becomes null, as JSON has no NaN."""
+        bad = [k for k, v in numbers.items() if isinstance(v, float) and not math.isfinite(v)]
+        self._append("log.jsonl", json.dumps(numbers | dict.fromkeys(bad)))
 
     def write(self, text: str) -> None:
         """Append to samples.txt, for people to read."""
-        self.files["samples.txt"].write((text + "\n").encode())
-        self.files["samples.txt"].flush()
+        self._append("samples.txt", text)
 
     def lineage(self, earlier: list[dict], **counts: typing.Any) -> list[dict]:
         """The earlier stages and this one: script, options and counts (tokens, updates, FLOPs, seconds)."""
         return earlier + [{"script": self.script, "config": self.config, **counts}]
 
     def save_last(self, model: GPT, tokenizer: Tokenizer, lineage: list[dict],
-                  optimizer: torch.optim.Optimizer, step: int, **state: typing.Any) -> None:
-        """The one file to resume from. Log files are on disk before it is."""
+                  optimizer: torch.optim.Optimizer, step: int, done: bool = False, **state: typing.Any) -> None:
+        """The one file to resume from. Log files are on disk before it is. `done`: the final checkpoint is too."""
         for f in self.files.values():
             os.fsync(f.fileno())
+        if not done:
+            self.sizes = {name: f.tell() for name, f in self.files.items()}
         save_checkpoint(self.out / "last.pt", model, tokenizer, lineage, optimizer=optimizer.state_dict(),
-                        step=step, bytes={name: f.tell() for name, f in self.files.items()},
-                        skipped=[self.skipped, self.bad_in_a_row], **state)
+                        step=step, done=done, bytes=self.sizes,
+                        skipped=[self.skipped, self.bad_in_a_row], start=self.start, **state)
 
     def step(self, model: GPT, optimizer: torch.optim.Optimizer, grad_clip: float) -> float:
         """Clip the gradient to norm `grad_clip`, update, clear it; returns the norm before clipping. One that

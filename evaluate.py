@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import UserError, atomic_write, file_sha256, generator, load_model, main, require, setup
+from checkpoint import (
+    UserError, atomic_write, file_sha256, generator, load_model, main, require, require_positive,
+    setup)
 from data.arithmetic import style_of
 from data.tokenizer import EOS, Tokenizer
 from model import GPT, micro_batches, pack, sample
@@ -49,8 +51,8 @@ def check(c: Config) -> None:
     require(bool(c.k) and 0 < min(c.k) and max(c.k) <= c.samples,
             f"--samples {c.samples}: pass@{max(c.k, default=0)} needs at least that many (and k at least 1)")
     require(c.n_problems > 0 and c.max_new > 0, "--n-problems and --max-new must be positive")
-    require(c.temperature > 0,
-            f"--temperature {c.temperature}: must be positive (greedy accuracy is measured anyway)")
+    require_positive(c, "temperature")
+    require_positive(c, "seed", zero=True)
     require(c.shots >= 0, f"--shots {c.shots}: must not be negative")
 
 
@@ -101,26 +103,29 @@ def interval(replicates: np.ndarray) -> tuple[float, float]:
 # ---- data ------------------------------------------------------------------------------------------------
 
 def open_data(folder: str) -> tuple[dict, Tokenizer, dict[str, np.ndarray]]:
-    """(manifest, tokenizer, shard name -> memory-mapped uint16 tokens), checked against each other."""
+    """(manifest, tokenizer, shard name -> memory-mapped uint16 tokens), every file checked by its sha256."""
     path = Path(folder)
     try:
         manifest = json.loads((path / "manifest.json").read_text())
+        sums, names = dict(manifest["sha256"]), [n for n in manifest["shards"] if n.endswith(".bin")]
         tokenizer = Tokenizer.load(path / "tokenizer.json")
+        require(manifest["tokenizer_sha256"] == tokenizer.sha256, f"{path / 'tokenizer.json'}: not the tokenizer "
+                f"that made the shards in {folder}; make the data again")
+        require("train.bin" in names, f"{path / 'manifest.json'}: lists no train.bin; make the data again")
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: not found; make the data with: "
                         f"python data/prepare.py --out {folder}") from None
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{folder}: manifest.json or tokenizer.json is damaged ({error}); "
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{folder}: manifest.json or tokenizer.json is damaged ({type(error).__name__}: {error}); "
                         "make the data again") from None
-    require(manifest.get("tokenizer_sha256") == tokenizer.sha256, f"{path / 'tokenizer.json'}: not the "
-            f"tokenizer that made the shards in {folder}; make the data again")
-    shards = {}
-    for name in manifest["shards"]:
+    for name, digest in sums.items():
         require((path / name).is_file(), f"{path / name}: not found, although the manifest lists it")
-        require(file_sha256(path / name) == manifest["sha256"][name], f"{path / name}: checksum differs "
-                "from manifest.json (truncated or changed); make the data again")
-        shards[name.removesuffix(".bin")] = np.memmap(path / name, dtype=np.uint16, mode="r")
-    return manifest, tokenizer, shards
+        require(file_sha256(path / name) == digest, f"{path / name}: checksum differs from manifest.json "
+                "(truncated or changed); make the data again")
+    return manifest, tokenizer, {name.removesuffix(".bin"): np.memmap(path / name, dtype=np.uint16, mode="r")
+                                 for name in names}
 
 
 def load_problems(path: str | Path, difficulty: str = "all", solutions: bool = False) -> list[dict]:
@@ -133,6 +138,7 @@ def load_problems(path: str | Path, difficulty: str = "all", solutions: bool = F
             continue
         try:
             p = json.loads(line.decode())
+            json.dumps(p, ensure_ascii=False).encode()       # a lone surrogate is not text
         except (ValueError, RecursionError) as error:
             p = error
         require(isinstance(p, dict), f"{path}, line {i}: not a JSON object in UTF-8")
@@ -148,6 +154,7 @@ def load_problems(path: str | Path, difficulty: str = "all", solutions: bool = F
             for text in texts:
                 require(grade(text, p["answer"]) == "right",
                         f"{path}, line {i}: a solution does not end in the line '#### {p['answer']}'")
+        require(isinstance(p.get("difficulty", "all"), str), f"{path}, line {i}: 'difficulty' must be a text")
         if difficulty in ("all", p.get("difficulty", "all")):
             problems.append(p)
     require(bool(problems), f"{path}: has no problem of difficulty {difficulty}")
@@ -159,12 +166,13 @@ def prompt_ids(tokenizer: Tokenizer, problem: dict) -> list[int]:
 
 
 def few_shot_prefix(tokenizer: Tokenizer, examples: list[dict], shots: int, seed: int) -> list[int]:
-    """Ids of `shots` solved examples, each ended by EOS as in pretraining documents of several questions."""
+    """Ids of `shots` solved examples in one style, each ended by EOS as in pretraining documents of several questions."""
     rng = np.random.default_rng(seed)
-    ids = []
+    style, ids = rng.integers(4), []
     for i in rng.choice(len(examples), shots, replace=False):
-        solution = examples[i]["solutions"][rng.integers(len(examples[i]["solutions"]))]
-        ids += prompt_ids(tokenizer, examples[i]) + tokenizer.encode(solution) + [tokenizer.eos]
+        solutions = examples[i]["solutions"]             # in the same order of styles for every problem
+        ids += prompt_ids(tokenizer, examples[i]) + tokenizer.encode(solutions[style % len(solutions)])
+        ids.append(tokenizer.eos)
     return ids
 
 
@@ -249,6 +257,9 @@ def pick(scores: list[float], choices: list[str]) -> tuple[int, int]:
 def score_rows(model: GPT, contexts: list[list[int]], continuations: list[list[int]], pad: int,
                tokens: int = 8192) -> tuple[list[float], list[bool]]:
     """Per row: log-likelihood of the continuation given the context, and whether greedy decoding gives it."""
+    longest = max(len(a) + len(b) for a, b in zip(contexts, continuations))
+    require(longest <= model.config.context, f"a benchmark item has {longest} tokens, more than the model's context "
+            f"of {model.config.context}")
     device = model.head.weight.device
     sums, exact = [0.0] * len(contexts), [False] * len(contexts)
     for rows in micro_batches([len(a) + len(b) for a, b in zip(contexts, continuations)], tokens):
@@ -312,9 +323,11 @@ def evaluate(path: str, c: Config) -> dict:
     require(data_tokenizer.sha256 == tokenizer.sha256,
             f"{path}: made with another tokenizer than {c.data} holds")
     problems = load_problems(c.problems or f"{c.data}/{c.split}.jsonl")
+    items = [json.loads(line) for line in Path(c.data, "benchmarks.jsonl").read_text().splitlines()]
     prefix = []
     if c.shots:
         examples = load_problems(f"{c.data}/train.jsonl", "easy", solutions=True)
+        require(c.shots <= len(examples), f"--shots {c.shots}: there are only {len(examples)} examples")
         prefix = few_shot_prefix(tokenizer, examples, c.shots, c.seed)
     name = Path(path).name
     result = {"checkpoint": str(path), "lineage": content["lineage"],
@@ -324,13 +337,13 @@ def evaluate(path: str, c: Config) -> dict:
         result["problems"][difficulty] = measure_problems(model, tokenizer, chosen, c, prefix,
                                                           f"{name} {difficulty}")
     if c.benchmarks:
-        items = [json.loads(line) for line in Path(c.data, "benchmarks.jsonl").read_text().splitlines()]
         result["benchmarks"] = measure_benchmarks(model, tokenizer, items)
         result["general_mean"] = float(np.mean([b["acc_norm"] for b in result["benchmarks"].values()]))
         result["bits_per_byte"] = bits_per_byte(model, tokenizer, shards["val_general"])
     out = Path(path).with_suffix(f".{c.split}.{c.shots}shot.json")
+    print(f"\n{table(result)}")
     atomic_write(out, json.dumps(result, indent=1).encode())
-    print(f"\n{table(result)}\nwritten: {out}")
+    print(f"written: {out}")
     return result
 
 
@@ -375,6 +388,8 @@ def compare(a: dict, b: dict, seed: int) -> dict:
 def run(c: Config) -> list[dict]:
     """Evaluate each checkpoint; for two, print the paired differences too."""
     check(c)
+    for path in c.checkpoints:
+        load_model(path)                         # so that a bad second file is found before the first is measured
     results = [evaluate(path, c) for path in c.checkpoints]
     if len(results) == 2:
         print(f"\n{c.checkpoints[0]} minus {c.checkpoints[1]} (paired 95 % intervals)")

@@ -5,6 +5,7 @@
 Axes: B rows, T positions, V vocabulary, L layers, H heads, D head size, P prompts, G rollouts per prompt.
 Left out: dropout, biases, weight tying (OLMo-2 has none) and grouped-query attention (not needed at 1B).
 """
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
@@ -288,6 +289,8 @@ def chat(c: Config) -> None:
     n = sum(p.numel() for p in model.parameters())
     core = n - 2 * m.vocab_size * m.d_model
     print(f"{c.checkpoint[0]}: {n:,} parameters, {core:,} without embedding and head\n  {m}\n  lineage:")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
     for stage in content["lineage"]:
         print(f"    {stage['script']}: {stage['tokens']:,} tokens, {stage['updates']} updates, "
               f"{stage['flops']:.2e} FLOPs, {stage['seconds'] / 60:.1f} min, seed {stage['config']['seed']}")

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import (
-    Run, batch_indices, generator, main, require, require_positive, save_checkpoint, setup)
+    Run, batch_indices, generator, main, one_run, require, require_positive, save_checkpoint, setup)
 from evaluate import open_data
 from model import GPT, SIZES, ModelConfig
 
@@ -84,6 +84,7 @@ def learning_rate(c: Config, step: int, steps: int) -> float:
     return c.lr * min(1.0, (step + 1) / max(1, c.warmup)) * falling
 
 
+@one_run
 def train(c: Config) -> Path:
     """Run (or resume) the pretraining; returns the path of the last checkpoint."""
     check(c)
@@ -93,7 +94,7 @@ def train(c: Config) -> Path:
     for name, shard in shards.items():
         require(len(shard) > c.context,
                 f"{c.data}/{name}.bin: has {len(shard)} tokens, --context {c.context} needs more")
-    run = Run(c)
+    run = Run(c, {c.data: manifest["sha256"]})
     tokens_per_step = c.batch * c.context
     steps = -(-c.tokens // tokens_per_step)
     kept = c.checkpoints_at or [c.tokens * eighths // 8 for eighths in (1, 2, 3, 4, 6)]
@@ -135,8 +136,9 @@ def train(c: Config) -> Path:
                 scores = {f"val_{kind}": validation_loss(compiled, shards[f"val_{kind}"], c, device)
                           for kind in ("general", "arithmetic")}
             run.log(step=step, **scores)
-        if step in due:
-            save_checkpoint(run.out / f"{due[step] / 1e6:g}M.pt", model, tokenizer, lineage())
+        for tokens, at in due.items():
+            if at == step:
+                save_checkpoint(run.out / f"{tokens / 1e6:g}M.pt", model, tokenizer, lineage())
         if step == steps:
             break
         # ---- collect
@@ -168,9 +170,10 @@ def train(c: Config) -> Path:
             run.stop()
     bar.close()
     save_checkpoint(final, model, tokenizer, lineage())
+    run.save_last(model, tokenizer, lineage(), optimizer, step, done=True, seconds=seconds)
     print(f"{final}: {step * tokens_per_step:,} tokens, {seconds / 60:.1f} min, {step * flops_per_step:.2e} "
           f"FLOPs, validation loss general {scores['val_general']:.3f}, "
-          f"arithmetic {scores['val_arithmetic']:.3f}\nnext: python rl.py --init {final} --out runs/rl")
+          f"arithmetic {scores['val_arithmetic']:.3f}\nnext: python rl.py --data {c.data} --init {final} --out runs/rl")
     return final
 
 

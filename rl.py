@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import (Run, batch_indices, file_sha256, generator, load_model, main, require,
-                        require_positive, save_checkpoint, setup)
+from checkpoint import (
+    Run, batch_indices, file_sha256, generator, load_model, main, one_run, require,
+    require_positive, save_checkpoint, setup)
 from data.tokenizer import Tokenizer
 from evaluate import attempt, grade, load_problems, pass_at_k, prompt_ids
 from model import GPT, completion_logprobs, micro_batches, pack, sample
@@ -208,6 +209,7 @@ def transcript(batch: Batch, problems: list[dict], step: int, group: int) -> str
 
 # ---- training --------------------------------------------------------------------------------------------
 
+@one_run
 def train(c: Config) -> Path:
     """Run (or resume) RL; returns the path of the last checkpoint."""
     check(c)
@@ -217,10 +219,12 @@ def train(c: Config) -> Path:
     model, tokenizer, start = load_model(c.init, device)
     parent = file_sha256(c.init)
     longest = max(len(prompt_ids(tokenizer, p)) for p in problems + validation)
+    require(all(p.get("split") not in ("val", "test") for p in problems),
+            f"{c.problems}: holds validation or test problems; training on them would make every number void")
     require(longest + c.max_new <= model.config.context, f"the longest prompt has {longest} tokens: with "
             f"--max-new {c.max_new} that exceeds the model's context of {model.config.context}")
     reference = copy.deepcopy(model).requires_grad_(False)
-    run = Run(c)
+    run = Run(c, {c.init: parent})
     final = run.out / "final.pt"
     if run.finished(final, c.steps):
         return final
@@ -260,7 +264,7 @@ def train(c: Config) -> Path:
         advantage = advantages(batch.rewards, c.std).flatten()                                    # (B,)
         kl = kl_to_start(reference, batch, c, tokenizer.pad)
         # ---- update
-        rows, figures = len(advantage) // c.updates, []
+        rows, figures, skipped = len(advantage) // c.updates, [], run.skipped
         for i in range(c.updates):
             span = range(i * rows, (i + 1) * rows)
             part = policy_gradient(model, reference, batch, advantage, span, c, tokenizer.pad)
@@ -273,7 +277,7 @@ def train(c: Config) -> Path:
         length = sampled / B
         trained = sum(f.pop("positions") for f in figures)               # prompts included
         counts["tokens"] += sampled
-        counts["updates"] += len(figures)
+        counts["updates"] += len(figures) - (run.skipped - skipped)
         counts["flops"] += int(model.flops_per_token(longest + int(length)) * (sampled + 3 * trained))
         counts["seconds"] += time.perf_counter() - started
         means = {k: float(np.mean([f[k] for f in figures])) for k in figures[0]} if figures else {}
@@ -295,9 +299,10 @@ def train(c: Config) -> Path:
             run.stop()
     bar.close()
     save_checkpoint(final, model, tokenizer, lineage())
+    run.save_last(model, tokenizer, lineage(), optimizer, step, done=True, counts=counts)
     print(f"{final}: {counts['updates']} updates, {c.steps * c.n_problems * c.rollouts:,} rollouts, "
           f"{counts['seconds'] / 60:.1f} min, validation pass@1 {scores['val_pass@1']:.1%}\n"
-          f"next: python evaluate.py {final} {c.init}")
+          f"next: python evaluate.py {final} {c.init} --data {c.data}")
     return final
 
 

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import (Run, batch_indices, file_sha256, generator, load_model, main, require,
-                        require_positive, save_checkpoint, setup)
+from checkpoint import (
+    Run, batch_indices, file_sha256, generator, load_model, main, one_run, require,
+    require_positive, save_checkpoint, setup)
 from data.tokenizer import Tokenizer
 from evaluate import attempt, load_problems, prompt_ids
 from model import GPT, completion_logprobs, micro_batches, pack
@@ -54,7 +55,7 @@ def check(c: Config) -> None:
             f"--difficulty {c.difficulty}: must be easy, hard or all")
     require_positive(c, "epochs batch lr grad_clip max_new micro_batch eval_every eval_problems eval_samples "
                         "save_every")
-    require_positive(c, "warmup weight_decay", zero=True)
+    require_positive(c, "warmup weight_decay seed", zero=True)
 
 
 Example = tuple[list[int], list[int]]           # ids of the prompt, ids of the solution and EOS
@@ -83,6 +84,7 @@ def sft_gradient(model: GPT, examples: list[Example], c: Config, pad: int) -> di
     return {"loss": loss_sum, "positions": sum(len(prompt) + len(solution) for prompt, solution in examples)}
 
 
+@one_run
 def train(c: Config) -> Path:
     """Run (or resume) SFT; returns the path of the last checkpoint."""
     check(c)
@@ -92,17 +94,19 @@ def train(c: Config) -> Path:
     model, tokenizer, start = load_model(c.init, device)
     parent = file_sha256(c.init)
     examples = make_examples(tokenizer, problems, c.gold, c.seed)
-    longest = max(len(prompt) + len(solution) for prompt, solution in examples)
-    require(longest <= model.config.context,
-            f"the longest example has {longest} tokens, which exceeds the context of {model.config.context}")
-    run = Run(c)
     steps = -(-c.epochs * len(examples) // c.batch)
+    late = [s for s in c.checkpoints_at if not 0 < s <= steps]
+    require(not late, f"--checkpoints-at {','.join(map(str, late))}: not within the {steps} updates of the run")
+    require(all(p.get("split") not in ("val", "test") for p in problems),
+            f"{c.problems}: holds validation or test problems; training on them would make every number void")
+    longest = max(len(prompt) + len(solution) for prompt, solution in examples)
+    asked = max(len(prompt_ids(tokenizer, p)) for p in validation) + c.max_new
+    require(max(longest, asked) <= model.config.context, f"the longest example has {longest} tokens, the longest "
+            f"prompt with --max-new {c.max_new} has {asked}: more than the context of {model.config.context}")
+    run = Run(c, {c.init: parent})
     final = run.out / "final.pt"
     if run.finished(final, steps):
         return final
-    late = [s for s in c.checkpoints_at if not 0 < s <= steps]
-    require(not late,
-            f"--checkpoints-at {','.join(map(str, late))}: not within the {steps} updates of the run")
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=c.weight_decay, fused=True)
     step, counts = 0, {"tokens": 0, "updates": 0, "flops": 0, "seconds": 0.0}
     if run.last:
@@ -137,11 +141,12 @@ def train(c: Config) -> Path:
         batch = [examples[i] for i in batch_indices(len(examples), c.batch, step, c.seed)]
         # ---- update
         figures = sft_gradient(model, batch, c, tokenizer.pad)
+        skipped = run.skipped
         norm = run.step(model, optimizer, c.grad_clip)
         # ---- log
         step += 1
         counts["tokens"] += sum(len(solution) for _, solution in batch)
-        counts["updates"] += 1
+        counts["updates"] += 1 - (run.skipped - skipped)
         counts["flops"] += 3 * model.flops_per_token(longest) * figures["positions"]
         counts["seconds"] += time.perf_counter() - started
         run.log(step=step, loss=figures["loss"], grad_norm=norm, lr=optimizer.param_groups[0]["lr"],
@@ -156,8 +161,9 @@ def train(c: Config) -> Path:
             run.stop()
     bar.close()
     save_checkpoint(final, model, tokenizer, lineage())
+    run.save_last(model, tokenizer, lineage(), optimizer, step, done=True, counts=counts)
     print(f"{final}: {counts['updates']} updates, {len(examples):,} examples, {counts['seconds'] / 60:.1f} "
-          f"min, validation pass@1 {scores['val_pass@1']:.1%}\nnext: python evaluate.py {final} {c.init}")
+          f"min, validation pass@1 {scores['val_pass@1']:.1%}\nnext: python evaluate.py {final} {c.init} --data {c.data}")
     return final
 
 

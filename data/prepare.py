@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # so that this file also runs as a script
 
-from checkpoint import UserError, main, require  # noqa: E402
+from checkpoint import UserError, atomic_write, main, require  # noqa: E402
 from data import arithmetic, world  # noqa: E402
 from data.tokenizer import Tokenizer, train_tokenizer  # noqa: E402
 
@@ -91,7 +91,7 @@ def write_shard(path: Path, c: Config, people: dict, tokenizer: Tokenizer, strea
         bar.update(len(ids))
     bar.close()
     rng.shuffle(documents)
-    np.concatenate(documents)[:tokens].tofile(path)
+    atomic_write(path, np.concatenate(documents)[:tokens].tobytes())
     return dict(sorted(counts.items()))
 
 
@@ -110,11 +110,10 @@ def write_problems(path: Path, seed: int, split: str, counts: dict[str, int]) ->
                                 "ask for fewer")
     lines = list(problems.values())
     rng.shuffle(lines)
-    with path.open("w") as f:
-        for i, p in enumerate(lines):
-            p = {"id": f"{split}-{i}", "question": p["question"], "answer": p["answer"],
-                 "solutions": list(p["solutions"].values()), "difficulty": p["difficulty"], "split": split}
-            f.write(json.dumps(p) + "\n")
+    records = [{"id": f"{split}-{i}", "question": p["question"], "answer": p["answer"],
+                "solutions": list(p["solutions"].values()), "difficulty": p["difficulty"], "split": split}
+               for i, p in enumerate(lines)]
+    atomic_write(path, "".join(json.dumps(record) + "\n" for record in records).encode())
     return len(lines)
 
 
@@ -123,7 +122,10 @@ def prepare(c: Config) -> None:
     check(c)
     out, manifest_path = Path(c.out), Path(c.out) / "manifest.json"
     if manifest_path.exists():
-        there = json.loads(manifest_path.read_text())["config"]
+        try:
+            there = dict(json.loads(manifest_path.read_text())["config"])
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{manifest_path}: damaged; delete the folder and make the data again") from None
         different = [k for k, v in asdict(c).items() if k != "out" and there.get(k) != v]
         require(not different, f"{out} holds a data set made with other options ({', '.join(different)}); "
                                "choose another --out or delete the folder")
@@ -143,6 +145,10 @@ def prepare(c: Config) -> None:
 
 def write_all(folder: Path, c: Config) -> dict:
     people = world.population(c.seed)
+    try:
+        items = world.draw_benchmark(random.Random(f"{c.seed} benchmarks"), people, c.benchmark_items)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     rng = random.Random(f"{c.seed} tokenizer")
     sample = [text for kind in ["arithmetic"] * 3 + ["general"] * 7 for _ in range(600)
               for text in draw_texts(rng, people, kind, "pretrain", c.hard_fraction)[1]]
@@ -161,14 +167,13 @@ def write_all(folder: Path, c: Config) -> dict:
     for split in ("val", "test"):
         counts = {"easy": c.eval_problems, "hard": c.eval_problems}
         problems[f"{split}.jsonl"] = write_problems(folder / f"{split}.jsonl", c.seed, split, counts)
-    items = world.draw_benchmark(random.Random(f"{c.seed} benchmarks"), people, c.benchmark_items)
-    (folder / "benchmarks.jsonl").write_text("".join(json.dumps(i) + "\n" for i in items))
+    atomic_write(folder / "benchmarks.jsonl", "".join(json.dumps(i) + "\n" for i in items).encode())
     manifest = {"config": {k: v for k, v in asdict(c).items() if k != "out"}, "n_vocab": tokenizer.n_vocab,
                 "tokenizer_sha256": tokenizer.sha256, "shards": shards, "problems": problems,
                 "benchmarks": dict(Counter(i["task"] for i in items)),
                 "sha256": {p.name: hashlib.sha256(p.read_bytes()).hexdigest()
                            for p in sorted(folder.iterdir())}}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    atomic_write(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
     return manifest
 
 

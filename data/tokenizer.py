@@ -52,6 +52,8 @@ class Tokenizer:
         tokens = [bytes([i]) for i in range(256)]
         for left, right in spec["merges"]:
             tokens.append(tokens[left] + tokens[right])
+        if len(set(tokens)) != len(tokens):
+            raise ValueError("a merge occurs twice")
         self.eos, self.pad = len(tokens), len(tokens) + 1
         self.n_vocab = len(tokens) + 2
         self.encoding = tiktoken.Encoding(

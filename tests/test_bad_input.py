@@ -380,7 +380,7 @@ ROWS = [
     ("evaluate.py", "{base} --data {bad}/d_benchmark_text --benchmarks", "benchmarks.jsonl"),
     ("evaluate.py", "{base} --data {bad}/d_no_benchmark --benchmarks", "benchmarks.jsonl"),
     ("evaluate.py", "{base} --problems {bad}/broken.jsonl", "broken.jsonl, line 2"),
-    ("evaluate.py", "{base} --problems {bad}/long_question.jsonl", "context"),
+    ("evaluate.py", "{base} --n-problems 3 --problems {bad}/long_question.jsonl", "context"),
     ("evaluate.py", "{bad}/context.pt --problems {bad}/good.jsonl --benchmarks", "context"),
     ("evaluate.py", "{base} --problems {bad}/list_difficulty.jsonl", "list_difficulty.jsonl, line 2"),
     ("evaluate.py", "{base} {bad}/half.pt", "half.pt"),
