@@ -172,15 +172,17 @@ def atomic_write(path: Path, data: bytes) -> None:
         os.umask(mask)
         os.chmod(temporary, 0o666 & ~mask)       # mkstemp alone would leave 0600
         os.replace(temporary, path)
+        if os.name == "posix":
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
         if isinstance(error, OSError):
             error.filename = str(path)           # so that the line on the screen names it
         raise
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
 
 
 def save_checkpoint(path: Path, model: GPT, tokenizer: Tokenizer, lineage: list[dict],
@@ -274,29 +276,26 @@ class Run:
                             "another --out") from None
         self.last = load_checkpoint(self.out / "last.pt") if (self.out / "last.pt").exists() else None
         path = self.out / "config.json"
+        try:
+            there = dict(json.loads(path.read_text())) if path.exists() else self.config
+        except (ValueError, TypeError):
+            raise UserError(f"{path}: damaged; choose another --out") from None
+        different = [f"{k}={there.get(k)} there, {v} asked" for k, v in self.config.items()
+                     if k not in ("device", "threads", "out") and there.get(k) != v]
+        require(not different, f"{path}: this folder holds a run with another configuration "
+                               f"({'; '.join(different)}); choose another --out")
         if self.last:
-            try:
-                there = dict(json.loads(path.read_text()))
-                self.skipped, self.bad_in_a_row = self.last["skipped"]
-                sizes, began, _ = self.last["bytes"], self.last["start"], self.last["done"] + self.last["step"]
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{self.out}: config.json or last.pt is damaged ({type(error).__name__}); "
-                                "choose another --out") from None
-            different = [f"{k}={there.get(k)} there, {v} asked" for k, v in self.config.items()
-                         if k not in ("device", "threads", "out") and there.get(k) != v]
-            require(not different, f"{path}: this folder holds a run with another configuration "
-                                   f"({'; '.join(different)}); choose another --out")
-            for name, digest in self.start.items():
-                require(began.get(name) == digest, f"{name}: changed since the run in {self.out} started from it; "
-                                                   "choose another --out")
-        else:
-            self.skipped, self.bad_in_a_row = 0, 0                       # updates not done: gradient not finite
-            sizes = {"log.jsonl": 0, "samples.txt": 0}
+            require({"step", "done", "bytes", "skipped", "start", "optimizer"} <= self.last.keys(),
+                    f"{self.out / 'last.pt'}: a checkpoint, but not the state of a run; choose another --out")
+        self.skipped, self.bad_in_a_row = self.last["skipped"] if self.last else (0, 0)   # updates not done: NaN
+        self.sizes = self.last["bytes"] if self.last else {"log.jsonl": 0, "samples.txt": 0}
+        for name, digest in self.start.items() if self.last else ():
+            require(self.last["start"].get(name) == digest, f"{name}: changed since the run in {self.out} started "
+                                                            "from it; choose another --out")
         for litter in (*self.out.glob(".*.pt.*"), *self.out.glob(".config.json.*")):                          # what a kill in the middle of a write left
             litter.unlink()
         atomic_write(path, json.dumps(self.config, indent=1).encode())
-        self.sizes = sizes
-        self.files = {name: open(self.out / name, "ab", buffering=0) for name in sizes}
+        self.files = {name: open(self.out / name, "ab", buffering=0) for name in self.sizes}
         if not (self.last and self.last["done"]):
             self._cut()
         for sign in (signal.SIGINT, signal.SIGTERM):
@@ -359,8 +358,11 @@ class Run:
     def save_last(self, model: GPT, tokenizer: Tokenizer, lineage: list[dict],
                   optimizer: torch.optim.Optimizer, step: int, done: bool = False, **state: typing.Any) -> None:
         """The one file to resume from. Log files are on disk before it is. `done`: the final checkpoint is too."""
-        for f in self.files.values():
-            os.fsync(f.fileno())
+        for name, f in self.files.items():
+            try:
+                os.fsync(f.fileno())
+            except OSError as error:
+                raise UserError(f"{self.out / name}: not written ({error.strerror})") from None
         if not done:
             self.sizes = {name: f.tell() for name, f in self.files.items()}
         save_checkpoint(self.out / "last.pt", model, tokenizer, lineage, optimizer=optimizer.state_dict(),

@@ -132,6 +132,10 @@ def load_problems(path: str | Path, difficulty: str = "all", solutions: bool = F
     """Problems of a JSON-lines file. Raises UserError naming file, line and fault."""
     path = Path(path)
     require(path.is_file(), f"{path}: no such problem file")
+    manifest = path.parent / "manifest.json"
+    if manifest.exists():                        # a file of ours: it must be the one that was made
+        known = json.loads(manifest.read_text()).get("sha256", {}).get(path.name)
+        require(known in (None, file_sha256(path)), f"{path}: checksum differs from manifest.json")
     problems = []
     for i, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():

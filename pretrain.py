@@ -98,7 +98,7 @@ def train(c: Config) -> Path:
     tokens_per_step = c.batch * c.context
     steps = -(-c.tokens // tokens_per_step)
     kept = c.checkpoints_at or [c.tokens * eighths // 8 for eighths in (1, 2, 3, 4, 6)]
-    due = {-(-t // tokens_per_step): t for t in kept}                    # step -> checkpoint, at whole steps
+    due = {t: -(-t // tokens_per_step) for t in kept}                    # tokens -> step: whole steps only
     final = run.out / f"{c.tokens / 1e6:g}M.pt"
     if run.finished(final, steps):
         return final

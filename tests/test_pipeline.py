@@ -322,7 +322,7 @@ def test_the_printed_next_command_is_complete(tmp_path):
 
 def test_a_person_can_ask_a_checkpoint():
     """Issue 2, model.py: it prints sizes, lineage and tokens seen, then answers each line until the input
-    ends; a prompt that is too long, empty or not ASCII is survived."""
+    ends; a prompt that is too long (its end is used), empty or not ASCII is survived."""
     prompts = "Nora has 3 shells. How many are seven?\n\n" + "long " * 300 + "\nЖ 👩 <|endoftext|>\n"
     argv = [chain()["gold"], "--threads", "1", "--max-new", "12"]
     outcome = worlds.run_process("model.py", *argv, stdin=prompts)
@@ -332,7 +332,6 @@ def test_a_person_can_ask_a_checkpoint():
     answers = outcome.out.split("> ")[1:]
     assert len(answers) == 5   # the last one ends the conversation
     assert "#### 7" in answers[0]
-    assert "1 to 116 tokens" in answers[2]
     assert not outcome.errors
 
 
