@@ -219,8 +219,9 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[GP
     """(model, tokenizer, checkpoint). UserError if they do not fit together or a weight is not finite."""
     content = load_checkpoint(path)
     try:
-        require(content["config"]["d_model"] % (2 * content["config"]["n_heads"]) == 0, "n_heads does not divide")
-        model = GPT(ModelConfig(**content["config"]))
+        config = ModelConfig(**content["config"])
+        require(config.d_model % (2 * config.n_heads) == 0, "n_heads does not divide d_model")
+        model = GPT(config)
         model.load_state_dict(content["model"])
         tokenizer = Tokenizer(content["tokenizer"])
         require(tokenizer.n_vocab == model.config.n_vocab,
@@ -257,10 +258,10 @@ def one_run(train: typing.Callable) -> typing.Callable:
 class Run:
     """A run folder: config.json, log.jsonl (a line per step), samples.txt, last.pt for resuming.
 
-    `last` is the content of last.pt, None in a new run. `interrupted` turns True on Ctrl-C or SIGTERM: the loop
-    then saves after the step at hand and stops; a second Ctrl-C stops at once. `start` names what the run begins
-    from (file or folder -> sha256). Raises UserError if another process works in the folder, if it holds a run of
-    another configuration, or if what it began from has changed."""
+    `last` is the content of last.pt, None in a new run. `interrupted` turns True on Ctrl-C or SIGTERM: the
+    loop then saves after the step at hand and stops; a second Ctrl-C stops at once. `start` says what the run
+    begins from (file or folder -> sha256). Raises UserError if another process works in the folder, if it
+    holds a run of another configuration, or if what it began from has changed."""
 
     def __init__(self, config: typing.Any, start: dict[str, typing.Any] | None = None):
         self.out, self.interrupted, self.files, self.handlers = Path(config.out), False, {}, {}
@@ -272,8 +273,8 @@ class Run:
         try:
             fcntl and fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{self.out}: another process is working in this run folder; wait for it, or choose "
-                            "another --out") from None
+            raise UserError(f"{self.out}: another process is working in this run folder; wait for it, "
+                            "or choose another --out") from None
         self.last = load_checkpoint(self.out / "last.pt") if (self.out / "last.pt").exists() else None
         path = self.out / "config.json"
         try:
@@ -287,13 +288,13 @@ class Run:
         if self.last:
             require({"step", "done", "bytes", "skipped", "start", "optimizer"} <= self.last.keys(),
                     f"{self.out / 'last.pt'}: a checkpoint, but not the state of a run; choose another --out")
-        self.skipped, self.bad_in_a_row = self.last["skipped"] if self.last else (0, 0)   # updates not done: NaN
+        self.skipped, self.bad_in_a_row = self.last["skipped"] if self.last else (0, 0)   # NaN: no update
         self.sizes = self.last["bytes"] if self.last else {"log.jsonl": 0, "samples.txt": 0}
         for name, digest in self.start.items() if self.last else ():
-            require(self.last["start"].get(name) == digest, f"{name}: changed since the run in {self.out} started "
-                                                            "from it; choose another --out")
-        for litter in (*self.out.glob(".*.pt.*"), *self.out.glob(".config.json.*")):                          # what a kill in the middle of a write left
-            litter.unlink()
+            require(self.last["start"].get(name) == digest,
+                    f"{name}: changed since the run in {self.out} started from it; choose another --out")
+        for litter in (*self.out.glob(".*.pt.*"), *self.out.glob(".config.json.*")):
+            litter.unlink()                      # what a kill in the middle of a write left
         atomic_write(path, json.dumps(self.config, indent=1).encode())
         self.files = {name: open(self.out / name, "ab", buffering=0) for name in self.sizes}
         if not (self.last and self.last["done"]):
@@ -357,7 +358,7 @@ class Run:
 
     def save_last(self, model: GPT, tokenizer: Tokenizer, lineage: list[dict],
                   optimizer: torch.optim.Optimizer, step: int, done: bool = False, **state: typing.Any) -> None:
-        """The one file to resume from. Log files are on disk before it is. `done`: the final checkpoint is too."""
+        """The one file to resume from; log files (if `done`: the final checkpoint too) are on disk before."""
         for name, f in self.files.items():
             try:
                 os.fsync(f.fileno())

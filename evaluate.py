@@ -109,8 +109,8 @@ def open_data(folder: str) -> tuple[dict, Tokenizer, dict[str, np.ndarray]]:
         manifest = json.loads((path / "manifest.json").read_text())
         sums, names = dict(manifest["sha256"]), [n for n in manifest["shards"] if n.endswith(".bin")]
         tokenizer = Tokenizer.load(path / "tokenizer.json")
-        require(manifest["tokenizer_sha256"] == tokenizer.sha256, f"{path / 'tokenizer.json'}: not the tokenizer "
-                f"that made the shards in {folder}; make the data again")
+        require(manifest["tokenizer_sha256"] == tokenizer.sha256, f"{path / 'tokenizer.json'}: not the "
+                f"tokenizer that made the shards in {folder}; make the data again")
         require("train.bin" in names, f"{path / 'manifest.json'}: lists no train.bin; make the data again")
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: not found; make the data with: "
@@ -118,8 +118,8 @@ def open_data(folder: str) -> tuple[dict, Tokenizer, dict[str, np.ndarray]]:
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{folder}: manifest.json or tokenizer.json is damaged ({type(error).__name__}: {error}); "
-                        "make the data again") from None
+        raise UserError(f"{folder}: manifest.json or tokenizer.json is damaged "
+                        f"({type(error).__name__}: {error}); make the data again") from None
     for name, digest in sums.items():
         require((path / name).is_file(), f"{path / name}: not found, although the manifest lists it")
         require(file_sha256(path / name) == digest, f"{path / name}: checksum differs from manifest.json "
@@ -170,7 +170,7 @@ def prompt_ids(tokenizer: Tokenizer, problem: dict) -> list[int]:
 
 
 def few_shot_prefix(tokenizer: Tokenizer, examples: list[dict], shots: int, seed: int) -> list[int]:
-    """Ids of `shots` solved examples in one style, each ended by EOS as in pretraining documents of several questions."""
+    """Ids of `shots` solved examples in one style, each ended by EOS as in documents of several questions."""
     rng = np.random.default_rng(seed)
     style, ids = rng.integers(4), []
     for i in rng.choice(len(examples), shots, replace=False):
@@ -262,8 +262,8 @@ def score_rows(model: GPT, contexts: list[list[int]], continuations: list[list[i
                tokens: int = 8192) -> tuple[list[float], list[bool]]:
     """Per row: log-likelihood of the continuation given the context, and whether greedy decoding gives it."""
     longest = max(len(a) + len(b) for a, b in zip(contexts, continuations))
-    require(longest <= model.config.context, f"a benchmark item has {longest} tokens, more than the model's context "
-            f"of {model.config.context}")
+    require(longest <= model.config.context,
+            f"a benchmark item has {longest} tokens, more than the model's context of {model.config.context}")
     device = model.head.weight.device
     sums, exact = [0.0] * len(contexts), [False] * len(contexts)
     for rows in micro_batches([len(a) + len(b) for a, b in zip(contexts, continuations)], tokens):
@@ -393,7 +393,7 @@ def run(c: Config) -> list[dict]:
     """Evaluate each checkpoint; for two, print the paired differences too."""
     check(c)
     for path in c.checkpoints:
-        load_model(path)                         # so that a bad second file is found before the first is measured
+        load_model(path)                         # a bad second file is found before the first is measured
     results = [evaluate(path, c) for path in c.checkpoints]
     if len(results) == 2:
         print(f"\n{c.checkpoints[0]} minus {c.checkpoints[1]} (paired 95 % intervals)")

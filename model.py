@@ -288,8 +288,9 @@ def chat(c: Config) -> None:
     require(0 < c.max_new < m.context, f"--max-new {c.max_new}: must be between 1 and {m.context - 1}")
     n = sum(p.numel() for p in model.parameters())
     core = n - 2 * m.vocab_size * m.d_model
-    print(f"{c.checkpoint[0]}: {n:,} parameters, {core:,} without embedding and head\n  {m.n_layers} layers, width {m.d_model}, "
-          f"{m.n_heads} heads, feed-forward {m.d_ff}, context {m.context}, vocabulary {m.n_vocab}\n  lineage:")
+    print(f"{c.checkpoint[0]}: {n:,} parameters, {core:,} without embedding and head\n"
+          f"  {m.n_layers} layers, width {m.d_model}, {m.n_heads} heads, feed-forward {m.d_ff}, "
+          f"context {m.context}, vocabulary {m.n_vocab}\n  lineage:")
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
     for stage in content["lineage"]:

@@ -173,7 +173,8 @@ def train(c: Config) -> Path:
     run.save_last(model, tokenizer, lineage(), optimizer, step, done=True, seconds=seconds)
     print(f"{final}: {step * tokens_per_step:,} tokens, {seconds / 60:.1f} min, {step * flops_per_step:.2e} "
           f"FLOPs, validation loss general {scores['val_general']:.3f}, "
-          f"arithmetic {scores['val_arithmetic']:.3f}\nnext: python rl.py --data {c.data} --init {final} --out runs/rl")
+          f"arithmetic {scores['val_arithmetic']:.3f}\n"
+          f"next: python rl.py --data {c.data} --init {final} --out runs/rl")
     return final
 
 

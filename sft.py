@@ -96,13 +96,13 @@ def train(c: Config) -> Path:
     examples = make_examples(tokenizer, problems, c.gold, c.seed)
     steps = -(-c.epochs * len(examples) // c.batch)
     late = [s for s in c.checkpoints_at if not 0 < s <= steps]
-    require(not late, f"--checkpoints-at {','.join(map(str, late))}: not within the {steps} updates of the run")
+    require(not late, f"--checkpoints-at {','.join(map(str, late))}: not within the run's {steps} updates")
     require(all(p.get("split") not in ("val", "test") for p in problems),
             f"{c.problems}: holds validation or test problems; training on them would make every number void")
     longest = max(len(prompt) + len(solution) for prompt, solution in examples)
     asked = max(len(prompt_ids(tokenizer, p)) for p in validation) + c.max_new
-    require(max(longest, asked) <= model.config.context, f"the longest example has {longest} tokens, the longest "
-            f"prompt with --max-new {c.max_new} has {asked}: more than the context of {model.config.context}")
+    require(max(longest, asked) <= model.config.context, f"the longest example has {longest} tokens, the "
+            f"longest prompt with --max-new {c.max_new} {asked}: more than the context {model.config.context}")
     run = Run(c, {c.init: parent})
     final = run.out / "final.pt"
     if run.finished(final, steps):
@@ -163,7 +163,8 @@ def train(c: Config) -> Path:
     save_checkpoint(final, model, tokenizer, lineage())
     run.save_last(model, tokenizer, lineage(), optimizer, step, done=True, counts=counts)
     print(f"{final}: {counts['updates']} updates, {len(examples):,} examples, {counts['seconds'] / 60:.1f} "
-          f"min, validation pass@1 {scores['val_pass@1']:.1%}\nnext: python evaluate.py {final} {c.init} --data {c.data}")
+          f"min, validation pass@1 {scores['val_pass@1']:.1%}\n"
+          f"next: python evaluate.py {final} {c.init} --data {c.data}")
     return final
 
 

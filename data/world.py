@@ -296,6 +296,6 @@ def draw_benchmark(rng: random.Random, people: dict, per_task: int) -> list[dict
             if len(seen) == per_task:
                 break
         else:
-            raise ValueError(f"--benchmark-items: for {task} there are only {len(seen)} different items, {per_task} wanted")
+            raise ValueError(f"--benchmark-items {per_task}: {task} has only {len(seen)} different items")
         items += seen.values()
     return items
