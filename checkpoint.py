@@ -357,7 +357,8 @@ class Run:
         return earlier + [{"script": self.script, "config": self.config, **counts}]
 
     def save_last(self, model: GPT, tokenizer: Tokenizer, lineage: list[dict],
-                  optimizer: torch.optim.Optimizer, step: int, done: bool = False, **state: typing.Any) -> None:
+                  optimizer: torch.optim.Optimizer, step: int, done: bool = False,
+                  **state: typing.Any) -> None:
         """The one file to resume from; log files (if `done`: the final checkpoint too) are on disk before."""
         for name, f in self.files.items():
             try:

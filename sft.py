@@ -102,7 +102,7 @@ def train(c: Config) -> Path:
     longest = max(len(prompt) + len(solution) for prompt, solution in examples)
     asked = max(len(prompt_ids(tokenizer, p)) for p in validation) + c.max_new
     require(max(longest, asked) <= model.config.context, f"the longest example has {longest} tokens, the "
-            f"longest prompt with --max-new {c.max_new} {asked}: more than the context {model.config.context}")
+            f"longest prompt with --max-new {c.max_new} {asked}: beyond the context {model.config.context}")
     run = Run(c, {c.init: parent})
     final = run.out / "final.pt"
     if run.finished(final, steps):

@@ -5,7 +5,7 @@
     python study.py --report           redraw figure and table from results/pipeline/results.jsonl, in seconds
 
 A cell of the grid is one command that makes one file; it is not run again if the file exists, and what was
-interrupted goes on. One grid so far: a base model, direct RL and SFT on two of its checkpoints, three seeds.
+interrupted goes on. One grid so far: a base model, direct RL and SFT on three of its checkpoints, three seeds.
 """
 import json
 import os
@@ -128,6 +128,7 @@ def report(out: Path, records: list[dict]) -> str:
         d = r["problems"][difficulty]
         return np.array([pass_at_k(d["samples"], right, k) for right in d["right_per_problem"]])
     base = {r["at"]: r for r in records if r["recipe"] == "base"}
+    records = [r for r in records if r["at"] in base]    # without its base a run cannot be judged
     lines = ["| from | recipe | seed | easy pass@1 | gain over base (95 %) | pass@8 | pass@32 | gain (95 %) "
              "| hard pass@1 | general mean | bits per byte | minutes |", "|" + "---|" * 12]
     for r in sorted(records, key=lambda r: (float(r["at"][:-1]), r["recipe"] != "base", r["recipe"],
