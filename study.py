@@ -5,7 +5,7 @@
     python study.py --report           redraw figure and table from results/pipeline/results.jsonl, in seconds
 
 A cell of the grid is one command that makes one file; it is not run again if the file exists, and what was
-interrupted goes on. One grid so far: a base model, direct RL and SFT on three of its checkpoints, three seeds.
+interrupted goes on. One grid so far: a base model, RL and SFT on three of its checkpoints, three seeds.
 """
 import json
 import os
