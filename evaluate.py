@@ -75,6 +75,12 @@ def grade(completion: str, answer: str, finished: bool = True) -> str:
     return "right" if match[1] == answer else "wrong"
 
 
+def read_answer(tokenizer: Tokenizer, ids: list[int], finished: bool, answer: str) -> tuple[str, str]:
+    """(text, grade) of sampled ids. EOS spelled out in ordinary bytes ends nothing: that is no answer."""
+    text = tokenizer.decode(ids[:-1] if finished else ids)
+    return text, "unparsed" if EOS in text else grade(text, answer, finished)
+
+
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Probability that k of n samples, c of them right, drawn without replacement, hold a right one
     (Chen et al. 2021, equation 1). Raises ValueError if k > n."""
@@ -206,9 +212,9 @@ def attempt(model: GPT, tokenizer: Tokenizer, problems: list[dict], n: int, temp
                 "--shots, shorter problems or a smaller --max-new")
         out = sample(model, prompts, n, max_new, tokenizer.eos, tokenizer.pad, gen, temperature)
         for row, (ids, finished) in enumerate(zip(out.completions(), out.finished.tolist())):
-            text = tokenizer.decode(ids[:-1] if finished else ids)
+            text, result_grade = read_answer(tokenizer, ids, finished, part[row // n]["answer"])
             result.texts.append(text)
-            result.grades.append(grade(text, part[row // n]["answer"], finished))
+            result.grades.append(result_grade)
             result.truncated += not finished
         if bar is not None:
             bar.update(len(part))

@@ -21,7 +21,7 @@ from checkpoint import (
     Run, batch_indices, file_sha256, generator, load_model, main, one_run, require,
     require_positive, save_checkpoint, setup)
 from data.tokenizer import Tokenizer
-from evaluate import attempt, grade, load_problems, pass_at_k, prompt_ids
+from evaluate import attempt, load_problems, pass_at_k, prompt_ids, read_answer
 from model import GPT, completion_logprobs, micro_batches, pack, sample
 
 
@@ -115,9 +115,9 @@ def collect(model: GPT, tokenizer: Tokenizer, problems: list[dict], group: int, 
     prompts = [prompt_ids(tokenizer, p) for p in problems]
     out = sample(model, prompts, group, c.max_new, tokenizer.eos, tokenizer.pad, gen, c.temperature)
     completions, finished = out.completions(), out.finished.tolist()
-    texts = [tokenizer.decode(ids[:-1] if done else ids) for ids, done in zip(completions, finished)]
     answers = [p["answer"] for p in problems for _ in range(group)]
-    grades = [grade(*row) for row in zip(texts, answers, finished)]
+    read = [read_answer(tokenizer, *row) for row in zip(completions, finished, answers)]
+    texts, grades = [text for text, _ in read], [grade for _, grade in read]
     rewards = torch.tensor([float(g == "right") for g in grades]).view(len(problems), group)
     return Batch([p for p in prompts for _ in range(group)], completions,
                  [row[:n] for row, n in zip(out.logprobs, out.lengths.tolist())], grades, texts, rewards,

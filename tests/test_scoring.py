@@ -9,7 +9,7 @@ import torch
 
 import evaluate
 from checkpoint import UserError, generator
-from data.tokenizer import EOS
+from data.tokenizer import EOS, PATTERN, Tokenizer
 from evaluate import (
     Attempts,
     bits_per_byte,
@@ -441,3 +441,12 @@ def test_too_long_prompts_are_explained(answering, answer_tokenizer):
     with pytest.raises(UserError, match="--shots.*--max-new|--max-new.*--shots"):
         evaluate.attempt(answering(), answer_tokenizer, [{"question": "a b " * 30, "answer": "7"}], 2, 1.0, 8,
                          generator(0, "test"))
+
+
+def test_a_special_token_spelled_in_bytes_is_no_end():
+    """A2: a policy may write the characters of EOS; what stands before them is not cut out as an answer."""
+    tokenizer = Tokenizer({"pattern": PATTERN, "merges": []})
+    ids = tokenizer.encode("#### 12<|endoftext|>#### 13")
+    assert evaluate.read_answer(tokenizer, ids + [tokenizer.eos], True, "12")[1] == "unparsed"
+    plain = tokenizer.encode("#### 12") + [tokenizer.eos]
+    assert evaluate.read_answer(tokenizer, plain, True, "12")[1] == "right"
