@@ -98,7 +98,6 @@ def test_a_small_difference_is_a_signal():
     """G2: a small standard deviation silences no group, and neither does another, equal group."""
     a = rl.advantages(torch.tensor([[1., 1., 1., 1 + 2 ** -20], [.1] * 4]))
     assert a[0, 3] > .3 and (a[0, :3] < -.1).all() and (a[1] == 0).all()
-    assert (rl.advantages(torch.tensor([[0., 1e-30]])) != 0).all()       # the std of these is 0 in float32
 
 
 def test_signal_probability_is_the_enumeration():

@@ -130,7 +130,7 @@ def test_a_prompt_is_computed_once_for_its_group(small_gpt):
 
 def test_row_belongs_to_prompt_row_over_group(small_gpt):
     """S2: row p·G + g continues prompt p, also where `sample` sorts prompts by length and cuts blocks."""
-    prompts = prompts_of_all_lengths(5)[::-1]
+    prompts = [prompts_of_all_lengths(5)[i] for i in (2, 4, 0, 1, 3)]    # not its own inverse
     out = sample(small_gpt, prompts, 3, 6, EOS, PAD, generator(1, "test"), block=7)
     for row, completion in enumerate(out.completions()):
         ids, target = pack([prompts[row // 3]], [completion], PAD)
@@ -189,6 +189,14 @@ def test_blocks_are_irrelevant(small_gpt, block):
     assert torch.equal(a.finished, b.finished)
     assert torch.allclose(a.logprobs, b.logprobs, atol=1e-5)
     assert torch.allclose(a.entropy, b.entropy, atol=1e-5)
+
+
+def test_a_row_does_not_depend_on_its_neighbours(small_gpt):
+    """S3: a longer prompt beside a row changes its padding and its place in the batch, not its tokens."""
+    a, b = (sample(small_gpt, [[1, 2, 3], other, [4]], 10, 8, EOS, PAD, generator(0, "test"))
+            for other in ([5, 6], [7] * 9))
+    for rows in (slice(0, 10), slice(20, 30)):
+        assert torch.equal(a.tokens[rows], b.tokens[rows]) and torch.equal(a.finished[rows], b.finished[rows])
 
 
 def test_only_the_given_generator_is_used(small_gpt):

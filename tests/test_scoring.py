@@ -284,7 +284,7 @@ def test_pick_by_sum_and_per_character():
 def test_pick_does_not_count_the_leading_space():
     """B1: ' a' and 'bb' with -2 and -3: per character without the space -2 and -1.5; with it -1 and -1.5."""
     assert pick([-2, -3], [" a", " bb"]) == (0, 1)
-    assert pick([-3, -3.1], [" ab c", " abc"])[1] == 0                   # an inner space is a character
+    assert pick([-3.2, -3], [" ab c", " abc"])[1] == 0                   # an inner space is a character
 
 
 def test_pick_counts_characters_not_bytes():
@@ -310,14 +310,14 @@ def test_scores_equal_single_rows(gpt, logprobs_of, tokens):
 
 def test_exact_match_needs_every_token(gpt):
     """B1: LAMBADA-style: every target token is the argmax under teacher forcing, first and last too."""
-    ids = [3, 4]
-    with torch.inference_mode():
-        for _ in range(4):
-            ids.append(int(gpt(torch.tensor([ids]))[0, -1].argmax()))
-    good = ids[2:]
-    spoilt = [good[:i] + [(good[i] + 1) % 61] + good[i + 1:] for i in range(4)]
-    continuations = [good, good[:1], *spoilt]
-    _, exact = score_rows(gpt, [ids[:2]] * 6, continuations, 0)
+    def continued(ids, n):
+        for _ in range(n):
+            ids = ids + [int(gpt(torch.tensor([ids]))[0, -1].argmax())]
+        return ids
+    good = continued([3, 4], 4)
+    spoilt = [continued(good[:i] + [(good[i] + 1) % 61], 5 - i) for i in range(2, 6)]    # wrong at i alone
+    continuations = [ids[2:] for ids in (good, good[:3], *spoilt)]
+    _, exact = score_rows(gpt, [[3, 4]] * 6, continuations, 0)
     assert exact == [True, True, False, False, False, False]
 
 
