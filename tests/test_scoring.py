@@ -9,7 +9,7 @@ import torch
 
 import evaluate
 from checkpoint import UserError, generator
-from data.tokenizer import EOS, PATTERN, Tokenizer
+from data.tokenizer import EOS
 from evaluate import (
     Attempts,
     bits_per_byte,
@@ -78,6 +78,16 @@ def test_cut_off_answers():
     assert grade("#### 12", "12", finished=False) == "unparsed"
     assert grade("#### 12\n", "12", finished=False) == "right"
     assert grade("#### 12\nmore", "12", finished=False) == "unparsed"
+
+
+def test_eos_spelled_out_is_not_eos(byte_tokenizer):
+    """A1: the EOS token ends the text; its name written in plain bytes does not, and is part of no answer."""
+    def read(ids, finished):
+        return evaluate.read_answer(byte_tokenizer, ids, finished, "12")[1]
+    ids, name = byte_tokenizer.encode("#### 12"), byte_tokenizer.encode(EOS)
+    assert len(name) == len(EOS) and read(ids + [byte_tokenizer.eos], True) == "right"
+    assert read(ids + name, False) == read(ids + name + [byte_tokenizer.eos], True) == "unparsed"
+    assert read(ids + [byte_tokenizer.pad, byte_tokenizer.eos], True) == "unparsed"
 
 
 def test_hacks_score_nothing():
@@ -441,12 +451,3 @@ def test_too_long_prompts_are_explained(answering, answer_tokenizer):
     with pytest.raises(UserError, match="--shots.*--max-new|--max-new.*--shots"):
         evaluate.attempt(answering(), answer_tokenizer, [{"question": "a b " * 30, "answer": "7"}], 2, 1.0, 8,
                          generator(0, "test"))
-
-
-def test_a_special_token_spelled_in_bytes_is_no_end():
-    """A2: a policy may write the characters of EOS; what stands before them is not cut out as an answer."""
-    tokenizer = Tokenizer({"pattern": PATTERN, "merges": []})
-    ids = tokenizer.encode("#### 12<|endoftext|>#### 13")
-    assert evaluate.read_answer(tokenizer, ids + [tokenizer.eos], True, "12")[1] == "unparsed"
-    plain = tokenizer.encode("#### 12") + [tokenizer.eos]
-    assert evaluate.read_answer(tokenizer, plain, True, "12")[1] == "right"
