@@ -70,17 +70,22 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help explains the options)")
 
 
+@functools.cache
+def help_texts(cls: type) -> dict[str, str]:
+    """Field -> the comment on its line."""
+    return dict(re.findall(r"^ +(\w+):.*?# *(.*)$", inspect.getsource(cls), re.MULTILINE))
+
+
 def parse(cls: type, argv: list[str] | None = None) -> typing.Any:
     """The command line of a Config: field `lr` is option `--lr`, the comment on its line is the help text,
     and fields without a default are positional (one or more values). A tuple is written with commas."""
     description = sys.modules[cls.__module__].__doc__
     parser = Parser(description=description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    comments = dict(re.findall(r"^ +(\w+):.*?# *(.*)$", inspect.getsource(cls), re.MULTILINE))
     hints = typing.get_type_hints(cls)
     for f in fields(cls):
         name, kind = "--" + f.name.replace("_", "-"), hints[f.name]
-        text = comments.get(f.name, "").replace("%", "%%")
+        text = help_texts(cls).get(f.name, "").replace("%", "%%")
         if f.default is MISSING:
             parser.add_argument(f.name, nargs="+", help=text)
         elif kind is bool:
@@ -91,7 +96,7 @@ def parse(cls: type, argv: list[str] | None = None) -> typing.Any:
             one = number if one is int else one
             read = (lambda s, one=one: tuple(one(x) for x in s.split(",") if x)) if many else one
             shown = ",".join(map(str, f.default)) if many else str(f.default)
-            parser.add_argument(name, type=read, default=f.default, metavar="X",
+            parser.add_argument(*["-o"] * (f.name == "out"), name, type=read, default=f.default, metavar="X",
                                 help=f"{text} (default: {shown or 'none'})")
     values = vars(parser.parse_args(argv))
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
@@ -149,13 +154,13 @@ def generator(seed: int, stream: str, step: int = 0) -> torch.Generator:
 
 
 @functools.lru_cache(maxsize=4)
-def permutation(n: int, seed: int, epoch: int) -> list[int]:
-    return torch.randperm(n, generator=generator(seed, "data", epoch)).tolist()
+def permutation(n: int, seed: int, stream: str, epoch: int) -> list[int]:
+    return torch.randperm(n, generator=generator(seed, stream, epoch)).tolist()
 
 
-def batch_indices(n: int, batch: int, step: int, seed: int) -> list[int]:
+def batch_indices(n: int, batch: int, step: int, seed: int, stream: str) -> list[int]:
     """Which of n examples make up batch `step`, without any state; every epoch is a new order of them all."""
-    return [permutation(n, seed, i // n)[i % n] for i in range(step * batch, (step + 1) * batch)]
+    return [permutation(n, seed, stream, i // n)[i % n] for i in range(step * batch, (step + 1) * batch)]
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------
@@ -286,7 +291,7 @@ class Run:
         require(not different, f"{path}: this folder holds a run with another configuration "
                                f"({'; '.join(different)}); choose another --out")
         if self.last:
-            require({"step", "done", "bytes", "skipped", "start", "optimizer"} <= self.last.keys(),
+            require({"step", "done", "bytes", "skipped", "start", "optimizers"} <= self.last.keys(),
                     f"{self.out / 'last.pt'}: a checkpoint, but not the state of a run; choose another --out")
         self.skipped, self.bad_in_a_row = self.last["skipped"] if self.last else (0, 0)   # NaN: no update
         self.sizes = self.last["bytes"] if self.last else {"log.jsonl": 0, "samples.txt": 0}
@@ -333,9 +338,10 @@ class Run:
             print(f"{self.out}: resuming after step {self.last['step']} of {steps}")
         return done
 
-    def restore(self, model: GPT, optimizer: torch.optim.Optimizer) -> None:
+    def restore(self, model: GPT, *optimizers: torch.optim.Optimizer) -> None:
         model.load_state_dict(self.last["model"])
-        optimizer.load_state_dict(self.last["optimizer"])
+        for optimizer, state in zip(optimizers, self.last["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
 
     def _append(self, name: str, text: str) -> None:
         try:
@@ -353,11 +359,13 @@ class Run:
         self._append("samples.txt", text)
 
     def lineage(self, earlier: list[dict], **counts: typing.Any) -> list[dict]:
-        """The earlier stages and this one: script, options and counts (tokens, updates, FLOPs, seconds)."""
-        return earlier + [{"script": self.script, "config": self.config, **counts}]
+        """The earlier stages and this one: script, options, the sha256 of what it started from (--init or
+        --data) and counts (tokens, updates, FLOPs, seconds)."""
+        return earlier + [{"script": self.script, "config": self.config, **counts,
+                           "parent": self.start.get(self.config.get("init"))}]
 
     def save_last(self, model: GPT, tokenizer: Tokenizer, lineage: list[dict],
-                  optimizer: torch.optim.Optimizer, step: int, done: bool = False,
+                  optimizers: list[torch.optim.Optimizer], step: int, done: bool = False,
                   **state: typing.Any) -> None:
         """The one file to resume from; log files (if `done`: the final checkpoint too) are on disk before."""
         for name, f in self.files.items():
@@ -367,8 +375,9 @@ class Run:
                 raise UserError(f"{self.out / name}: not written ({error.strerror})") from None
         if not done:
             self.sizes = {name: f.tell() for name, f in self.files.items()}
-        save_checkpoint(self.out / "last.pt", model, tokenizer, lineage, optimizer=optimizer.state_dict(),
-                        step=step, done=done, bytes=self.sizes,
+        save_checkpoint(self.out / "last.pt", model, tokenizer, lineage, step=step,
+                        optimizers=[optimizer.state_dict() for optimizer in optimizers],
+                        done=done, bytes=self.sizes,
                         skipped=[self.skipped, self.bad_in_a_row], start=self.start, **state)
 
     def step(self, model: GPT, optimizer: torch.optim.Optimizer, grad_clip: float) -> float:

@@ -10,6 +10,7 @@ Validation is the default, so that nobody tunes on the test problems by accident
 import json
 import math
 import re
+import typing
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -171,18 +172,37 @@ def load_problems(path: str | Path, difficulty: str = "all", solutions: bool = F
     return problems
 
 
+def open_training(c: typing.Any, device: torch.device, solutions: bool = False
+                  ) -> tuple[GPT, Tokenizer, list[dict], list[dict], list[dict]]:
+    """(model, tokenizer, its lineage, training problems, validation problems) of a Config of rl.py, sft.py or
+    merge.py. UserError if the problems are not for training, or do not fit into the model's context."""
+    require(c.init != "", "--init is missing: give the checkpoint to start from")
+    require(c.difficulty in ("easy", "hard", "all"),
+            f"--difficulty {c.difficulty}: must be easy, hard or all")
+    path = c.problems or f"{c.data}/train.jsonl"
+    problems = load_problems(path, c.difficulty, solutions)[:c.questions or None]
+    require(all(p.get("split") not in ("val", "test") for p in problems),
+            f"{path}: holds validation or test problems; training on them would make every number void")
+    validation = load_problems(f"{c.data}/val.jsonl", c.difficulty)[:c.eval_problems]
+    model, tokenizer, content = load_model(c.init, device)
+    longest = max(len(prompt_ids(tokenizer, p)) for p in problems + validation)
+    require(longest + c.max_new <= model.config.context, f"the longest prompt has {longest} tokens: with "
+            f"--max-new {c.max_new} that exceeds the model's context of {model.config.context}")
+    return model, tokenizer, content["lineage"], problems, validation
+
+
 def prompt_ids(tokenizer: Tokenizer, problem: dict) -> list[int]:
-    return tokenizer.encode(problem["question"] + "\n")
+    """EOS, question, newline: in pretraining, too, every text follows the EOS of another."""
+    return [tokenizer.eos, *tokenizer.encode(problem["question"] + "\n")]
 
 
 def few_shot_prefix(tokenizer: Tokenizer, examples: list[dict], shots: int, seed: int) -> list[int]:
-    """Ids of `shots` solved examples in one style, each ended by EOS as in documents of several questions."""
+    """Ids of `shots` solved examples in one style, as in documents of several questions."""
     rng = np.random.default_rng(seed)
     style, ids = rng.integers(4), []
     for i in rng.choice(len(examples), shots, replace=False):
         solutions = examples[i]["solutions"]             # in the same order of styles for every problem
         ids += prompt_ids(tokenizer, examples[i]) + tokenizer.encode(solutions[style % len(solutions)])
-        ids.append(tokenizer.eos)
     return ids
 
 
@@ -192,6 +212,11 @@ class Attempts:
     texts: list[str]
     grades: list[str]
     truncated: int
+
+    @property
+    def score(self) -> float:
+        """pass@1."""
+        return self.grades.count("right") / len(self.grades)
 
     def right(self, n: int) -> np.ndarray:
         """Number of right attempts (P,) of n each."""
@@ -219,6 +244,12 @@ def attempt(model: GPT, tokenizer: Tokenizer, problems: list[dict], n: int, temp
         if bar is not None:
             bar.update(len(part))
     return result
+
+
+def validate(model: GPT, tokenizer: Tokenizer, validation: list[dict], c: typing.Any) -> Attempts:
+    """What a training run measures now and then: always the same random numbers, none of them its own."""
+    return attempt(model, tokenizer, validation, c.eval_samples, .6, c.max_new,
+                   generator(c.seed, "evaluation"))
 
 
 def measure_problems(model: GPT, tokenizer: Tokenizer, problems: list[dict], c: Config, prefix: list[int],
@@ -285,8 +316,9 @@ def score_rows(model: GPT, contexts: list[list[int]], continuations: list[list[i
 
 
 def measure_benchmarks(model: GPT, tokenizer: Tokenizer, items: list[dict]) -> dict:
-    """Task -> accuracy (acc_norm; exact match for items with one choice), standard error, chance, hits."""
-    rows = [(tokenizer.encode(item["context"]), tokenizer.encode(choice))
+    """Task -> accuracy (acc_norm; acc where there are two choices, exact match where there is one), standard
+    error, chance, hits."""
+    rows = [([tokenizer.eos, *tokenizer.encode(item["context"])], tokenizer.encode(choice))
             for item in items for choice in item["choices"]]
     sums, exact = score_rows(model, [a for a, _ in rows], [b for _, b in rows], tokenizer.pad)
     hits: dict[str, list[tuple[int, int, float]]] = {}
@@ -297,12 +329,14 @@ def measure_benchmarks(model: GPT, tokenizer: Tokenizer, items: list[dict]) -> d
             by_sum = by_norm = int(exact[at])
         else:
             by_sum, by_norm = (int(i == item["answer"]) for i in pick(sums[at:at + n], item["choices"]))
-        hits.setdefault(item["task"], []).append((by_sum, by_norm, item["chance"]))
+        # two choices differ in a letter or two, whose share of the length must not decide (BLiMP: acc)
+        best = by_norm if n > 2 else by_sum
+        hits.setdefault(item["task"], []).append((best, by_sum, by_norm, item["chance"]))
         at += n
-    return {task: {"acc_norm": np.mean([h[1] for h in v]).item(), "acc": np.mean([h[0] for h in v]).item(),
-                   "stderr": float(np.std([h[1] for h in v], ddof=1) / len(v) ** .5),
-                   "chance": float(v[0][2]), "items": len(v), "hits": [h[1] for h in v]}
-            for task, v in hits.items()}
+    return {task: {"accuracy": best.mean().item(), "stderr": float(best.std() / max(1, len(best) - 1) ** .5),
+                   "acc": by_sum.mean().item(), "acc_norm": by_norm.mean().item(),
+                   "chance": chance[0].item(), "items": len(best), "hits": best.astype(int).tolist()}
+            for task, v in hits.items() for best, by_sum, by_norm, chance in [np.array(v).T]}
 
 
 @torch.inference_mode()
@@ -348,7 +382,7 @@ def evaluate(path: str, c: Config) -> dict:
                                                           f"{name} {difficulty}")
     if c.benchmarks:
         result["benchmarks"] = measure_benchmarks(model, tokenizer, items)
-        result["general_mean"] = float(np.mean([b["acc_norm"] for b in result["benchmarks"].values()]))
+        result["general_mean"] = float(np.mean([b["accuracy"] for b in result["benchmarks"].values()]))
         result["bits_per_byte"] = bits_per_byte(model, tokenizer, shards["val_general"])
     out = Path(path).with_suffix(f".{c.split}.{c.shots}shot.json")
     print(f"\n{table(result)}")
@@ -371,7 +405,7 @@ def table(result: dict) -> str:
                      f"{d['distinct_completions']:.1f} distinct of {d['samples']}")
         lines.append(f"  {name:8s}styles " + ", ".join(f"{s} {v:.0%}" for s, v in d["styles"].items()))
     for task, b in result.get("benchmarks", {}).items():
-        lines.append(f"  {task:10s}{b['acc_norm']:6.1%} ± {b['stderr']:.1%}  (chance {b['chance']:.0%})")
+        lines.append(f"  {task:10s}{b['accuracy']:6.1%} ± {b['stderr']:.1%}  (chance {b['chance']:.0%})")
     if "general_mean" in result:
         lines.append(f"  general mean {result['general_mean']:.1%}, "
                      f"general text {result['bits_per_byte']:.3f} bits per byte")

@@ -5,6 +5,7 @@
 Axes: B rows, T positions, V vocabulary, L layers, H heads, D head size, P prompts, G rollouts per prompt.
 Left out: dropout, biases, weight tying (OLMo-2 has none) and grouped-query attention (not needed at 1B).
 """
+import copy
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -74,6 +75,39 @@ class Cache:
         self.padding = self.padding[rows]
         self.k, self.v = (x.unflatten(1, (-1, self.heads)).index_select(1, rows).flatten(1, 2)
                           for x in (self.k, self.v))
+
+
+class SharedPrompts:
+    """Keys and values of P prompts, computed once, to which the G completions of each prompt attend in
+    training. `backward` carries the gradient that all their micro-batches left in `keys_values` back."""
+
+    def __init__(self, model: "GPT", prompts: list[list[int]], pad: int):
+        device, width = model.head.weight.device, max(2, max(map(len, prompts))) - 1     # but the last token
+        ids = torch.tensor([[pad] * (width + 1 - len(p)) + p[:-1] for p in prompts], device=device)
+        self.padding = torch.tensor([width + 1 - len(p) for p in prompts], device=device)
+        self.last = [p[-1] for p in prompts]                             # the token each completion follows
+        self.length, self.rows, self.new = 0, None, []
+        model.hidden(ids, self)
+        self.graph = torch.stack(self.new)                               # (L, 2, P, H, T, D)
+        self.keys_values = self.graph.detach().requires_grad_()
+
+    def of(self, rows: list[int]) -> "SharedPrompts":
+        """What row i of a batch attends to: prompt number rows[i]."""
+        view = copy.copy(self)
+        view.rows, view.padding = rows, self.padding[rows]
+        return view
+
+    def room(self, columns: int) -> int:
+        return self.length + columns
+
+    def store(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
+        if self.rows is None:                                            # the prompts themselves
+            self.new.append(torch.stack(new))
+            return new
+        return tuple(torch.cat((old[self.rows], y), dim=2) for old, y in zip(self.keys_values[layer], new))
+
+    def backward(self) -> None:
+        self.graph.backward(self.keys_values.grad)
 
 
 class Block(nn.Module):
@@ -249,11 +283,19 @@ def pack(prompts: list[list[int]], completions: list[list[int]], pad: int,
     return ids.to(device), ((column >= start) & (column < end)).to(device)
 
 
-def completion_logprobs(model: GPT, ids: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
+def completion_logprobs(model: GPT, ids: Tensor, target: Tensor, temperature: float = 1.0,
+                        cache: SharedPrompts | None = None) -> Tensor:
     """Log-probabilities (N,) of `pack`'s N targets, row after row, under softmax(logits / temperature)."""
-    hidden = model.hidden(ids[:, :-1])[target[:, 1:]]                    # (N, d_model): t-1 predicts token t
+    hidden = model.hidden(ids[:, :-1], cache)[target[:, 1:]]             # (N, d_model): t-1 predicts token t
     logits = model.logits(hidden).float() / temperature
     return -F.cross_entropy(logits, ids[:, 1:][target[:, 1:]], reduction="none")
+
+
+def shared_logprobs(model: GPT, prompts: SharedPrompts, rows: list[int], completions: list[list[int]],
+                    pad: int, temperature: float = 1.0) -> Tensor:
+    """The same (N,) as `completion_logprobs`, for completions of the shared prompts number `rows`."""
+    ids, target = pack([[prompts.last[r]] for r in rows], completions, pad, model.head.weight.device)
+    return completion_logprobs(model, ids, target, temperature, prompts.of(rows))
 
 
 def micro_batches(lengths: list[int], tokens: int) -> list[list[int]]:
@@ -285,7 +327,7 @@ def chat(c: Config) -> None:
     require(c.temperature >= 0, f"--temperature {c.temperature}: must not be negative")
     model, tokenizer, content = load_model(c.checkpoint[0], setup(c.device, c.threads))
     m = model.config
-    require(0 < c.max_new < m.context, f"--max-new {c.max_new}: must be between 1 and {m.context - 1}")
+    require(0 < c.max_new < m.context - 1, f"--max-new {c.max_new}: must be between 1 and {m.context - 2}")
     n = sum(p.numel() for p in model.parameters())
     core = n - 2 * m.vocab_size * m.d_model
     print(f"{c.checkpoint[0]}: {n:,} parameters, {core:,} without embedding and head\n"
@@ -299,9 +341,10 @@ def chat(c: Config) -> None:
     print('  type a question, such as "Nora has 37 shells. Nora finds 48. How many shells?" (end: Ctrl-D)')
     with suppress(EOFError):
         for turn in count():
-            prompt = tokenizer.encode(input("> ") + "\n")[c.max_new - m.context:]     # its end, if too long
+            prompt = tokenizer.encode(input("> ") + "\n")[1 + c.max_new - m.context:]  # its end, if too long
             gen = generator(c.seed, "chat", turn)
-            out = sample(model, [prompt], 1, c.max_new, tokenizer.eos, tokenizer.pad, gen, c.temperature)
+            out = sample(model, [[tokenizer.eos, *prompt]], 1, c.max_new, tokenizer.eos, tokenizer.pad, gen,
+                         c.temperature)
             print(tokenizer.decode(out.completions()[0]).removesuffix("<|endoftext|>"))
 
 

@@ -122,7 +122,7 @@ def train(c: Config) -> Path:
 
     def lineage() -> list[dict]:
         return run.lineage([], tokens=step * tokens_per_step, updates=step, flops=step * flops_per_step,
-                           seconds=seconds, parent=None, data=manifest["sha256"])
+                           seconds=seconds, data=manifest["sha256"])
     bar = tqdm(total=steps * tokens_per_step, initial=step * tokens_per_step, unit="tok", unit_scale=True,
                desc="pretrain")
     scores: dict[str, float] = {}
@@ -143,7 +143,7 @@ def train(c: Config) -> Path:
             break
         # ---- collect
         started = time.perf_counter()
-        numbers = batch_indices((len(shards["train"]) - 1) // c.context, c.batch, step, c.seed)
+        numbers = batch_indices((len(shards["train"]) - 1) // c.context, c.batch, step, c.seed, "text")
         sequences = blocks(shards["train"], numbers, c.context)          # (B, T+1), none twice in an epoch
         # ---- update
         total = torch.zeros((), device=device)
@@ -165,12 +165,12 @@ def train(c: Config) -> Path:
                             refresh=False)
         # ---- stop
         if step % c.save_every == 0 or step == steps or run.interrupted:
-            run.save_last(model, tokenizer, lineage(), optimizer, step, seconds=seconds)
+            run.save_last(model, tokenizer, lineage(), [optimizer], step, seconds=seconds)
         if run.interrupted and step < steps:
             run.stop()
     bar.close()
     save_checkpoint(final, model, tokenizer, lineage())
-    run.save_last(model, tokenizer, lineage(), optimizer, step, done=True, seconds=seconds)
+    run.save_last(model, tokenizer, lineage(), [optimizer], step, done=True, seconds=seconds)
     print(f"{final}: {step * tokens_per_step:,} tokens, {seconds / 60:.1f} min, {step * flops_per_step:.2e} "
           f"FLOPs, validation loss general {scores['val_general']:.3f}, "
           f"arithmetic {scores['val_arithmetic']:.3f}\n"

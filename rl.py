@@ -18,11 +18,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import (
-    Run, batch_indices, file_sha256, generator, load_model, main, one_run, require,
-    require_positive, save_checkpoint, setup)
+    Run, batch_indices, file_sha256, generator, main, one_run, require, require_positive, save_checkpoint,
+    setup)
 from data.tokenizer import Tokenizer
-from evaluate import attempt, load_problems, pass_at_k, prompt_ids, read_answer
-from model import GPT, completion_logprobs, micro_batches, pack, sample
+from evaluate import open_training, pass_at_k, prompt_ids, read_answer, validate
+from model import GPT, SharedPrompts, completion_logprobs, micro_batches, pack, sample, shared_logprobs
 
 
 @dataclass
@@ -32,6 +32,7 @@ class Config:
     problems: str = ""              # problem file to train on instead of DATA/train.jsonl
     out: str = "runs/rl"            # run folder; the same call again resumes an unfinished run
     difficulty: str = "easy"        # which problems to train and validate on: easy, hard, all
+    questions: int = 2000           # how many to train on, 0 = all; the run sees them repeatedly
     n_problems: int = 64            # P, problems per step
     rollouts: int = 16              # G, sampled answers per problem
     steps: int = 50                 # batches of rollouts
@@ -46,7 +47,7 @@ class Config:
     kl: float = 0.0                 # coefficient of the KL penalty towards the start
     temperature: float = 1.0        # of the rollouts
     max_new: int = 80               # longest answer, tokens
-    micro_batch: int = 4_096        # tokens per forward pass of the update
+    micro_batch: int = 2_048        # tokens per forward pass of the update
     eval_every: int = 10            # steps between validations (and transcripts)
     eval_problems: int = 100        # validation problems
     eval_samples: int = 16          # samples of each, at T=0.6
@@ -58,13 +59,10 @@ class Config:
 
 
 def check(c: Config) -> None:
-    require(c.init != "", "--init is missing: give the checkpoint to start from")
-    require(c.difficulty in ("easy", "hard", "all"),
-            f"--difficulty {c.difficulty}: must be easy, hard or all")
     require(c.rollouts >= 2, f"--rollouts {c.rollouts}: a group needs at least 2 for a relative advantage")
     require_positive(c, "n_problems steps updates lr grad_clip temperature max_new micro_batch eval_every "
                         "eval_problems eval_samples save_every")
-    require_positive(c, "warmup weight_decay clip_low clip_high kl", zero=True)
+    require_positive(c, "questions warmup weight_decay clip_low clip_high kl", zero=True)
     require(c.n_problems % c.updates == 0,
             f"--updates {c.updates}: does not divide --n-problems {c.n_problems}")
     late = [s for s in c.checkpoints_at if not 0 < s <= c.steps]
@@ -99,7 +97,7 @@ def kl_k3(logp: Tensor, reference_logp: Tensor) -> Tensor:
 @dataclass
 class Batch:
     """B = P·G graded rollouts, row p·G + g being rollout g of problem p."""
-    prompts: list[list[int]]        # B
+    prompts: list[list[int]]        # P
     completions: list[list[int]]    # B, EOS included where generated
     logprobs: list[Tensor]          # B of (length,): under the distribution they were sampled from
     grades: list[str]               # B: right, wrong, unparsed
@@ -119,48 +117,55 @@ def collect(model: GPT, tokenizer: Tokenizer, problems: list[dict], group: int, 
     read = [read_answer(tokenizer, *row) for row in zip(completions, finished, answers)]
     texts, grades = [text for text, _ in read], [grade for _, grade in read]
     rewards = torch.tensor([float(g == "right") for g in grades]).view(len(problems), group)
-    return Batch([p for p in prompts for _ in range(group)], completions,
-                 [row[:n] for row, n in zip(out.logprobs, out.lengths.tolist())], grades, texts, rewards,
-                 float(out.entropy.sum() / out.lengths.sum()), 1 - sum(finished) / len(finished))
+    return Batch(prompts, completions, [row[:n] for row, n in zip(out.logprobs, out.lengths.tolist())],
+                 grades, texts, rewards, float(out.entropy.sum() / out.lengths.sum()),
+                 1 - sum(finished) / len(finished))
 
 
 def policy_gradient(model: GPT, reference: GPT, batch: Batch, advantage: Tensor, rows: range, c: Config,
                     pad: int) -> dict[str, float] | None:
     """Add the GRPO gradient of these rows to .grad; returns figures per token, None if no row has a signal.
     The loss is the mean over *all* completion tokens of the rows, truncated and signal-free ones included,
-    whatever the micro-batches (Yu et al. 2025). Rows without advantage add 0 to it: they are not computed."""
-    device, prompts, completions = model.head.weight.device, batch.prompts, batch.completions
+    whatever the micro-batches (Yu et al. 2025). Rows without advantage add 0 to it: they are not computed.
+    A prompt is computed once for all its completions, which attend to it."""
+    device, completions, G = model.head.weight.device, batch.completions, batch.rewards.shape[1]
     total = sum(len(completions[r]) for r in rows)
     useful = [r for r in rows if advantage[r] != 0 or c.kl > 0]
     if not useful:
         return None
-    sums = dict.fromkeys(("loss", "ratio", "clipped", "kl_penalty", "tokens", "positions"), 0.0)
-    for part in micro_batches([len(prompts[r]) + len(completions[r]) for r in useful], c.micro_batch):
-        part = [useful[i] for i in part]
-        ids, target = pack([prompts[r] for r in part], [completions[r] for r in part], pad, device)
-        logp = completion_logprobs(model, ids, target, c.temperature)                             # (N,)
-        # one update per batch is exactly on-policy: the ratio is 1, its gradient that of REINFORCE
-        old = logp.detach() if c.updates == 1 else torch.cat([batch.logprobs[r] for r in part]).to(device)
-        sizes = torch.tensor([len(completions[r]) for r in part])
-        token_advantage = advantage[part].repeat_interleave(sizes).to(device)
-        loss = policy_loss(logp, old, token_advantage, c.clip_low, c.clip_high)
-        if c.kl > 0:
-            with torch.no_grad():
-                reference_logp = completion_logprobs(reference, ids, target, c.temperature)
-            penalty = kl_k3(logp, reference_logp)
-            loss = loss + c.kl * penalty
-            sums["kl_penalty"] += float(penalty.detach().sum())
-        (loss.sum() / total).backward()
-        ratio = (logp.detach() - old).exp()
-        outside = ((token_advantage > 0) & (ratio > 1 + c.clip_high)
-                   | (token_advantage < 0) & (ratio < 1 - c.clip_low))
-        for name, value in (("loss", loss.detach()), ("ratio", ratio), ("clipped", outside)):
-            sums[name] += float(value.sum())
-        sums["tokens"] += len(logp)
-        sums["positions"] += sum(len(prompts[r]) + len(completions[r]) for r in part)
-    return {"loss": sums["loss"] / total, "ratio": sums["ratio"] / sums["tokens"],
-            "clip_fraction": sums["clipped"] / total, "kl_penalty": sums["kl_penalty"] / total,
-            "positions": sums["positions"]}
+    sums = dict.fromkeys(("loss", "ratio", "clip_fraction", "kl_penalty"), 0.0)
+    groups = sorted({r // G for r in useful})
+    for block in micro_batches([len(batch.prompts[g]) for g in groups], c.micro_batch):
+        place = {groups[i]: at for at, i in enumerate(block)}            # group -> its number in the block
+        shared = SharedPrompts(model, [batch.prompts[g] for g in place], pad)
+        mine = [r for r in useful if r // G in place]
+        for part in micro_batches([len(completions[r]) for r in mine], c.micro_batch):
+            part = [mine[i] for i in part]
+            texts = [completions[r] for r in part]
+            logp = shared_logprobs(model, shared, [place[r // G] for r in part], texts, pad, c.temperature)
+            # one update per batch is exactly on-policy: the ratio is 1, its gradient that of REINFORCE
+            old = (logp.detach() if c.updates == 1                                                # (N,)
+                   else torch.cat([batch.logprobs[r] for r in part]).to(device))
+            sizes = torch.tensor([len(text) for text in texts])
+            token_advantage = advantage[part].repeat_interleave(sizes).to(device)                 # (N,)
+            loss = policy_loss(logp, old, token_advantage, c.clip_low, c.clip_high)
+            if c.kl > 0:
+                ids, target = pack([batch.prompts[r // G] for r in part], texts, pad, device)
+                with torch.no_grad():
+                    reference_logp = completion_logprobs(reference, ids, target, c.temperature)
+                penalty = kl_k3(logp, reference_logp)
+                loss = loss + c.kl * penalty
+                sums["kl_penalty"] += float(penalty.detach().sum())
+            (loss.sum() / total).backward()
+            ratio = (logp.detach() - old).exp()
+            outside = ((token_advantage > 0) & (ratio > 1 + c.clip_high)
+                       | (token_advantage < 0) & (ratio < 1 - c.clip_low))
+            for name, value in (("loss", loss.detach()), ("ratio", ratio - 1), ("clip_fraction", outside)):
+                sums[name] += float(value.sum())
+        shared.backward()
+    positions = sum(len(completions[r]) for r in useful) + sum(len(batch.prompts[g]) for g in groups)
+    means = {name: value / total for name, value in sums.items()}
+    return means | {"ratio": 1 + means["ratio"], "positions": positions}     # a skipped token's ratio is 1
 
 
 # ---- measurements ----------------------------------------------------------------------------------------
@@ -173,8 +178,9 @@ def signal_probability(n: int, right: int, group: int) -> float:
 @torch.inference_mode()
 def kl_to_start(reference: GPT, batch: Batch, c: Config, pad: int, rows: int = 64) -> float:
     """KL(policy || start), nats per token, from `rows` rollouts of the batch and their recorded logprobs."""
-    chosen = range(0, len(batch.prompts), max(1, len(batch.prompts) // rows))
-    ids, target = pack([batch.prompts[r] for r in chosen], [batch.completions[r] for r in chosen], pad,
+    B, G = batch.rewards.numel(), batch.rewards.shape[1]
+    chosen = range(0, B, max(1, B // rows))
+    ids, target = pack([batch.prompts[r // G] for r in chosen], [batch.completions[r] for r in chosen], pad,
                        reference.head.weight.device)
     logp = torch.cat([batch.logprobs[r] for r in chosen])
     return float(kl_k3(logp, completion_logprobs(reference, ids, target, c.temperature).cpu()).mean())
@@ -214,24 +220,17 @@ def train(c: Config) -> Path:
     """Run (or resume) RL; returns the path of the last checkpoint."""
     check(c)
     device = setup(c.device, c.threads)
-    problems = load_problems(c.problems or f"{c.data}/train.jsonl", c.difficulty)
-    validation = load_problems(f"{c.data}/val.jsonl", c.difficulty)[:c.eval_problems]
-    model, tokenizer, start = load_model(c.init, device)
-    parent = file_sha256(c.init)
-    longest = max(len(prompt_ids(tokenizer, p)) for p in problems + validation)
-    require(all(p.get("split") not in ("val", "test") for p in problems),
-            f"{c.problems}: holds validation or test problems; training on them would make every number void")
-    require(longest + c.max_new <= model.config.context, f"the longest prompt has {longest} tokens: with "
-            f"--max-new {c.max_new} that exceeds the model's context of {model.config.context}")
+    model, tokenizer, earlier, problems, validation = open_training(c, device)
     reference = copy.deepcopy(model).requires_grad_(False)
-    run = Run(c, {c.init: parent})
+    run = Run(c, {c.init: file_sha256(c.init)})
     final = run.out / "final.pt"
     if run.finished(final, c.steps):
         return final
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=c.weight_decay, fused=True)
 
     def pick(step: int) -> list[dict]:
-        return [problems[i] for i in batch_indices(len(problems), c.n_problems, step, c.seed)]
+        return [problems[i] for i in batch_indices(len(problems), c.n_problems, step, c.seed, "rl")]
+
     step, counts = 0, {"tokens": 0, "updates": 0, "flops": 0, "seconds": 0.0}
     if run.last:
         run.restore(model, optimizer)
@@ -240,7 +239,7 @@ def train(c: Config) -> Path:
         probe(model, tokenizer, pick(0), c)
 
     def lineage() -> list[dict]:
-        return run.lineage(start["lineage"], parent=parent, **counts)
+        return run.lineage(earlier, **counts)
     bar = tqdm(total=c.steps, initial=step, unit="step", desc="rl")
     scores: dict[str, float] = {}
     while True:
@@ -249,9 +248,7 @@ def train(c: Config) -> Path:
             group["lr"] = c.lr * min(1.0, (step + 1) / max(1, c.warmup))
         # ---- evaluate and checkpoint
         if step % c.eval_every == 0 or step == c.steps:
-            gen = generator(c.seed, "evaluation")
-            tried = attempt(model, tokenizer, validation, c.eval_samples, .6, c.max_new, gen)
-            scores = {"val_pass@1": tried.grades.count("right") / len(tried.grades)}
+            scores = {"val_pass@1": validate(model, tokenizer, validation, c).score}
             run.log(step=step, **scores)
         if step in c.checkpoints_at:
             save_checkpoint(run.out / f"step{step}.pt", model, tokenizer, lineage())
@@ -273,16 +270,17 @@ def train(c: Config) -> Path:
         # ---- log
         step += 1
         sampled = sum(map(len, batch.completions))
-        B = len(batch.prompts)
-        length = sampled / B
-        trained = sum(f.pop("positions") for f in figures)               # prompts included
+        B = len(batch.completions)
+        prompted, length = sum(map(len, batch.prompts)), sampled / B
+        trained = sum(f.pop("positions") for f in figures)
         counts["tokens"] += sampled
         counts["updates"] += len(figures) - (run.skipped - skipped)
-        counts["flops"] += int(model.flops_per_token(longest + int(length)) * (sampled + 3 * trained))
+        counts["flops"] += (model.flops_per_token(int(prompted / len(chosen) + length))
+                            * (prompted + sampled + 3 * trained))        # measurements are not counted
         counts["seconds"] += time.perf_counter() - started
         means = {k: float(np.mean([f[k] for f in figures])) for k in figures[0]} if figures else {}
         reward = float(batch.rewards.mean())
-        signal = float((batch.rewards.std(1) > 0).float().mean())
+        signal = float((advantage.view_as(batch.rewards) != 0).any(1).float().mean())
         run.log(step=step, reward=reward, signal=signal, unparsed=batch.grades.count("unparsed") / B,
                 truncated=batch.truncated, length=length, entropy=batch.entropy, kl=kl, **means,
                 lr=optimizer.param_groups[0]["lr"], skipped=run.skipped,
@@ -294,12 +292,12 @@ def train(c: Config) -> Path:
         bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in shown.items()), refresh=False)
         # ---- stop
         if step % c.save_every == 0 or step == c.steps or run.interrupted:
-            run.save_last(model, tokenizer, lineage(), optimizer, step, counts=counts)
+            run.save_last(model, tokenizer, lineage(), [optimizer], step, counts=counts)
         if run.interrupted and step < c.steps:
             run.stop()
     bar.close()
     save_checkpoint(final, model, tokenizer, lineage())
-    run.save_last(model, tokenizer, lineage(), optimizer, step, done=True, counts=counts)
+    run.save_last(model, tokenizer, lineage(), [optimizer], step, done=True, counts=counts)
     print(f"{final}: {counts['updates']} updates, {c.steps * c.n_problems * c.rollouts:,} rollouts, "
           f"{counts['seconds'] / 60:.1f} min, validation pass@1 {scores['val_pass@1']:.1%}\n"
           f"next: python evaluate.py {final} {c.init} --data {c.data}")

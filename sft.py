@@ -15,10 +15,9 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import (
-    Run, batch_indices, file_sha256, generator, load_model, main, one_run, require,
-    require_positive, save_checkpoint, setup)
+    Run, batch_indices, file_sha256, main, one_run, require, require_positive, save_checkpoint, setup)
 from data.tokenizer import Tokenizer
-from evaluate import attempt, load_problems, prompt_ids
+from evaluate import open_training, prompt_ids, validate
 from model import GPT, completion_logprobs, micro_batches, pack
 
 
@@ -29,6 +28,7 @@ class Config:
     problems: str = ""              # problem file to train on instead of DATA/train.jsonl
     out: str = "runs/sft"           # run folder; the same call again resumes an unfinished run
     difficulty: str = "easy"        # which problems to train and validate on: easy, hard, all
+    questions: int = 2000           # how many to train on, 0 = all
     gold: bool = False              # all solutions of every question instead of one chosen at random
     epochs: int = 3                 # passes over the examples
     batch: int = 32                 # examples per update
@@ -38,7 +38,7 @@ class Config:
     weight_decay: float = 0.0       # of AdamW
     grad_clip: float = 1.0          # largest gradient norm
     max_new: int = 80               # longest answer in the validation, tokens
-    micro_batch: int = 4_096        # tokens per forward pass
+    micro_batch: int = 2_048        # tokens per forward pass
     eval_every: int = 100           # updates between validations
     eval_problems: int = 100        # validation problems
     eval_samples: int = 16          # samples of each, at T=0.6
@@ -50,12 +50,9 @@ class Config:
 
 
 def check(c: Config) -> None:
-    require(c.init != "", "--init is missing: give the checkpoint to start from")
-    require(c.difficulty in ("easy", "hard", "all"),
-            f"--difficulty {c.difficulty}: must be easy, hard or all")
     require_positive(c, "epochs batch lr grad_clip max_new micro_batch eval_every eval_problems eval_samples "
                         "save_every")
-    require_positive(c, "warmup weight_decay seed", zero=True)
+    require_positive(c, "questions warmup weight_decay seed", zero=True)
 
 
 Example = tuple[list[int], list[int]]           # ids of the prompt, ids of the solution and EOS
@@ -89,21 +86,15 @@ def train(c: Config) -> Path:
     """Run (or resume) SFT; returns the path of the last checkpoint."""
     check(c)
     device = setup(c.device, c.threads)
-    problems = load_problems(c.problems or f"{c.data}/train.jsonl", c.difficulty, solutions=True)
-    validation = load_problems(f"{c.data}/val.jsonl", c.difficulty)[:c.eval_problems]
-    model, tokenizer, start = load_model(c.init, device)
-    parent = file_sha256(c.init)
+    model, tokenizer, earlier, problems, validation = open_training(c, device, solutions=True)
     examples = make_examples(tokenizer, problems, c.gold, c.seed)
     steps = -(-c.epochs * len(examples) // c.batch)
     late = [s for s in c.checkpoints_at if not 0 < s <= steps]
     require(not late, f"--checkpoints-at {','.join(map(str, late))}: not within the run's {steps} updates")
-    require(all(p.get("split") not in ("val", "test") for p in problems),
-            f"{c.problems}: holds validation or test problems; training on them would make every number void")
     longest = max(len(prompt) + len(solution) for prompt, solution in examples)
-    asked = max(len(prompt_ids(tokenizer, p)) for p in validation) + c.max_new
-    require(max(longest, asked) <= model.config.context, f"the longest example has {longest} tokens, the "
-            f"longest prompt with --max-new {c.max_new} {asked}: beyond the context {model.config.context}")
-    run = Run(c, {c.init: parent})
+    require(longest <= model.config.context,
+            f"the longest example has {longest} tokens: beyond the model's context of {model.config.context}")
+    run = Run(c, {c.init: file_sha256(c.init)})
     final = run.out / "final.pt"
     if run.finished(final, steps):
         return final
@@ -114,7 +105,7 @@ def train(c: Config) -> Path:
         step, counts = run.last["step"], run.last["counts"]
 
     def lineage() -> list[dict]:
-        return run.lineage(start["lineage"], parent=parent, **counts)
+        return run.lineage(earlier, **counts)
     bar = tqdm(total=steps, initial=step, unit="step", desc="sft")
     scores: dict[str, float] = {}
     while True:
@@ -124,9 +115,8 @@ def train(c: Config) -> Path:
                            * (1 - step / steps if c.decay else 1))
         # ---- evaluate and checkpoint
         if step % c.eval_every == 0 or step == steps:
-            gen = generator(c.seed, "evaluation")
-            tried = attempt(model, tokenizer, validation, c.eval_samples, .6, c.max_new, gen)
-            scores = {"val_pass@1": tried.grades.count("right") / len(tried.grades)}
+            tried = validate(model, tokenizer, validation, c)
+            scores = {"val_pass@1": tried.score}
             run.log(step=step, **scores)
             run.write(f"======== step {step}")
             for i, problem in enumerate(validation[:3]):
@@ -138,7 +128,7 @@ def train(c: Config) -> Path:
             break
         # ---- collect
         started = time.perf_counter()
-        batch = [examples[i] for i in batch_indices(len(examples), c.batch, step, c.seed)]
+        batch = [examples[i] for i in batch_indices(len(examples), c.batch, step, c.seed, "sft")]
         # ---- update
         figures = sft_gradient(model, batch, c, tokenizer.pad)
         skipped = run.skipped
@@ -147,7 +137,7 @@ def train(c: Config) -> Path:
         step += 1
         counts["tokens"] += sum(len(solution) for _, solution in batch)
         counts["updates"] += 1 - (run.skipped - skipped)
-        counts["flops"] += 3 * model.flops_per_token(longest) * figures["positions"]
+        counts["flops"] += 3 * model.flops_per_token(figures["positions"] // c.batch) * figures["positions"]
         counts["seconds"] += time.perf_counter() - started
         run.log(step=step, loss=figures["loss"], grad_norm=norm, lr=optimizer.param_groups[0]["lr"],
                 skipped=run.skipped, **{k: round(v, 3) for k, v in counts.items()})
@@ -156,12 +146,12 @@ def train(c: Config) -> Path:
         bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in shown.items()), refresh=False)
         # ---- stop
         if step % c.save_every == 0 or step == steps or run.interrupted:
-            run.save_last(model, tokenizer, lineage(), optimizer, step, counts=counts)
+            run.save_last(model, tokenizer, lineage(), [optimizer], step, counts=counts)
         if run.interrupted and step < steps:
             run.stop()
     bar.close()
     save_checkpoint(final, model, tokenizer, lineage())
-    run.save_last(model, tokenizer, lineage(), optimizer, step, done=True, counts=counts)
+    run.save_last(model, tokenizer, lineage(), [optimizer], step, done=True, counts=counts)
     print(f"{final}: {counts['updates']} updates, {len(examples):,} examples, {counts['seconds'] / 60:.1f} "
           f"min, validation pass@1 {scores['val_pass@1']:.1%}\n"
           f"next: python evaluate.py {final} {c.init} --data {c.data}")

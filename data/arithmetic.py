@@ -103,8 +103,8 @@ def style_of(completion: str) -> str:
 
 def draw_problem(rng: random.Random, difficulty: str, split: str) -> dict:
     """One random problem of a split: {"question", "answer", "solutions": {style: text}, "difficulty",
-    "split", "canonical"}. No solution of a pretrain or train problem spells out a val or test problem as one
-    of its steps."""
+    "split", "canonical"}. No pretrain or train problem begins with a val or test problem, and none of its
+    solutions spells one out as a step."""
     while True:
         top = rng.choice(TOPS)
         start = rng.randint(SMALLEST, top)
@@ -118,8 +118,9 @@ def draw_problem(rng: random.Random, difficulty: str, split: str) -> dict:
         if split_of(key) != split:
             continue
         solutions = solve(start, operations)
-        if split in ("pretrain", "train") and any(
-                split_of(fact) in ("val", "test") for text in solutions.values() for fact in facts(text)):
+        told = [canonical(start, operations[:n]) for n in range(1, len(operations))]
+        told += [fact for text in solutions.values() for fact in facts(text)]
+        if split in ("pretrain", "train") and any(split_of(problem) in ("val", "test") for problem in told):
             continue
         name, item = rng.choice(NAMES), rng.choice(ITEMS)
         sentences = [f"{name} {rng.choice(GAINS if sign == '+' else LOSSES)} {n}." for sign, n in operations]

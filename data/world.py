@@ -10,7 +10,7 @@ so that "general capability" is several skills, not one number:
     sequence   the next element of a list                                            (OpenBookQA)  chance 1/4
     agreement  verb number across an attractor noun                                  (BLiMP)       chance 1/2
     order      which of two animals is bigger, for pairs never compared in training  (PIQA)        chance 1/2
-    dialogue   the exact last word, which only the context tells                     (LAMBADA)     chance ~0
+    dialogue   the exact last word, one of two that the context names                (LAMBADA)     chance 1/2
 
 Whatever a benchmark asks is held out by construction: `held_out(key)` is a hash, and a training document that
 would state a held-out key is not drawn. A document ends where it ends; prepare.py appends EOS.
@@ -175,10 +175,11 @@ def list_of_things(rng: random.Random) -> tuple[str, list[str], list[str]]:
     if kind == "pattern":      # two or three colours in turn: a b a b a, or a b c a b c a
         unit = rng.sample(COLORS, rng.randint(2, 3))
         elements = [unit[i % len(unit)] for i in range(rng.randint(5, 8))]
-    else:                      # a list, told twice in the same order
-        unit = rng.sample(COLORS, rng.randint(3, 5))
-        elements = unit + ["again"] + unit
-    return f"{kind} {elements}", elements, sorted(set(COLORS) - {elements[-1]})
+        rotations = [unit[i:] + unit[:i] for i in range(len(unit))]      # a b a b a holds b a b a: one key
+        return f"pattern {min(rotations)}", elements, sorted(set(COLORS) - {elements[-1]})
+    unit = rng.sample(COLORS, rng.randint(3, 5))                         # a list, told twice in this order
+    elements = unit + ["again"] + unit
+    return f"repeat {unit}", elements, sorted(set(COLORS) - {elements[-1]})
 
 
 def sequence(rng: random.Random) -> str:
@@ -225,7 +226,8 @@ def compared(rng: random.Random, asked: bool) -> tuple[str, str, str]:
     """(animal, 'bigger' or 'smaller', animal), true in the fixed order of SIZES."""
     while True:
         i, j = sorted(rng.sample(range(len(SIZES)), 2))
-        if held_out(f"order {i} {j}", share=2) == asked:
+        # neighbours are never asked: no other pair would tell which of them is bigger
+        if (j - i > 1 and held_out(f"order {i} {j}", share=2)) == asked:
             return (SIZES[i], "smaller", SIZES[j]) if rng.random() < .5 else (SIZES[j], "bigger", SIZES[i])
 
 
@@ -259,7 +261,7 @@ def dialogue(rng: random.Random) -> str:
 
 def ask_dialogue(rng: random.Random) -> dict:
     context, word = conversation(rng, True)
-    return {"task": "dialogue", "context": context, "choices": [f" {word}"], "answer": 0, "chance": 0.0}
+    return {"task": "dialogue", "context": context, "choices": [f" {word}"], "answer": 0, "chance": 0.5}
 
 
 def item(task: str, rng: random.Random, context: str, right: str, wrong: list[str], n_choices: int) -> dict:

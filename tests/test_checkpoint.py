@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import stat
+import typing
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import worlds
 
 import checkpoint
 import evaluate
+import merge
 import model
 import pretrain
 import rl
@@ -30,7 +32,8 @@ from checkpoint import (Run, UserError, atomic_write, batch_indices, generator, 
 from data import prepare
 from data.tokenizer import PATTERN, Tokenizer
 
-SCRIPTS = {m.__name__.split(".")[-1]: m for m in (prepare, pretrain, sft, rl, evaluate, model)}
+CONFIGS = {m.__name__.split(".")[-1]: m.Config for m in (prepare, pretrain, sft, rl, merge, evaluate, model)}
+CONFIGS["merge weights"] = merge.WeightsConfig
 
 
 @dataclass
@@ -235,7 +238,7 @@ def test_generators_leave_the_global_generators_alone():
     torch.manual_seed(3)
     before = torch.get_rng_state()
     torch.rand(9, generator=generator(0, "data"))
-    batch_indices(10, 4, 3, 0)
+    batch_indices(10, 4, 3, 0, "text")
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -243,12 +246,21 @@ def test_generators_leave_the_global_generators_alone():
 def test_every_epoch_visits_every_example_once(n, batch):
     """R5: the data position is a function of the step alone; n consecutive draws are a permutation of the
     n."""
-    order = [i for step in range(5 * n) for i in batch_indices(n, batch, step, seed=3)]
+    order = [i for step in range(5 * n) for i in batch_indices(n, batch, step, 3, "text")]
     epochs = [order[i:i + n] for i in range(0, len(order) - n + 1, n)]
     assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
     if n > 5:
         assert len({tuple(epoch) for epoch in epochs}) > 1   # not the same order again and again
-        assert order != [i for step in range(5 * n) for i in batch_indices(n, batch, step, seed=4)]
+        assert order != [i for step in range(5 * n) for i in batch_indices(n, batch, step, 4, "text")]
+
+
+def test_every_stream_has_its_own_order():
+    """R6: RL and SFT on the same questions with the same seed do not see them in the same order, nor does
+    pretraining; each order is the same again whatever was asked in between (the last few are remembered)."""
+    orders = {(stream, seed): tuple(batch_indices(50, 50, epoch, seed, stream) for epoch in range(3))
+              for stream in ("text", "sft", "rl") for seed in (0, 1)}
+    assert len({str(order) for order in orders.values()}) == 6
+    assert orders["sft", 0][1] == batch_indices(50, 50, 1, 0, "sft")
 
 
 def short_run(kind: str, out: Path, **changes) -> Path:
@@ -258,13 +270,16 @@ def short_run(kind: str, out: Path, **changes) -> Path:
         module, options = pretrain, worlds.PRETRAIN
     elif kind == "sft":
         module, options = sft, options | dict(init=str(worlds.base()), batch=8, epochs=1)
+    elif kind == "merge":
+        module, options = merge, options | dict(init=str(worlds.parrot()), n_problems=4, rollouts=4, batch=8,
+                                                steps=4, inner=2)
     else:
         module, options = rl, options | dict(init=str(worlds.parrot()), n_problems=4, rollouts=4, steps=3)
     options = options | dict(data=str(worlds.data()), out=str(out), threads=1) | changes
     return worlds.quietly(module.train, module.Config(**options))
 
 
-@pytest.mark.parametrize("kind", ["pretrain", "sft", "rl"])
+@pytest.mark.parametrize("kind", ["pretrain", "sft", "rl", "merge"])
 def test_evaluation_never_changes_training(kind, tmp_path):
     """R6: evaluating at every step and (almost) never gives the same weights, bitwise. R7: so does
     repeating."""
@@ -281,13 +296,13 @@ def test_evaluation_never_changes_training(kind, tmp_path):
 
 # ---- options -----------------------------------------------------------------------------------------------
 
-def help_of(module) -> dict[str, str]:
+def help_of(cls) -> dict[str, str]:
     """Option or positional -> its help text, read from what --help prints."""
     printed, columns = io.StringIO(), os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "1000"
     try:
         with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as stop:
-            parse(module.Config, ["--help"])
+            parse(cls, ["--help"])
     finally:
         os.environ.pop("COLUMNS") if columns is None else os.environ.update(COLUMNS=columns)
     assert not stop.value.code
@@ -295,7 +310,8 @@ def help_of(module) -> dict[str, str]:
                                      else "options:")[1]
     found, option = {}, None
     for line in after.splitlines():
-        match = re.match(r"  (?:-h, )?(?:--)?([a-z0-9-]+)(?:, --no-[a-z0-9-]+)?(?: X)?(?:  +(.*))?$", line)
+        match = re.match(r"  (?:-h, |-o X, )?(?:--)?([a-z0-9-]+)(?:, --no-[a-z0-9-]+|)(?: X|)(?:  +(.*))?$",
+                         line)
         if match and line[2] != " ":
             option = match[1].replace("-", "_")
             found[option] = match[2] or ""
@@ -305,38 +321,38 @@ def help_of(module) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_every_option_is_a_field_and_the_other_way_round(name):
     """Issue 2, Interface: train(Config(...)) can do what the command line does, and the reverse."""
-    assert help_of(SCRIPTS[name]).keys() == {f.name for f in fields(SCRIPTS[name].Config)}
+    assert help_of(CONFIGS[name]).keys() == {f.name for f in fields(CONFIGS[name])}
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_every_option_is_explained(name):
     """style.md 2: every hyperparameter has a reason or a unit, and --help shows it beside the default."""
-    for option, text in help_of(SCRIPTS[name]).items():
-        field = SCRIPTS[name].Config.__dataclass_fields__[option]
+    for option, text in help_of(CONFIGS[name]).items():
+        field = CONFIGS[name].__dataclass_fields__[option]
         explained = text.split("(default")[0].strip()
         assert len(explained) >= 8 and " " in explained, f"{option}: {text!r}"
-        comment = re.search(rf"^ +{option}:.*# *(.*)$", inspect.getsource(SCRIPTS[name].Config), re.MULTILINE)
+        comment = re.search(rf"^ +{option}:.*# *(.*)$", inspect.getsource(CONFIGS[name]), re.MULTILINE)
         assert explained == comment[1].strip()
         if field.default not in (MISSING, "", ()) and field.type not in (bool, "bool"):
             shown = field.default if isinstance(field.default, tuple) else (field.default,)
             assert f"(default: {','.join(map(str, shown))})" in text
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_no_option_means_the_default(name):
     """style.md: there are no two defaults for one option."""
-    cls = SCRIPTS[name].Config
+    cls = CONFIGS[name]
     positional = {f.name: ("a.pt",) for f in fields(cls) if f.default is MISSING}
     assert parse(cls, ["a.pt"] if positional else []) == cls(**positional)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_every_option_reaches_its_field(name):
     """Issue 2, Interface: an option sets its own field, with its own type, and no other."""
-    cls = SCRIPTS[name].Config
+    cls = CONFIGS[name]
     positional = ["a.pt"] if any(f.default is MISSING for f in fields(cls)) else []
     plain = parse(cls, positional)
     for f in (f for f in fields(cls) if f.default is not MISSING):
@@ -344,7 +360,8 @@ def test_every_option_reaches_its_field(name):
         if isinstance(default, bool):
             given, expected = [option if not default else option.replace("--", "--no-", 1)], not default
         elif isinstance(default, tuple):
-            given, expected = [option, "3,4k"], (3, 4000)
+            of_int = typing.get_args(typing.get_type_hints(cls)[f.name])[0] is int
+            given, expected = ([option, "3,4k"], (3, 4000)) if of_int else ([option, "3,1e-3"], (3., .001))
         else:
             given, expected = {int: ([option, "12k"], 12_000), float: ([option, "1.5e-3"], .0015),
                                str: ([option, "x y"], "x y")}[type(default)]
@@ -354,10 +371,18 @@ def test_every_option_reaches_its_field(name):
             k: v for k, v in vars(plain).items() if k != f.name}
 
 
-@pytest.mark.parametrize("name", ["pretrain", "sft", "rl", "evaluate", "model"])
+@pytest.mark.parametrize("name", CONFIGS.keys() - {"prepare"})
 def test_common_options_exist_everywhere(name):
     """Issue 2, Interface: every script takes --seed, --device and --threads."""
-    assert {"seed", "device", "threads"} <= {f.name for f in fields(SCRIPTS[name].Config)}
+    assert {"seed", "device", "threads"} <= {f.name for f in fields(CONFIGS[name])}
+
+
+def test_o_means_out():
+    """Whoever types -o, as with most programs, names the output; every script that writes one knows both."""
+    for name in ("prepare", "pretrain", "sft", "rl", "merge", "merge weights"):
+        checkpoints = ["a.pt", "b.pt"] if name == "merge weights" else []
+        short, long = (parse(CONFIGS[name], [*checkpoints, option, "x/y"]) for option in ("-o", "--out"))
+        assert short == long and short.out == "x/y"
 
 
 @pytest.mark.parametrize("text, value", [
@@ -463,15 +488,37 @@ def test_log_sizes_are_true_after_resuming(gpt, byte_tokenizer, tmp_path):
     run = Run(Config(str(tmp_path)))
     run.log(step=1)
     run.write("kept")
-    run.save_last(gpt, byte_tokenizer, [], optimizer, 1)
+    run.save_last(gpt, byte_tokenizer, [], [optimizer], 1)
     run.log(step=2)
     run.write("written after the state was saved, lost in the crash")
     run = resume(run, tmp_path)
     run.log(step=2)
-    run.save_last(gpt, byte_tokenizer, [], optimizer, 2)
+    run.save_last(gpt, byte_tokenizer, [], [optimizer], 2)
     run = resume(run, tmp_path)
     assert (tmp_path / "samples.txt").read_bytes() == b"kept\n"
     assert worlds.lines(tmp_path / "log.jsonl") == [{"step": 1}, {"step": 2}]
+
+
+def test_each_optimizer_gets_its_own_state_back(gpt, byte_tokenizer, tmp_path):
+    """R5: two AdamW over the same weights, as merge.py has: one has done three updates and one none; after a
+    resume each goes on exactly where it was, on the weights that were saved."""
+    def optimizers() -> list[torch.optim.Optimizer]:
+        return [torch.optim.AdamW(gpt.parameters(), lr=lr) for lr in (.1, .2)]
+    run, before = Run(Config(str(tmp_path))), optimizers()
+    for _ in range(3):
+        give_gradient(gpt.parameters(), 1.)
+        run.step(gpt, before[1], 1.)
+    run.save_last(gpt, byte_tokenizer, [], before, 3)
+    saved, after = copy.deepcopy(gpt.state_dict()), optimizers()
+    with torch.no_grad():
+        gpt.norm.zero_()
+    resume(run, tmp_path).restore(gpt, *after)
+    assert same_weights(gpt.state_dict(), saved)
+    assert after[0].state_dict() == before[0].state_dict() and not after[0].state
+    a, b = (optimizer.state_dict() for optimizer in (after[1], before[1]))
+    assert a["param_groups"] == b["param_groups"] and a["state"][0]["step"] == 3
+    for i, moments in b["state"].items():
+        assert all(torch.equal(a["state"][i][key], moments[key]) for key in moments)
 
 
 def free(run: Run) -> None:
@@ -549,7 +596,7 @@ def test_bad_gradients_are_counted_across_a_resume(gpt, byte_tokenizer, tmp_path
     for _ in range(2):
         give_gradient(gpt.parameters(), float("nan"))
         run.step(gpt, optimizer, 1.)
-    run.save_last(gpt, byte_tokenizer, [], optimizer, 2)
+    run.save_last(gpt, byte_tokenizer, [], [optimizer], 2)
     run = resume(run, tmp_path)
     assert run.skipped == 2
     give_gradient(gpt.parameters(), float("nan"))

@@ -10,7 +10,7 @@ import torch
 
 import rl
 from checkpoint import batch_indices, generator, load_model, save_checkpoint
-from model import GPT, Rollouts, completion_logprobs, pack, sample
+from model import GPT, Rollouts, SharedPrompts, completion_logprobs, pack, sample, shared_logprobs
 
 EOS, PAD = 60, 59           # of gpt, which has 61 tokens in use
 PROMPTS = [[1], [2, 3, 4, 5], [6, 7], [8, 9, 10], [11], [12, 13]]
@@ -21,13 +21,21 @@ ADVANTAGE = torch.tensor([1.5, -.5, -.5, .8, -1.2, .3])     # rows 2 and 5 are t
 
 @pytest.fixture
 def make_batch(logprobs_of):
-    """make_batch(model, ..., shift) -> rl.Batch that recorded the model's log-probabilities minus `shift`."""
+    """make_batch(model, ..., shift) -> rl.Batch that recorded the model's log-probabilities minus `shift`;
+    with more completions than prompts each prompt has a group of them."""
     def make(model, prompts=PROMPTS, completions=COMPLETIONS, temperature=1., shift=0.) -> rl.Batch:
-        rows = zip(prompts, completions)
-        recorded = [logprobs_of(model, *row, temperature).detach() - shift for row in rows]
-        return rl.Batch(prompts, completions, recorded, ["wrong"] * len(prompts), [""] * len(prompts),
-                        torch.zeros(len(prompts) // 2, 2), 0., 0.)
+        B, group = len(completions), len(completions) // len(prompts)
+        recorded = [logprobs_of(model, prompts[r // group], completions[r], temperature).detach() - shift
+                    for r in range(B)]
+        return rl.Batch(prompts, completions, recorded, ["wrong"] * B, [""] * B,
+                        torch.zeros(len(prompts), group), 0., 0.)
     return make
+
+
+def rows_of(batch) -> list[tuple[list[int], list[int]]]:
+    """(prompt, completion) of every row."""
+    group = len(batch.completions) // len(batch.prompts)
+    return [(batch.prompts[r // group], completion) for r, completion in enumerate(batch.completions)]
 
 
 def moved(model, seed=1):
@@ -42,7 +50,7 @@ def moved(model, seed=1):
 def gradient(model, batch, advantage, c, reference=None, rows=None):
     """(figures, gradients by name) of rl.policy_gradient on a fresh .grad."""
     model.zero_grad(set_to_none=True)
-    rows = range(len(batch.prompts)) if rows is None else rows
+    rows = range(len(batch.completions)) if rows is None else rows
     figures = rl.policy_gradient(model, reference or model, batch, advantage, rows, c, PAD)
     return figures, {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
 
@@ -50,7 +58,7 @@ def gradient(model, batch, advantage, c, reference=None, rows=None):
 def weighted(model, logprobs_of, batch, weights, temperature=1.):
     """Gradients of sum(weight · logp), row by row, weights[row] being (length,) numbers."""
     model.zero_grad(set_to_none=True)
-    for prompt, completion, weight in zip(batch.prompts, batch.completions, weights):
+    for (prompt, completion), weight in zip(rows_of(batch), weights):
         (logprobs_of(model, prompt, completion, temperature) * weight).sum().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
@@ -134,13 +142,15 @@ def test_on_policy_gradient_is_reinforce_bitwise():
 
 def test_one_update_per_batch_is_reinforce_bitwise(gpt, make_batch):
     """G3: with updates=1 the gradient is REINFORCE's, bit for bit, though what was recorded is a bit off."""
-    longest_first = sorted(zip(PROMPTS, COMPLETIONS), key=lambda row: -len(row[0] + row[1]))
-    batch = make_batch(gpt, *map(list, zip(*longest_first)), .6, 1e-3)
+    prompts, completions = (sorted(rows, key=len, reverse=True) for rows in (PROMPTS, COMPLETIONS))
+    batch = make_batch(gpt, prompts, completions, .6, 1e-3)
     figures, ours = gradient(gpt, batch, ADVANTAGE, rl.Config(temperature=.6))
     gpt.zero_grad(set_to_none=True)
-    ids, target = pack(batch.prompts, batch.completions, PAD)
-    each = torch.cat([ADVANTAGE[r].expand(len(c)) for r, c in enumerate(batch.completions)])
-    (-(completion_logprobs(gpt, ids, target, .6) * each).sum() / len(each)).backward()
+    shared = SharedPrompts(gpt, prompts, PAD)
+    logp = shared_logprobs(gpt, shared, list(range(6)), completions, PAD, .6)
+    each = torch.cat([ADVANTAGE[r].expand(len(c)) for r, c in enumerate(completions)])
+    (-(logp * each).sum() / len(each)).backward()
+    shared.backward()
     assert all(torch.equal(ours[name], p.grad) for name, p in gpt.named_parameters())
     assert figures["ratio"] == 1 and figures["clip_fraction"] == 0
 
@@ -224,11 +234,7 @@ def test_skipping_silent_rows_changes_nothing(gpt, make_batch, logprobs_of):
     """G2: rows without advantage are not computed, but their tokens stay in the denominator."""
     advantage = torch.tensor([1.5, 0., 0., -.5, 0., -1.])
     batch = make_batch(gpt)
-    rows_computed, original = [], gpt.hidden
-    gpt.hidden = lambda ids, *rest: (rows_computed.append(len(ids)), original(ids, *rest))[1]
     figures, ours = gradient(gpt, batch, advantage, rl.Config())
-    gpt.hidden = original
-    assert sum(rows_computed) == 3
     assert_close(ours, weighted(gpt, logprobs_of, batch, [-float(a) / 27 for a in advantage]))
     assert abs(figures["loss"] - (-1.5 * 3 + .5 * 1 + 1. * 8) / 27) < 1e-6
 
@@ -295,6 +301,77 @@ def test_without_advantage_nothing_is_clipped(gpt, make_batch, shift):
     """G4: at A = 0 both sides of the clip are 0; tokens computed for the KL penalty alone are not clipped."""
     figures, _ = gradient(gpt, make_batch(gpt, shift=shift), torch.zeros(6), rl.Config(updates=2, kl=.1))
     assert figures["clip_fraction"] == 0
+
+
+# ---- a prompt is computed once for its group ----------------------------------------------------------
+
+GROUPED = dict(prompts=[[1], [2, 3, 4, 5, 6, 7, 8], [9, 10], [11]],
+               completions=[[14, 15, EOS], [EOS], [16, PAD, PAD, 17, 18], [19, EOS], [20] * 8, [21, EOS],
+                            [22], [23, 24, 25, EOS], [26, 27, EOS], [28, EOS], [29] * 6, [30, EOS]])
+GROUPED_ADVANTAGE = torch.tensor([1.1, -.5, -.6, 0., 0., 0., -1.1, .5, .6, 1., -.4, -.6])    # 4 groups of 3
+
+
+def plain_gradient(model, reference, batch, advantage, c):
+    """Gradients of the same loss from one batch of whole rows, prompts and all, without micro-batches."""
+    model.zero_grad(set_to_none=True)
+    ids, target = pack(*map(list, zip(*rows_of(batch))), PAD)
+    logp = completion_logprobs(model, ids, target, c.temperature)
+    old = logp.detach() if c.updates == 1 else torch.cat(batch.logprobs)
+    each = torch.cat([a.expand(len(completion)) for a, completion in zip(advantage, batch.completions)])
+    loss = rl.policy_loss(logp, old, each, c.clip_low, c.clip_high)
+    if c.kl:
+        with torch.no_grad():
+            start = completion_logprobs(reference, ids, target, c.temperature)
+        loss = loss + c.kl * rl.kl_k3(logp, start)
+    loss.mean().backward()
+    return float(loss.detach().mean()), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("micro_batch", [1, 6, 12, 25, 1_000])
+@pytest.mark.parametrize("changes", [{}, {"kl": .3}, {"updates": 3, "temperature": .6, "clip_low": .05},
+                                     {"updates": 3, "kl": .3, "clip_high": .05}])
+def test_shared_prompts_give_the_plain_gradient(gpt, make_batch, changes, micro_batch):
+    """V7, G6: prompts of 1 to 7 tokens computed once per block, completions attending to them: the gradients
+    of whole rows within 1e-5, for one update and several, with and without the KL penalty, whatever the
+    blocks."""
+    c = rl.Config(micro_batch=micro_batch, **changes)
+    reference, batch = moved(gpt), make_batch(gpt, **GROUPED, temperature=c.temperature, shift=.1)
+    loss, expected = plain_gradient(gpt, reference, batch, GROUPED_ADVANTAGE, c)
+    figures, ours = gradient(gpt, batch, GROUPED_ADVANTAGE, c, reference)
+    assert_close(ours, expected, 1e-5)
+    assert abs(figures["loss"] - loss) < 1e-5
+
+
+@pytest.mark.parametrize("rows", [range(0, 3), range(3, 9), range(6, 12)])
+def test_an_update_takes_its_own_groups(gpt, make_batch, logprobs_of, rows):
+    """G6, G10: row p·G + g belongs to prompt p, also in an update that begins in the middle of the batch."""
+    batch, n = make_batch(gpt, **GROUPED), sum(len(GROUPED["completions"][r]) for r in rows)
+    _, ours = gradient(gpt, batch, GROUPED_ADVANTAGE, rl.Config(), rows=rows)
+    weights = [-float(a) / n if r in rows else 0. for r, a in enumerate(GROUPED_ADVANTAGE)]
+    assert_close(ours, weighted(gpt, logprobs_of, batch, weights))
+
+
+@pytest.mark.parametrize("micro_batch, blocks", [(1_000, 1), (2, 2), (1, 3)])
+def test_a_prompt_is_computed_once(gpt, make_batch, micro_batch, blocks):
+    """V5, V7: of 12 rows in 4 groups one group is silent: three prompts and nine completions run through the
+    model, each once; the figure `positions` counts their tokens."""
+    batch, seen, original = make_batch(gpt, **GROUPED), {True: [], False: []}, gpt.hidden
+
+    def hidden(ids, cache):
+        seen[cache.rows is None].append(len(ids))                        # of prompts, of completions
+        return original(ids, cache)
+    gpt.hidden = hidden
+    figures, _ = gradient(gpt, batch, GROUPED_ADVANTAGE, rl.Config(micro_batch=micro_batch))
+    assert len(seen[True]) == blocks and sum(seen[True]) == 3 and sum(seen[False]) == 9
+    computed = [GROUPED["completions"][r] for r in range(12) if not 3 <= r < 6]
+    assert figures["positions"] == sum(map(len, computed)) + 1 + 2 + 1
+
+
+@pytest.mark.parametrize("advantage, rows", [([1., 0, 0, 0, 0, 0], 3), ([1., 0, 0, 0, 0, -1.], 11)])
+def test_the_ratio_of_a_skipped_token_is_1(gpt, make_batch, advantage, rows):
+    """G6: the logged ratio is the mean over all 27 tokens of the update, of which 3 or 11 were computed."""
+    figures, _ = gradient(gpt, make_batch(gpt, shift=.1), torch.tensor(advantage), rl.Config(updates=2))
+    assert abs(figures["ratio"] - (1 + rows * math.expm1(.1) / 27)) < 1e-5
 
 
 # ---- the KL penalty -----------------------------------------------------------------------------------
@@ -377,7 +454,8 @@ def test_a_duplicated_problem_stays_two_groups(answer_tokenizer, answering):
     batch = rl.collect(model, answer_tokenizer, problems, 3, rl.Config(max_new=6), generator(0, "test"))
     assert batch.rewards.tolist() == [[0.] * 3, [1.] * 3, [1.] * 3, [0.] * 3]
     assert batch.grades == ["wrong"] * 3 + ["right"] * 6 + ["wrong"] * 3
-    assert batch.texts == ["#### 7"] * 12 and batch.prompts == [answer_tokenizer.encode("x\n")] * 12
+    prompt = [answer_tokenizer.eos, *answer_tokenizer.encode("x\n")]
+    assert batch.texts == ["#### 7"] * 12 and batch.prompts == [prompt] * 4
 
 
 def test_collect_records_what_was_sampled(answer_tokenizer, answering):
@@ -482,7 +560,7 @@ def test_the_log_has_the_figures_of_the_batch(run_rl, answer_tokenizer, answerin
     model, answers = answering(wrong=.3), list("787978")
     before, after, log = run_rl(model, answer_tokenizer, answers, n_problems=6, rollouts=3, steps=1, seed=3)
     problems = [{"question": f"train {i}", "answer": a} for i, a in enumerate(answers)]
-    chosen = [problems[i] for i in batch_indices(6, 6, 0, 3)]
+    chosen = [problems[i] for i in batch_indices(6, 6, 0, 3, "rl")]
     batch = rl.collect(before, answer_tokenizer, chosen, 3, rl.Config(max_new=8), generator(3, "rollouts", 0))
     signals = sum(0 < sum(group) < 3 for group in batch.rewards.tolist()) / 6
     expected = {"reward": sum(batch.grades[r] == "right" for r in range(18)) / 18, "signal": signals,
@@ -491,6 +569,20 @@ def test_the_log_has_the_figures_of_the_batch(run_rl, answer_tokenizer, answerin
     for name, value in expected.items():
         assert abs(log[0][name] - value) < 1e-6, name
     assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
+
+
+def test_logged_flops_count_a_prompt_once(run_rl, answer_tokenizer, answering):
+    """V: a step of 2 problems x 4 rollouts, prompts of 9 tokens, answers of 4: 18 + 32 positions forward in
+    sampling; in the update three times 9 + 4 · 4 per group with a signal."""
+    model = answering()
+    _, _, log = run_rl(model, answer_tokenizer, ["7", "8"], n_problems=2, rollouts=4, steps=6)
+    before, signals = 0, []
+    for line in log:
+        groups = 2 * line["signal"]
+        assert line["flops"] - before == model.flops_per_token(13) * (18 + 32 + 3 * groups * (9 + 16))
+        before = line["flops"]
+        signals.append(groups)
+    assert len(set(signals)) > 1
 
 
 def test_parameters_are_fp32(gpt):
@@ -536,8 +628,8 @@ def test_thirty_steps_raise_the_rewarded_token(make_gpt, updates):
     for step in range(30):
         out = sample(model, prompts, group, 1, 10, 9, generator(0, "rollouts", step))
         rewards = (out.tokens.view(3, group) == torch.tensor(wanted)[:, None]).float()
-        batch = rl.Batch([p for p in prompts for _ in range(group)], out.completions(), list(out.logprobs),
-                         [""] * 48, [""] * 48, rewards, 0., 0.)
+        batch = rl.Batch(prompts, out.completions(), list(out.logprobs), [""] * 48, [""] * 48, rewards, 0.,
+                         0.)
         advantage = rl.advantages(rewards).flatten()
         for i in range(0, 48, 48 // updates):
             if rl.policy_gradient(model, model, batch, advantage, range(i, i + 48 // updates), c, 9):

@@ -4,7 +4,9 @@ import math
 import pytest
 import torch
 
-from checkpoint import generator
+import model as model_script
+from checkpoint import generator, save_checkpoint
+from data.tokenizer import PATTERN, Tokenizer
 from model import GPT, SIZES, ModelConfig, rms_norm, rotate
 
 # ---- the equations again: float64, one position and one head at a time ---------------------------------
@@ -195,3 +197,28 @@ def test_sizes_have_the_parameters_that_their_name_says(name):
     parameters = sum(p.numel() for p in model.parameters())
     assert abs(parameters / (float(name.removesuffix("M")) * 1e6) - 1) < .15
     assert d_model % (2 * n_heads) == 0                                  # rope turns pairs
+
+
+# ---- a prompt to try it ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("typed, kept", [("hi", 3), ("", 1), ("x" * 53, 54), ("x" * 54, 54), ("x" * 999, 54)])
+def test_chat_asks_after_eos(make_gpt, tmp_path, monkeypatch, typed, kept):
+    """G8: what is typed stands after EOS and before a newline, as every question in training; of a text that
+    leaves no room for 9 new tokens in the context of 64 the end is kept, EOS still before it."""
+    tokenizer, asked, answers = Tokenizer({"pattern": PATTERN, "merges": []}), [], iter([typed])
+    save_checkpoint(tmp_path / "a.pt", make_gpt(vocab_size=320, n_vocab=258), tokenizer, [])
+    original = model_script.sample
+
+    def typing(prompt):
+        try:
+            return next(answers)
+        except StopIteration:
+            raise EOFError from None
+
+    def sample(model, prompts, *args):
+        asked.extend(prompts)
+        return original(model, prompts, *args)
+    monkeypatch.setattr("builtins.input", typing)
+    monkeypatch.setattr(model_script, "sample", sample)
+    model_script.chat(model_script.Config((str(tmp_path / "a.pt"),), max_new=9, device="cpu", threads=1))
+    assert asked == [[tokenizer.eos, *f"{typed}\n".encode()[-kept:]]]

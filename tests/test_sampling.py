@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from checkpoint import generator
-from model import Cache, completion_logprobs, decode, micro_batches, pack, sample
+from model import (
+    Cache, SharedPrompts, completion_logprobs, decode, micro_batches, pack, sample, shared_logprobs)
 
 EOS, PAD = 9, 10            # of small_gpt, which has 11 tokens in use
 LAST_UNIFORM = 1 - 2 ** -24  # the largest number that torch.rand draws in float32
@@ -282,6 +283,31 @@ def test_packed_logprobs_equal_single_rows(gpt, logprobs_of):
         together = completion_logprobs(gpt, ids, target, temperature)
         alone = torch.cat([logprobs_of(gpt, p, c, temperature) for p, c in zip(prompts, completions)])
         assert torch.allclose(together, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1., .6])
+def test_shared_prompts_give_the_same_logprobs(gpt, temperature):
+    """G8: completions that attend to prompts computed once, in any order and number per prompt, one-token
+    prompts and one-token completions among them: the log-probabilities of whole rows."""
+    prompts = [[1], [2, 3, 4, 5, 6, 7], [8, 9], [0, 0, 0], [10]]
+    rows = [1, 0, 4, 4, 2, 3, 1, 0]
+    completions = [[7, 60], [8], [0, 0, 9, 60], [5, 4, 3, 2, 1, 0, 60], [60], [0], [1], [2, 60]]
+    whole = completion_logprobs(gpt, *pack([prompts[r] for r in rows], completions, 0), temperature)
+    shared = SharedPrompts(gpt, prompts, 0)
+    assert torch.allclose(shared_logprobs(gpt, shared, rows, completions, 0, temperature), whole, atol=1e-5)
+    short = [i for i, completion in enumerate(completions) if len(completion) == 1]      # no padding, T = 1
+    alone = torch.cat([completion_logprobs(gpt, *pack([prompts[rows[i]]], [completions[i]], 0), temperature)
+                       for i in short])
+    again = shared_logprobs(gpt, shared, [rows[i] for i in short], [completions[i] for i in short], 0,
+                            temperature)
+    assert torch.allclose(again, alone, atol=1e-5)
+
+
+def test_shared_prompts_fill_the_context(gpt):
+    """Limits: prompt and completion that fill the context of 64 together share as any others do."""
+    prompts, completions = [[1] * 60, [2]], [[3, 4, 5, 60], [6, 60]]
+    shared = shared_logprobs(gpt, SharedPrompts(gpt, prompts, 0), [0, 1], completions, 0)
+    assert torch.allclose(shared, completion_logprobs(gpt, *pack(prompts, completions, 0)), atol=1e-5)
 
 
 def test_sampled_rows_end_with_their_first_eos(small_gpt):

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 import evaluate
-from checkpoint import UserError, generator
+import merge
+import rl
+import sft
+from checkpoint import UserError, generator, save_checkpoint
 from data.tokenizer import EOS
 from evaluate import (
     Attempts,
@@ -331,20 +334,54 @@ def test_exact_match_needs_every_token(gpt):
     assert exact == [True, True, False, False, False, False]
 
 
-def test_benchmark_accuracy_chance_and_error(bigram, byte_tokenizer):
-    """B1: accuracies, their standard error sqrt(p(1-p)/(n-1)) and chance, for a known model."""
+def choice(task, choices, answer, chance=.5, context="q"):
+    return {"task": task, "context": context, "choices": choices, "answer": answer, "chance": chance}
+
+
+@pytest.fixture
+def after_q(bigram, byte_tokenizer):
+    """A GPT that says a with .3, b with .6, c with .1 after q; a after a; c (.99) or b (.01) after b."""
     a, b, c, q = (ord(x) for x in "abcq")
-    model = bigram({q: {a: .3, b: .6, c: .1}, a: {a: 1.}, b: {b: .01, c: .99}}, byte_tokenizer.n_vocab)
-    def item(task, choices, answer, chance):
-        return {"task": task, "context": "q", "choices": choices, "answer": answer, "chance": chance}
-    items = [item("m", ["a", "b"], 1, .5), item("m", ["a", "b"], 0, .5), item("m", ["aa", "bb"], 0, .5),
-             item("m", ["a", "bc"], 1, .5), item("m", ["aaaa", "b"], 0, .5),     # .3 in 4 letters, .6 in 1
-             item("w", ["bc"], 0, 0.), item("w", ["b"], 0, 0.), item("w", ["a"], 0, 0.)]
-    r = measure_benchmarks(model, byte_tokenizer, items)
-    m, w = r["m"], r["w"]
-    assert m["hits"] == [1, 0, 1, 1, 1] and abs(m["acc_norm"] - .8) < 1e-9 and abs(m["acc"] - .6) < 1e-9
-    assert abs(m["stderr"] - (.8 * .2 / 4) ** .5) < 1e-9 and m["chance"] == .5 and m["items"] == 5
-    assert w["hits"] == [1, 1, 0] and w["chance"] == 0 and abs(w["acc"] - 2 / 3) < 1e-9
+    return bigram({q: {a: .3, b: .6, c: .1}, a: {a: 1.}, b: {b: .01, c: .99}}, byte_tokenizer.n_vocab)
+
+
+def test_benchmark_accuracy_by_the_number_of_choices(after_q, byte_tokenizer):
+    """B1: acc_norm where there are three or more choices; acc where there are two, which differ in a letter
+    or two (BLiMP); exact match where there is one. 'aaaa' has .3 in four letters, 'b' .6 in one."""
+    items = [choice("many", ["aaaa", "b", "cx"], 0), choice("many", ["aa", "bb", "cx"], 1),
+             choice("two", ["aaaa", "b"], 0), choice("two", ["a", "b"], 1), choice("two", ["a", "bc"], 1),
+             choice("one", ["bc"], 0), choice("one", ["b"], 0), choice("one", ["a"], 0)]
+    r = measure_benchmarks(after_q, byte_tokenizer, items)
+    assert {task: x["hits"] for task, x in r.items()} == {"many": [1, 0], "two": [0, 1, 1], "one": [1, 1, 0]}
+    expected = {"many": (.5, 0., .5), "two": (2 / 3, 2 / 3, 1.), "one": (2 / 3, 2 / 3, 2 / 3)}
+    for task, values in expected.items():
+        assert np.allclose([r[task][k] for k in ("accuracy", "acc", "acc_norm")], values)
+        assert r[task]["items"] == len(r[task]["hits"]) == sum(item["task"] == task for item in items)
+
+
+def test_benchmark_chance_and_error(after_q, byte_tokenizer):
+    """B1: the chance level of the items, and the standard error sqrt(p(1-p)/(n-1)) of the accuracy shown:
+    with two choices that of acc (4 of 5 here; by acc_norm 5 of 5 would have none)."""
+    right = [choice("two", ["a", "b"], 1)] * 4
+    r = measure_benchmarks(after_q, byte_tokenizer, [*right, choice("two", ["aaaa", "b"], 0)])["two"]
+    assert abs(r["stderr"] - (.8 * .2 / 4) ** .5) < 1e-9 and r["chance"] == .5 and r["acc_norm"] == 1
+    one = measure_benchmarks(after_q, byte_tokenizer, [choice("few", ["a", "b", "c", "d"], 1, .25)])["few"]
+    assert one["stderr"] == 0 and one["accuracy"] == 1 and one["chance"] == .25      # one item: 0, not NaN
+
+
+def test_a_context_follows_eos(bigram, byte_tokenizer):
+    """B1: in pretraining every text follows the EOS of another, so a context does too: the choices of an
+    empty context are judged by what follows EOS."""
+    a, b = ord("a"), ord("b")
+    model = bigram({byte_tokenizer.eos: {a: .1, b: .9}}, byte_tokenizer.n_vocab)
+    r = measure_benchmarks(model, byte_tokenizer, [choice("x", ["a", "b"], i, context="") for i in (0, 1)])
+    assert r["x"]["hits"] == [0, 1]
+
+
+def test_a_prompt_is_eos_question_newline(byte_tokenizer):
+    """G8, B1: the question stands after EOS as in pretraining, encoded as plain text: no second EOS."""
+    ids = evaluate.prompt_ids(byte_tokenizer, {"question": f"a{EOS}?"})
+    assert ids == [byte_tokenizer.eos, *f"a{EOS}?\n".encode()]
 
 
 def test_bits_per_byte_by_hand(make_gpt, byte_tokenizer, answer_tokenizer):
@@ -433,6 +470,37 @@ def test_no_problems_is_an_error(tmp_path):
     for file, difficulty in ((path, "hard"), (empty, "all"), (tmp_path / "missing", "all")):
         with pytest.raises(UserError, match=file.name):
             load_problems(file, difficulty)
+
+
+@pytest.fixture
+def opened(make_gpt, byte_tokenizer, tmp_path):
+    """opened(problems, script, **options) -> the questions that a training would use (context 64)."""
+    save_checkpoint(tmp_path / "start.pt", make_gpt(vocab_size=320, n_vocab=258), byte_tokenizer, [])
+    write(tmp_path / "val.jsonl", GOOD | {"split": "val"})
+
+    def questions(problems, script=rl, **options):
+        path = write(tmp_path / "some.jsonl", *problems)
+        c = script.Config(init=str(tmp_path / "start.pt"), data=str(tmp_path), problems=str(path), max_new=9,
+                          **options)
+        return [p["question"] for p in evaluate.open_training(c, torch.device("cpu"), script is not rl)[3]]
+    return questions
+
+
+@pytest.mark.parametrize("questions, chosen", [(0, "0234"), (1, "0"), (3, "023"), (9, "0234")])
+def test_training_takes_the_first_questions(opened, questions, chosen):
+    """--questions N: the first N problems of the difficulty in the order of the file; 0: all there are."""
+    problems = [GOOD | {"question": str(i), "difficulty": "hard" if i == 1 else "easy"} for i in range(5)]
+    assert all(opened(problems, script, questions=questions) == list(chosen) for script in (rl, sft, merge))
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_training_on_evaluation_problems_is_refused(opened, split):
+    """P5: one validation or test problem among the training problems voids every number; the line names the
+    file. Problems of other splits and without one (a user's own) are fine."""
+    problems = [GOOD, GOOD | {"split": "train"}, GOOD | {"split": "pretrain"}]
+    assert len(opened(problems)) == 3
+    with pytest.raises(UserError, match="some.jsonl"):
+        opened([*problems, GOOD | {"split": split}])
 
 
 def test_attempts_are_graded_against_their_own_problem(answering, answer_tokenizer):

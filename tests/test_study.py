@@ -1,46 +1,212 @@
-"""The grid behind the README's figure: what is run, what is not run again, what is reported."""
+"""The grid, its resumption, the statistics behind the verdicts, and the report from stored results."""
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+
+import numpy as np
+import pytest
 
 import study
 
-STORED = Path(study.__file__).parent / "results" / "pipeline" / "results.jsonl"
+ROOT = Path(study.__file__).parent
+STORED = sorted((ROOT / "results").glob("*/results.jsonl"))
+MINI = """
+import sys
+import study
+study.EVALUATION = "--n-problems 2 --samples 32 --max-new 8"
+small = " --eval-problems 2 --eval-samples 2 --max-new 8"
+data = ("--tokens 40000 --val-tokens 5000 --train-problems 60 --eval-problems 4 --benchmark-items 4 "
+        "--vocab-size 300")
+pretraining = "--tokens 32k --size 0.3M --context 128 --batch 8 --micro-batch 8 --checkpoints-at 16k,32k"
+for name, command in study.RECIPES.items():
+    size = " --epochs 1 --batch 4 --questions 8" if command.startswith("sft") else (
+        " --steps 2 --n-problems 2 --rollouts 2 --questions 8")
+    command = command.replace(" --checkpoints-at 10,25", " --checkpoints-at 1")
+    study.RECIPES[name] = command + size + small
+study.STUDIES["mini"] = study.Study(
+    {"base": (data, pretraining, ("0.016M", "0.032M"))},
+    ("RL", "SFT", "SFT-Gold", "SFT→RL", "SFT-Gold→RL", "parallel"), seeds=(0,), shots=0,
+    trace={("0.016M", "RL"): (1,)})
+study.main(study.study, study.Config)
+"""
 
 
-def fake(tmp_path: Path, name: str, code: str, needs: str = "") -> dict:
-    """A cell that runs Python code instead of a script of ours (a name 'data' gets no --threads option)."""
-    return {"name": name, "command": ["-c", code], "makes": tmp_path / name.replace(" ", ""),
-            "needs": Path(needs)}
+def start(folder: Path) -> subprocess.Popen:
+    """The miniature study in a process group of its own, as a terminal would start it."""
+    command = [sys.executable, "-c", MINI, "--preset", "mini", "--jobs", "2"]
+    return subprocess.Popen(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
 
 
-def test_every_cell_finds_what_it_needs():
+def results(folder: Path) -> list[dict]:
+    """results.jsonl without times."""
+    records = [json.loads(line) for line in (folder / "results/mini/results.jsonl").read_text().splitlines()]
+    for r in records:
+        del r["cost"]["seconds"]
+    return records
+
+
+def test_a_miniature_study_interrupted_and_continued_gives_the_same_results(tmp_path):
+    """Two checkpoints, all recipes, two steps each; Ctrl-C after the first recipes, and the command again."""
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+        for script in ("data", *(p.name for p in ROOT.glob("*.py"))):
+            (tmp_path / name / script).symlink_to(ROOT / script)
+    whole, broken = start(tmp_path / "whole"), start(tmp_path / "broken")
+    while not list((tmp_path / "broken/runs").glob("sft-*/final.pt")):
+        assert broken.poll() is None, broken.stdout.read()
+        time.sleep(.1)
+    os.killpg(broken.pid, signal.SIGINT)
+    assert broken.wait() != 0 and not (tmp_path / "broken/results").exists()
+    again = start(tmp_path / "broken")
+    for process in (whole, again):
+        output = process.communicate()[0]
+        assert process.returncode == 0, output
+    assert "SFT→RL" in (tmp_path / "broken/results/mini/report.md").read_text()
+    assert len(results(tmp_path / "whole")) == 2 * 7 + 1
+    assert results(tmp_path / "whole") == results(tmp_path / "broken")
+
+
+def cell(tmp_path: Path, name: str, code: str, needs: tuple[str, ...] = ()) -> study.Cell:
+    """A cell that runs Python code instead of a script (a 'data' cell gets no --threads option)."""
+    return study.Cell("b", "", "data", 0, ["-c", code.format(out=str(tmp_path / name))], tmp_path / name,
+                      [tmp_path / n for n in needs], 1.0)
+
+
+def test_failures_are_named_and_do_not_stop_the_others(tmp_path):
+    """What waits for a failed cell is reported too; what does not wait for it is run; what exists is not."""
+    write = "open({out!r}, 'a').write('x')"
+    (tmp_path / "there").write_text("old")
+    cells = [cell(tmp_path, "there", write), cell(tmp_path, "broken", "raise SystemExit(3)"),
+             cell(tmp_path, "orphan", write, ("broken",)), cell(tmp_path, "fresh", write, ("there",))]
+    failed = study.run_cells(cells, tmp_path, jobs=2)
+    assert (tmp_path / "there").read_text() == "old" and (tmp_path / "fresh").read_text() == "x"
+    assert len(failed) == 2 and not (tmp_path / "orphan").exists()
+
+
+@pytest.mark.parametrize("preset", study.STUDIES)
+def test_every_cell_comes_after_what_it_needs(preset):
     """A grid whose cells wait for files that no cell makes would never end."""
-    cells = study.grid(study.Config())
-    made = {x["makes"] for x in cells} | {Path(f"runs/base/{t}.pt") for t in study.TOKENS} | {Path(".")}
-    assert all(x["needs"] in made for x in cells)
-    assert len({x["makes"] for x in cells}) == len(cells)
+    made: set[Path] = set()
+    for x in study.grid(study.STUDIES[preset], study.Config()):
+        assert set(x.needs) <= made, x.name
+        assert x.makes not in made, x.name
+        made.add(x.makes)
 
 
-def test_what_exists_is_not_run_again_and_failures_do_not_stop_the_rest(tmp_path):
-    """A cell with a result is skipped; a failed one is named, and what waits for it; the others are run."""
-    write = "import sys; open({!r}, 'a').write('x')"
-    there, fresh = fake(tmp_path, "there", ""), fake(tmp_path, "fresh", "")
-    there["makes"].write_text("old")
-    there["command"][1] = write.format(str(there["makes"]))
-    fresh["command"][1] = write.format(str(fresh["makes"]))
-    broken = fake(tmp_path, "broken", "raise SystemExit(3)")
-    orphan = fake(tmp_path, "orphan", "", needs=str(broken["makes"]))
-    failed = study.run_cells([there, broken, orphan, fresh], tmp_path, jobs=2)
-    assert there["makes"].read_text() == "old" and fresh["makes"].read_text() == "x"
-    assert sorted(failed) == ["broken", "orphan"]
+def folder_of(recipe: str) -> Path:
+    return next(x.makes for x in study.grid(study.STUDIES["controls"], study.Config())
+                if x.recipe == recipe and not x.evaluation)
 
 
-def test_the_report_agrees_with_the_stored_counts(tmp_path):
-    """The published table can be redrawn; its pass@1 is the share of right samples (a closed form)."""
-    records = [json.loads(line) for line in STORED.read_text().splitlines()]
-    table = study.report(tmp_path, records)
-    assert (tmp_path / "figure.png").stat().st_size > 10_000
-    assert table == STORED.with_name("table.md").read_text().rstrip("\n")
-    one = next(r for r in records if r["recipe"] == "base" and r["at"] == "8M")["problems"]["easy"]
-    share = 100 * sum(one["right_per_problem"]) / (one["problems"] * one["samples"])
-    assert f"| 8M | base | 0 | {share:.1f} |" in table
+def test_a_changed_option_gives_a_new_folder_to_it_and_its_descendants(monkeypatch):
+    """SFT's learning rate concerns SFT and what is merged from it, not RL."""
+    before = {name: folder_of(name) for name in ("SFT", "ties", "RL")}
+    monkeypatch.setitem(study.RECIPES, "SFT", study.RECIPES["SFT"] + " --lr 0.002")
+    after = {name: folder_of(name) for name in before}
+    assert after["SFT"] != before["SFT"] and after["ties"] != before["ties"] and after["RL"] == before["RL"]
+
+
+def test_a_changed_default_gives_a_new_folder(monkeypatch):
+    """A researcher edits a default in rl.py: all options are hashed, not only those on the command line."""
+    import rl
+    before = folder_of("RL")
+    monkeypatch.setattr(rl.Config.__dataclass_fields__["lr"], "default", 7e-4)
+    assert folder_of("RL") != before
+
+
+# ---- statistics ------------------------------------------------------------------------------------------
+
+def record(recipe: str, right: list[int], seed: int = 0, at: str = "4M", hits: str = "10", **more) -> dict:
+    """A made-up evaluation: 64 samples of each problem, easy and hard alike."""
+    d = {"samples": 64, "right_per_problem": right, "styles": {"tens": 1.0}, "answer_entropy": 1.0,
+         "distinct_completions": 2.0, "unparsed": 0.0}
+    return {"base": "base", "at": at, "recipe": recipe, "seed": seed, "step": -1, "shots": 0,
+            "cost": {"flops": 1, "seconds": 60}, "curve": [[1, .2, 0., 5]], "validation": [[1, .1]],
+            "problems": {"easy": d, "hard": d}, "benchmarks": {"recall": {"hits": hits}}, "general_mean": .5,
+            "bits_per_byte": .3} | more
+
+
+@pytest.mark.parametrize("low, high, expected", [
+    (10.1, 20, "reproduced"), (9.9, 20, "undecided"), (-5, 10.1, "undecided"), (-5, 9.9, "not reproduced")])
+def test_verdict_on_each_side_of_the_margin(low, high, expected):
+    assert study.verdict(low, high, 10) == expected
+
+
+def test_the_interval_of_equal_values_is_a_point():
+    assert study.bootstrap(np.full((3, 50), 7.0)) == (7.0, 7.0, 7.0)
+
+
+def test_the_interval_has_the_width_of_the_normal_approximation():
+    """One seed, many problems: mean ± 1.96 sd/√N."""
+    x = np.random.default_rng(1).normal(5, 10, (1, 400))
+    mean, low, high = study.bootstrap(x)
+    assert (high - low) / 2 == pytest.approx(1.96 * 10 / 20, rel=.15) and low < mean < high
+
+
+def test_seeds_that_disagree_widen_the_interval():
+    """Three seeds with means 0, 10, 20 and no spread over problems: the interval reaches the extremes."""
+    x = np.repeat([[0.0], [10.0], [20.0]], 100, axis=1)
+    mean, low, high = study.bootstrap(x)
+    assert mean == 10 and low == 0 and high == 20
+
+
+def test_a_difference_pairs_seeds_and_repeats_the_base():
+    records = [record("base", [0, 32]), record("RL", [32, 32]), record("RL", [64, 32], seed=1)]
+    x = study.difference(records, "RL", "base", "easy pass@1", ["4M"])
+    assert x == pytest.approx(np.array([[50, 0], [100, 0]]))
+    assert study.difference(records, "RL", "SFT", "easy pass@1", ["4M"]) is None
+
+
+@pytest.mark.parametrize("gain, expected", [(0, "not reproduced"), (32, "reproduced")])
+def test_claim_1_is_judged_by_the_gain_at_early_checkpoints(gain, expected):
+    """4 M of 8 M tokens is early; a gain of 50 points is above the margin of 10, none is below it."""
+    records = [record("base", [16] * 20), record("base", [40] * 20, at="8M")]
+    records += [record("RL", [16 + gain] * 20, seed) for seed in range(3)]
+    rows = [row for row in study.judge(records) if row[0] == "C1"]
+    assert [row[2] for row in rows] == ["4M", "4M"] and rows[0][5] == expected
+
+
+@pytest.mark.parametrize("lost, expected", [(0, "not reproduced"), (1, "reproduced")])
+def test_claim_6_is_judged_by_what_sft_loses(lost, expected):
+    """Half of the benchmark items lost is more than 2 points; none is not."""
+    records = [record("base", [1] * 5, hits="1" * 40),
+               *(record("SFT", [1] * 5, seed, hits="01"[1 - lost] * 40) for seed in range(3))]
+    row = next(row for row in study.judge(records) if row[1].startswith("SFT costs"))
+    assert row[5] == expected
+
+
+@pytest.mark.parametrize("right, reward, expected", [
+    (16, .2, "not reproduced"), (32, .2, "reproduced"), (32, .3, None)])
+def test_claim_9_needs_equal_rewards_and_different_scores(right, reward, expected):
+    """Seeds at 25 % and 50 % count only if their training rewards agree."""
+    records = [record("base", [0] * 30), record("RL", [16] * 30),
+               record("RL", [right] * 30, 1, curve=[[1, reward, 0., 5]])]
+    rows = [row for row in study.judge(records) if row[0] == "C9"]
+    assert [row[5] for row in rows] == ([expected] if expected else [])
+
+
+def test_problems_newly_solved_and_lost_are_counted():
+    """Base solves problems 0 and 1, the run solves 1 and 2: one new, one lost."""
+    records = [record("base", [64, 1, 0]), record("RL", [0, 64, 64])]
+    row = next(r for r in study.solved(records) if r[2] == "RL" and r[4] == "easy")
+    assert row[5:11] == [2, 2, 1, 1, 1, 1]
+
+
+# ---- the report ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("stored", STORED, ids=lambda p: p.parent.name)
+def test_the_published_report_is_what_its_results_say(stored, tmp_path):
+    """Text equal to the published one; pass@1 of the first record is its share of right samples."""
+    records = [json.loads(line) for line in stored.read_text().splitlines()]
+    out = tmp_path / stored.parent.name
+    out.mkdir()
+    assert study.report(out, records) + "\n" == stored.with_name("report.md").read_text()
+    assert all((out / f"{name}.png").stat().st_size > 5_000 for name in ("main", "parallel", "forgetting"))
+    easy = records[0]["problems"]["easy"]
+    share = 100 * sum(easy["right_per_problem"]) / (easy["problems"] * easy["samples"])
+    assert study.values(records[0], "easy pass@1").mean() == pytest.approx(share)

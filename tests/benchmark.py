@@ -1,0 +1,346 @@
+"""Speed and memory of every stage beside what this machine can do. A script, not a timed test; Linux, CPU.
+
+    python tests/benchmark.py               every figure, on a quiet machine: about 6 minutes on two cores
+    python tests/benchmark.py --quick       tiny workloads: does it run at all? The figures mean nothing
+
+Writes results/benchmark/benchmark.json and, beside it, scaling.png: cost against rollouts and answer length.
+Limit: a model's FLOPs (GPT.flops_per_token; backward twice forward) at the rate that its own weight matrices
+reach when multiplied one after the other, with as many threads. The models are random; EOS is not in their
+vocabulary of 512, so every answer is as long as allowed. In the updates every group has a signal and every
+rollout takes part: the dearest case. Every workload is a process of its own: its peak memory is its own too.
+"""
+import dataclasses
+import json
+import multiprocessing
+import os
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import evaluate
+import merge
+import pretrain
+import rl
+import sft
+from checkpoint import atomic_write, generator, main, require, require_positive, setup
+from data.tokenizer import PATTERN, Tokenizer
+from model import GPT, SIZES, Cache, ModelConfig, completion_logprobs, micro_batches, pack
+
+
+@dataclass
+class Config:
+    sizes: tuple[str, ...] = ("0.5M", "3M")     # names from model.SIZES: d 96 x 4 layers, d 192 x 6 layers
+    threads: tuple[int, ...] = (1, 0)           # CPU threads, 0 = all cores
+    n_problems: int = 64            # P, problems per GRPO step, with prompts of 24 tokens on average
+    rollouts: int = 16              # G, sampled answers per problem
+    max_new: int = 48               # tokens of each answer
+    eval_problems: int = 64         # problems evaluated; seconds are given for 200
+    eval_samples: int = 64          # samples of each
+    eval_new: int = 24              # tokens of each, fixed: about as many as real answers have
+    scale: tuple[int, ...] = (16, 64, 256, 1024)        # problems per step in the figure
+    lengths: tuple[int, ...] = (12, 24, 48, 96, 192)    # answer tokens in the figure
+    matrix: int = 3072              # side of the big matrix product
+    repeats: int = 5                # of each measurement, after a small warm-up; the median counts
+    patience: float = 15            # seconds after which a measurement is not repeated any more
+    quick: bool = False             # tiny workloads instead of all these
+    out: str = "results/benchmark/benchmark.json"       # file to write
+
+
+QUICK = dict(sizes=("0.3M",), n_problems=4, rollouts=4, max_new=8, eval_problems=4, eval_samples=4,
+             eval_new=8, scale=(1, 4), lengths=(8, 16), matrix=256, repeats=2, patience=.5)
+PROMPT = 24
+# its EOS and PAD are numbers 512 and 513, beyond the models' n_vocab: they are never sampled
+TOKENIZER = Tokenizer({"pattern": PATTERN, "merges": [[97 + i // 16, 97 + i % 16] for i in range(256)]})
+
+
+def build(size: str) -> tuple[GPT, torch.optim.Optimizer]:
+    model = GPT(ModelConfig(576, TOKENIZER.eos, 256, *SIZES[size]), generator(0, "weights"))
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+
+def make_problems(n: int) -> list[dict]:
+    """With EOS, digits (a token each) and newline, prompts of 20 to 28 tokens."""
+    return [{"question": "7" * (PROMPT - 6 + i % 9), "answer": "7"} for i in range(n)]
+
+
+def random_ids(n: int, length: int) -> list[list[int]]:
+    return torch.randint(TOKENIZER.eos, (n, length), generator=generator(0, "ids")).tolist()
+
+
+def make_advantages(n: int, group: int) -> torch.Tensor:
+    """(n · group,), none of them 0: every other rollout is right."""
+    return rl.advantages((torch.arange(n * group) % 2).float().view(n, group)).flatten()
+
+
+def update(model: GPT, optimizer: torch.optim.Optimizer) -> None:
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def grpo_step(model: GPT, reference: GPT, optimizer: torch.optim.Optimizer, n: int, c: rl.Config) -> None:
+    batch = rl.collect(model, TOKENIZER, make_problems(n), c.rollouts, c, generator(0, "rollouts"))
+    rl.kl_to_start(reference, batch, c, TOKENIZER.pad)
+    rl.policy_gradient(model, reference, batch, make_advantages(n, c.rollouts), range(n * c.rollouts), c,
+                       TOKENIZER.pad)
+    update(model, optimizer)
+
+
+def sampling_flops(model: GPT, problems: int, group: int, new: int) -> int:
+    """Prompts computed once, and `group` answers to each, whose tokens see the prompt and half of the answer
+    on average; flops_per_token(length) means length/2 keys, hence twice the prompt."""
+    return problems * (PROMPT * model.flops_per_token(PROMPT)
+                       + group * new * model.flops_per_token(2 * PROMPT + new))
+
+
+# ---- repeated, in a process of its own -------------------------------------------------------------------
+
+def repeat(work: Callable[[], object], c: Config) -> list[float]:
+    """Seconds of each call."""
+    seconds: list[float] = []
+    while len(seconds) < c.repeats and sum(seconds) < c.patience:
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def watched(clock: Counter, label: Callable[..., str], function: Callable) -> Callable:
+    """The function, which now adds its seconds to clock[label(its arguments)]."""
+    def timed(*args):
+        started = time.perf_counter()
+        result = function(*args)
+        clock[label(*args)] += time.perf_counter() - started
+        return result
+    return timed
+
+
+def in_child(function: Callable, threads: int, *args: object) -> tuple[object, float, float]:
+    def peak() -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    setup("cpu", threads)
+    imports = peak()
+    return function(*args), peak(), peak() - imports
+
+
+def alone(function: Callable, threads: int, *args: object) -> tuple[object, float, float]:
+    """(result, peak MB, MB beyond the imports) of function(*args) in a fork of this process, which itself
+    must not compute anything: OpenMP's threads do not survive a fork."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as executor:
+        return executor.submit(in_child, function, threads, *args).result()
+
+
+# ---- the machine -----------------------------------------------------------------------------------------
+
+def machine(c: Config) -> dict:
+    """A big matrix product; copying between blocks of 256 MB, bytes read and bytes written both counted."""
+    x, y = torch.randn(2, c.matrix, c.matrix)
+    out, source, target = torch.empty_like(x), torch.ones(1 << 26), torch.zeros(1 << 26)
+    torch.mm(x, y, out=out)
+    return {"matmul_gflops": 2e-9 * c.matrix ** 3 / median(repeat(lambda: torch.mm(x, y, out=out), c)),
+            "copy_gb_per_s": 8e-9 * len(source) / median(repeat(lambda: target.copy_(source), c))}
+
+
+@torch.no_grad()
+def own_shapes(c: Config, size: str) -> float:
+    """GFLOP/s of the model's weight matrices, one after the other, times 2,048 tokens (a micro-batch)."""
+    weights = [p for name, p in build(size)[0].named_parameters() if p.dim() == 2 and name != "embed.weight"]
+    inputs = {w.shape[1]: torch.randn(2048, w.shape[1]) for w in weights}
+
+    def work() -> None:
+        for w in 5 * weights:
+            F.linear(inputs[w.shape[1]], w)
+    work()
+    return 5 * 2e-9 * 2048 * sum(w.numel() for w in weights) / median(repeat(work, c))
+
+
+# ---- workloads: rows are (what, amount, unit of the amount, seconds, FLOPs) ------------------------------
+
+def pretraining(c: Config, size: str) -> dict:
+    """Forward, backward, AdamW with the batches of pretrain.py; three updates at a time."""
+    (model, optimizer), p = build(size), pretrain.Config()
+    sequences = torch.tensor(random_ids(p.batch, p.context + 1))
+
+    def work(updates: int = 3) -> None:
+        for _ in range(updates):
+            for part in sequences.split(p.micro_batch):
+                (pretrain.next_token_loss(model, part) * (len(part) / p.batch)).backward()
+            update(model, optimizer)
+    work(1)
+    seconds, tokens = repeat(work, c), 3 * p.batch * p.context
+    flops = tokens * 3 * model.flops_per_token(p.context)
+    return {"repeats": len(seconds), "rows": [("pretraining", tokens, "tokens", median(seconds), flops)]}
+
+
+def learning(c: Config, size: str) -> dict:
+    """Rounds of parallel averaging, of which one arm is a GRPO step, of which sampling is a part."""
+    (model, optimizer), (reference, _) = build(size), build(size)
+    sft_optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    config, n_examples = rl.Config(max_new=c.max_new, rollouts=c.rollouts), merge.Config.batch
+    examples = list(zip(random_ids(n_examples, PROMPT), random_ids(n_examples, c.max_new)))
+    clock, parts = Counter(), []                 # seconds of the parts of a GRPO step; those of every step
+    model.hidden = watched(clock, lambda ids, cache=None: "prefill" if isinstance(cache, Cache)
+                           and ids.shape[1] > 1 else "other", model.hidden)
+    for name in ("sample", "collect", "kl_to_start", "policy_gradient"):
+        setattr(rl, name, watched(clock, lambda *_, name=name: name, getattr(rl, name)))
+    torch.Tensor.backward = watched(clock, lambda *_: "backward", torch.Tensor.backward)
+    step = watched(clock, lambda *_: "step", grpo_step)
+
+    def sft_arm(h: int) -> None:
+        sft.sft_gradient(model, examples, sft.Config(), TOKENIZER.pad)
+        update(model, sft_optimizer)
+
+    def work(n: int = c.n_problems) -> None:
+        def rl_arm(h: int) -> None:
+            clock.clear()
+            step(model, reference, optimizer, n, config)
+            parts.append(dict(clock))
+        merge.parallel_round(model, [rl_arm, sft_arm], [.5, .5])
+    work(4)
+    parts.clear()
+    seconds = repeat(work, c)
+    t = {k: median(part[k] for part in parts) for k in parts[0]}
+    breakdown = {"prefill": t["prefill"], "decode": t["sample"] - t["prefill"],
+                 "grading": t["collect"] - t["sample"], "scoring": t["kl_to_start"],
+                 "forward": t["policy_gradient"] - t["backward"], "backward": t["backward"],
+                 "optimizer": t["step"] - t["collect"] - t["kl_to_start"] - t["policy_gradient"]}
+    B, length = c.n_problems * c.rollouts, PROMPT + c.max_new
+    row, sampled = (length * model.flops_per_token(length),
+                    sampling_flops(model, c.n_problems, c.rollouts, c.max_new))
+    whole = 4 * sampled + min(64, B) * row       # sampling, an update of three times that, scoring of 64 rows
+    return {"repeats": len(seconds), "breakdown": breakdown, "rows": [
+        ("sampling", B * c.max_new, "tokens", t["sample"], sampled),
+        ("update, prompts shared", B, "rollouts", t["policy_gradient"], 3 * sampled),
+        ("GRPO step", B, "rollouts", t["step"], whole),
+        ("parallel averaging", B, "rollouts", median(seconds), whole + 3 * n_examples * row)]}
+
+
+def plain_update(c: Config, size: str) -> dict:
+    """The same gradient, but each row with its prompt; measured on a quarter of the rows, given fourfold."""
+    (model, _), n = build(size), c.n_problems // 4
+    prompts = [evaluate.prompt_ids(TOKENIZER, p) for p in make_problems(n) for _ in range(c.rollouts)]
+    answers, advantage = random_ids(len(prompts), c.max_new), make_advantages(n, c.rollouts)
+
+    def work() -> None:
+        for rows in micro_batches([len(p) + c.max_new for p in prompts], rl.Config.micro_batch):
+            ids, target = pack([prompts[r] for r in rows], [answers[r] for r in rows], TOKENIZER.pad)
+            logp = completion_logprobs(model, ids, target)
+            loss = rl.policy_loss(logp, logp.detach(), advantage[rows].repeat_interleave(c.max_new), .2, .2)
+            (loss.sum() / (len(prompts) * c.max_new)).backward()
+        model.zero_grad(set_to_none=True)
+    work()
+    seconds, B, length = repeat(work, c), 4 * len(prompts), PROMPT + c.max_new
+    flops = B * length * 3 * model.flops_per_token(length)
+    return {"repeats": len(seconds), "rows": [
+        ("update, plain path", B, "rollouts", 4 * median(seconds), flops)]}
+
+
+def evaluation(c: Config, size: str) -> dict:
+    """Sampling at the temperature of evaluate.py, texts, grades; given for 200 problems."""
+    model, times = build(size)[0], 200 / c.eval_problems
+
+    def work(n: int = c.eval_problems) -> None:
+        evaluate.attempt(model, TOKENIZER, make_problems(n), c.eval_samples, evaluate.Config.temperature,
+                         c.eval_new, generator(0, "evaluation"))
+    work(2)
+    seconds, flops = repeat(work, c), sampling_flops(model, c.eval_problems, c.eval_samples, c.eval_new)
+    return {"repeats": len(seconds), "rows": [
+        (f"evaluation, 200 x {c.eval_samples}", 200 * c.eval_samples, "samples", times * median(seconds),
+         times * flops)]}
+
+
+def scaling(c: Config, size: str, n: int, new: int) -> float:
+    """Seconds of a GRPO step of n problems with answers of `new` tokens."""
+    (model, optimizer), (reference, _) = build(size), build(size)
+    config = rl.Config(rollouts=c.rollouts, max_new=new)
+    grpo_step(model, reference, optimizer, 4, config)
+    return median(repeat(lambda: grpo_step(model, reference, optimizer, n, config), c))
+
+
+# ---- all of it -------------------------------------------------------------------------------------------
+
+def draw(series: dict[str, list[dict]], path: Path) -> None:
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6.5), sharex="col")
+    for (x, points), (above, below) in zip(series.items(), axes.T):
+        xs, seconds = [p[x] for p in points], [p["seconds"] for p in points]
+        above.loglog(xs, seconds, "o-", label="seconds per GRPO step")
+        above.loglog(xs, [seconds[-1] / xs[-1] * at for at in xs], ":", color="0.5", label="proportional")
+        below.semilogx(xs, [p["added_mb"] for p in points], "o-", label="peak memory beyond imports, MB")
+        below.set(xlabel=x, ylim=(0, None), xticks=xs, xticklabels=xs)
+        below.minorticks_off()
+        for axis in (above, below):
+            axis.grid(alpha=.3)
+            axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def run(c: Config) -> None:
+    c = dataclasses.replace(c, **QUICK) if c.quick else c
+    require_positive(c, "n_problems rollouts max_new eval_problems eval_samples eval_new matrix repeats "
+                        "patience")
+    require(set(c.sizes) <= set(SIZES), f"--sizes {','.join(c.sizes)}: must be from {' '.join(SIZES)}")
+    require(c.n_problems % 4 == 0, f"--n-problems {c.n_problems}: must be a multiple of 4")
+    started, out, cores = time.perf_counter(), Path(c.out), torch.get_num_threads()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    cpu = [line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    about = {"cpu": cpu[0], "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2),
+             "torch": torch.__version__, "date": datetime.now().isoformat(timespec="minutes")}
+    print(", ".join(f"{k} {v}" for k, v in about.items())
+          + ("\nWARNING: the machine is busy; the figures say little about it" if about["load"] > .5 else ""))
+    machines, figures, breakdowns, series = [], [], [], {"rollouts": [], "answer tokens": []}
+    for threads in dict.fromkeys(n or cores for n in c.threads):
+        limits, *_ = alone(machine, threads, c)
+        machines.append({"threads": threads, **limits})
+        print(f"\nthreads: {threads}   matrices of {c.matrix} x {c.matrix}: {limits['matmul_gflops']:.0f} "
+              f"GFLOP/s   copying: {limits['copy_gb_per_s']:.1f} GB/s")
+        for size in c.sizes:
+            rate, *_ = alone(own_shapes, threads, c, size)
+            print(f"{f'{size}: {rate:.0f} GFLOP/s at its shapes':44s} seconds  GFLOP/s  of limit  peak MB  repeats")
+            for workload in (pretraining, learning, plain_update, evaluation):
+                result, peak_mb, _ = alone(workload, threads, c, size)
+                for what, amount, unit, seconds, flops in result["rows"]:
+                    gflops = flops / seconds / 1e9
+                    figures.append({
+                        "size": size, "threads": threads, "what": what, "amount": amount, "unit": unit,
+                        "seconds": seconds, "per_second": amount / seconds, "gflops": gflops,
+                        "of_limit": gflops / rate, "of_big_matmul": gflops / limits["matmul_gflops"],
+                        "limit_gflops": rate, "peak_mb": peak_mb, "repeats": result["repeats"]})
+                    print(f"  {what:23s}{amount / seconds:8,.0f} {unit + '/s':11s}{seconds:8.2f}{gflops:9.1f}"
+                          f"{gflops / rate:10.0%}{peak_mb:9.0f}{result['repeats']:9d}", flush=True)
+                if parts := result.get("breakdown"):
+                    breakdowns.append({"size": size, "threads": threads, **parts})
+                    print("    " + ", ".join(f"{k} {v:.3f}" for k, v in parts.items()))
+    print(f"\na GRPO step of {c.sizes[0]}, threads: {threads}")
+    for x, n, new in ([("rollouts", n, c.max_new // 2) for n in c.scale]
+                      + [("answer tokens", c.scale[0], new) for new in c.lengths]):
+        seconds, peak_mb, added_mb = alone(scaling, threads, c, c.sizes[0], n, new)
+        B = n * c.rollouts
+        series[x].append({"rollouts": B, "answer tokens": new, "seconds": seconds, "peak_mb": peak_mb,
+                          "added_mb": added_mb})
+        print(f"{B:7d} rollouts of {new:3d} tokens{seconds:9.2f} s{1e3 * seconds / B:8.2f} ms per rollout, "
+              f"memory +{added_mb:.0f} MB", flush=True)
+    draw(series, out.with_name("scaling.png"))
+    result = {"machine": about, "config": dataclasses.asdict(c), "limits": machines, "figures": figures,
+              "breakdown_of_a_grpo_step": breakdowns, "scaling": series}
+    atomic_write(out, json.dumps(result, indent=1).encode())
+    print(f"\nwritten: {out} and scaling.png beside it, {(time.perf_counter() - started) / 60:.1f} min")
+
+
+if __name__ == "__main__":
+    main(run, Config)
