@@ -6,10 +6,11 @@
 Parallel averaging, every step: from one snapshot of the weights an RL update and an SFT update, each by an
 AdamW of its own, each gradient clipped alone; the new weights are the average of the two results. The
 gradients are those of rl.py and sft.py. Controls (--mode): one AdamW on the summed loss, or RL and SFT steps
-in turn, both moving as far per step as the average does. Left out: several RL updates per batch of rollouts.
+in turn, both moving about as far per step as the average does. Left out: several RL updates per batch.
 """
 import copy
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -71,7 +72,7 @@ def check(c: Config) -> None:
     require_positive(c, "lr_rl lr_sft", zero=True)
     require(c.inner == 1 or c.mode == "parallel", f"--inner {c.inner}: belongs to --mode parallel only")
     uneven = [s for s in (c.steps, *c.checkpoints_at) if s % c.inner]
-    require(not uneven, f"--inner {c.inner}: does not divide {uneven[0]} of --steps or --checkpoints-at")
+    require(not uneven, f"--inner {c.inner}: does not divide {uneven} of --steps, --checkpoints-at")
 
 
 def arm_configs(c: Config) -> tuple[rl.Config, sft.Config]:
@@ -130,8 +131,8 @@ def train(c: Config) -> Path:
         return final
     share = {"rl": c.weight_rl, "sft": 1 - c.weight_rl}
     lr = {"rl": c.lr_rl, "sft": c.lr_sft}
-    if c.mode == "fused":                        # as far per step as the average of two AdamW steps
-        lr = {"fused": c.weight_rl * c.lr_rl + share["sft"] * c.lr_sft}
+    if c.mode == "fused":                        # the length of two AdamW steps at right angles, as they are
+        lr = {"fused": math.hypot(share["rl"] * c.lr_rl, share["sft"] * c.lr_sft)}
     elif c.mode == "alternating":
         lr = {name: share[name] * lr[name] for name in lr}
     optimizers = {name: torch.optim.AdamW(model.parameters(), lr=lr[name], weight_decay=c.weight_decay,

@@ -275,8 +275,8 @@ def train(c: Config) -> Path:
         trained = sum(f.pop("positions") for f in figures)
         counts["tokens"] += sampled
         counts["updates"] += len(figures) - (run.skipped - skipped)
-        counts["flops"] += (model.flops_per_token(int(prompted / len(chosen) + length))
-                            * (prompted + sampled + 3 * trained))        # measurements are not counted
+        counts["flops"] += (model.flops_per_token(int(prompted / len(chosen) + length))      # no measurements
+                            * (prompted + sampled + (3 + (c.kl > 0)) * trained))
         counts["seconds"] += time.perf_counter() - started
         means = {k: float(np.mean([f[k] for f in figures])) for k in figures[0]} if figures else {}
         reward = float(batch.rewards.mean())

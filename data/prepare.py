@@ -44,6 +44,11 @@ class Config:
     train_problems: int = 6_000     # for SFT and RL, easy and hard together
     eval_problems: int = 400        # easy, and as many hard, in each of val.jsonl and test.jsonl
     benchmark_items: int = 250      # of each of the seven general benchmarks
+    device: str = "auto"            # every script takes it; not used here
+    threads: int = 0                # likewise: this is plain Python on one core
+
+
+HERE = ("out", "device", "threads")              # options that do not change the data
 
 
 def check(c: Config) -> None:
@@ -126,7 +131,7 @@ def prepare(c: Config) -> None:
             there = dict(json.loads(manifest_path.read_text())["config"])
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{manifest_path}: damaged; delete the folder and make the data again") from None
-        different = [k for k, v in asdict(c).items() if k != "out" and there.get(k) != v]
+        different = [k for k, v in asdict(c).items() if k not in HERE and there.get(k) != v]
         require(not different, f"{out} holds a data set made with other options ({', '.join(different)}); "
                                "choose another --out or delete the folder")
         print(f"{out} is complete already; nothing to do.")
@@ -168,7 +173,7 @@ def write_all(folder: Path, c: Config) -> dict:
         counts = {"easy": c.eval_problems, "hard": c.eval_problems}
         problems[f"{split}.jsonl"] = write_problems(folder / f"{split}.jsonl", c.seed, split, counts)
     atomic_write(folder / "benchmarks.jsonl", "".join(json.dumps(i) + "\n" for i in items).encode())
-    manifest = {"config": {k: v for k, v in asdict(c).items() if k != "out"}, "n_vocab": tokenizer.n_vocab,
+    manifest = {"config": {k: v for k, v in asdict(c).items() if k not in HERE}, "n_vocab": tokenizer.n_vocab,
                 "tokenizer_sha256": tokenizer.sha256, "shards": shards, "problems": problems,
                 "benchmarks": dict(Counter(i["task"] for i in items)),
                 "sha256": {p.name: hashlib.sha256(p.read_bytes()).hexdigest()

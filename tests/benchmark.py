@@ -21,6 +21,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -46,7 +47,7 @@ class Config:
     n_problems: int = 64            # P, problems per GRPO step, with prompts of 24 tokens on average
     rollouts: int = 16              # G, sampled answers per problem
     max_new: int = 48               # tokens of each answer
-    eval_problems: int = 64         # problems evaluated; seconds are given for 200
+    eval_problems: int = 200        # problems evaluated
     eval_samples: int = 64          # samples of each
     eval_new: int = 24              # tokens of each, fixed: about as many as real answers have
     scale: tuple[int, ...] = (16, 64, 256, 1024)        # problems per step in the figure
@@ -142,31 +143,28 @@ def alone(function: Callable, threads: int, *args: object) -> tuple[object, floa
         return executor.submit(in_child, function, threads, *args).result()
 
 
-# ---- the machine -----------------------------------------------------------------------------------------
-
-def machine(c: Config) -> dict:
-    """A big matrix product; copying between blocks of 256 MB, bytes read and bytes written both counted."""
-    x, y = torch.randn(2, c.matrix, c.matrix)
-    out, source, target = torch.empty_like(x), torch.ones(1 << 26), torch.zeros(1 << 26)
-    torch.mm(x, y, out=out)
-    return {"matmul_gflops": 2e-9 * c.matrix ** 3 / median(repeat(lambda: torch.mm(x, y, out=out), c)),
-            "copy_gb_per_s": 8e-9 * len(source) / median(repeat(lambda: target.copy_(source), c))}
-
+# ---- workloads: rows are (what, amount, unit of the amount, seconds, FLOPs) ------------------------------
 
 @torch.no_grad()
-def own_shapes(c: Config, size: str) -> float:
-    """GFLOP/s of the model's weight matrices, one after the other, times 2,048 tokens (a micro-batch)."""
+def machine(c: Config, size: str) -> dict:
+    """GFLOP/s of a big matrix product; of the model's weights one after the other, times 2,048 tokens (a
+    micro-batch); GB/s of copying between blocks of 256 MB, bytes read and bytes written both counted."""
+    x, y = torch.randn(2, c.matrix, c.matrix)
+    out, source, target = torch.empty_like(x), torch.ones(1 << 26), torch.zeros(1 << 26)
     weights = [p for name, p in build(size)[0].named_parameters() if p.dim() == 2 and name != "embed.weight"]
     inputs = {w.shape[1]: torch.randn(2048, w.shape[1]) for w in weights}
 
-    def work() -> None:
+    def big() -> None:
+        torch.mm(x, y, out=out)
+
+    def own() -> None:
         for w in 5 * weights:
             F.linear(inputs[w.shape[1]], w)
-    work()
-    return 5 * 2e-9 * 2048 * sum(w.numel() for w in weights) / median(repeat(work, c))
+    big(), own()
+    return {"matmul_gflops": 2e-9 * c.matrix ** 3 / median(repeat(big, c)),
+            "own_gflops": 2e-9 * 2048 * 5 * sum(w.numel() for w in weights) / median(repeat(own, c)),
+            "copy_gb_per_s": 8e-9 * len(source) / median(repeat(lambda: target.copy_(source), c))}
 
-
-# ---- workloads: rows are (what, amount, unit of the amount, seconds, FLOPs) ------------------------------
 
 def pretraining(c: Config, size: str) -> dict:
     """Forward, backward, AdamW with the batches of pretrain.py; three updates at a time."""
@@ -228,8 +226,8 @@ def learning(c: Config, size: str) -> dict:
 
 
 def plain_update(c: Config, size: str) -> dict:
-    """The same gradient, but each row with its prompt; measured on a quarter of the rows, given fourfold."""
-    (model, _), n = build(size), c.n_problems // 4
+    """The same gradient, but each row with its prompt; measured on 16 problems, given for them all."""
+    (model, _), n = build(size), min(16, c.n_problems)
     prompts = [evaluate.prompt_ids(TOKENIZER, p) for p in make_problems(n) for _ in range(c.rollouts)]
     answers, advantage = random_ids(len(prompts), c.max_new), make_advantages(n, c.rollouts)
 
@@ -241,32 +239,23 @@ def plain_update(c: Config, size: str) -> dict:
             (loss.sum() / (len(prompts) * c.max_new)).backward()
         model.zero_grad(set_to_none=True)
     work()
-    seconds, B, length = repeat(work, c), 4 * len(prompts), PROMPT + c.max_new
+    seconds, B, length = repeat(work, c), c.n_problems * c.rollouts, PROMPT + c.max_new
     flops = B * length * 3 * model.flops_per_token(length)
     return {"repeats": len(seconds), "rows": [
-        ("update, plain path", B, "rollouts", 4 * median(seconds), flops)]}
+        ("update, plain path", B, "rollouts", c.n_problems / n * median(seconds), flops)]}
 
 
 def evaluation(c: Config, size: str) -> dict:
-    """Sampling at the temperature of evaluate.py, texts, grades; given for 200 problems."""
-    model, times = build(size)[0], 200 / c.eval_problems
+    """Sampling at the temperature of evaluate.py, texts, grades; measured on 64 problems, given for 200."""
+    model, n = build(size)[0], c.eval_problems
 
-    def work(n: int = c.eval_problems) -> None:
-        evaluate.attempt(model, TOKENIZER, make_problems(n), c.eval_samples, evaluate.Config.temperature,
-                         c.eval_new, generator(0, "evaluation"))
+    def work(problems: int = min(64, n)) -> None:
+        evaluate.attempt(model, TOKENIZER, make_problems(problems), c.eval_samples,
+                         evaluate.Config.temperature, c.eval_new, generator(0, "evaluation"))
     work(2)
-    seconds, flops = repeat(work, c), sampling_flops(model, c.eval_problems, c.eval_samples, c.eval_new)
-    return {"repeats": len(seconds), "rows": [
-        (f"evaluation, 200 x {c.eval_samples}", 200 * c.eval_samples, "samples", times * median(seconds),
-         times * flops)]}
-
-
-def scaling(c: Config, size: str, n: int, new: int) -> float:
-    """Seconds of a GRPO step of n problems with answers of `new` tokens."""
-    (model, optimizer), (reference, _) = build(size), build(size)
-    config = rl.Config(rollouts=c.rollouts, max_new=new)
-    grpo_step(model, reference, optimizer, 4, config)
-    return median(repeat(lambda: grpo_step(model, reference, optimizer, n, config), c))
+    seconds, flops = repeat(work, c), sampling_flops(model, n, c.eval_samples, c.eval_new)
+    return {"repeats": len(seconds), "rows": [(f"evaluation, {n} x {c.eval_samples}", n * c.eval_samples,
+                                               "samples", n / min(64, n) * median(seconds), flops)]}
 
 
 # ---- all of it -------------------------------------------------------------------------------------------
@@ -292,52 +281,51 @@ def draw(series: dict[str, list[dict]], path: Path) -> None:
 
 def run(c: Config) -> None:
     c = dataclasses.replace(c, **QUICK) if c.quick else c
-    require_positive(c, "n_problems rollouts max_new eval_problems eval_samples eval_new matrix repeats "
-                        "patience")
+    require_positive(c, "n_problems rollouts max_new eval_problems eval_samples eval_new repeats patience")
     require(set(c.sizes) <= set(SIZES), f"--sizes {','.join(c.sizes)}: must be from {' '.join(SIZES)}")
-    require(c.n_problems % 4 == 0, f"--n-problems {c.n_problems}: must be a multiple of 4")
+    require(all((c.sizes, c.threads, c.scale)), "--sizes, --threads and --scale must not be empty")
     started, out, cores = time.perf_counter(), Path(c.out), torch.get_num_threads()
     out.parent.mkdir(parents=True, exist_ok=True)
-    cpu = [line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    cpu = [x.split(": ")[1] for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
     about = {"cpu": cpu[0], "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2),
              "torch": torch.__version__, "date": datetime.now().isoformat(timespec="minutes")}
     print(", ".join(f"{k} {v}" for k, v in about.items())
           + ("\nWARNING: the machine is busy; the figures say little about it" if about["load"] > .5 else ""))
-    machines, figures, breakdowns, series = [], [], [], {"rollouts": [], "answer tokens": []}
-    for threads in dict.fromkeys(n or cores for n in c.threads):
-        limits, *_ = alone(machine, threads, c)
-        machines.append({"threads": threads, **limits})
-        print(f"\nthreads: {threads}   matrices of {c.matrix} x {c.matrix}: {limits['matmul_gflops']:.0f} "
-              f"GFLOP/s   copying: {limits['copy_gb_per_s']:.1f} GB/s")
-        for size in c.sizes:
-            rate, *_ = alone(own_shapes, threads, c, size)
-            print(f"{f'{size}: {rate:.0f} GFLOP/s at its shapes':44s} seconds  GFLOP/s  of limit  peak MB  repeats")
-            for workload in (pretraining, learning, plain_update, evaluation):
-                result, peak_mb, _ = alone(workload, threads, c, size)
-                for what, amount, unit, seconds, flops in result["rows"]:
-                    gflops = flops / seconds / 1e9
-                    figures.append({
-                        "size": size, "threads": threads, "what": what, "amount": amount, "unit": unit,
-                        "seconds": seconds, "per_second": amount / seconds, "gflops": gflops,
-                        "of_limit": gflops / rate, "of_big_matmul": gflops / limits["matmul_gflops"],
-                        "limit_gflops": rate, "peak_mb": peak_mb, "repeats": result["repeats"]})
-                    print(f"  {what:23s}{amount / seconds:8,.0f} {unit + '/s':11s}{seconds:8.2f}{gflops:9.1f}"
-                          f"{gflops / rate:10.0%}{peak_mb:9.0f}{result['repeats']:9d}", flush=True)
-                if parts := result.get("breakdown"):
-                    breakdowns.append({"size": size, "threads": threads, **parts})
-                    print("    " + ", ".join(f"{k} {v:.3f}" for k, v in parts.items()))
+    result = {"machine": about, "config": dataclasses.asdict(c), "limits": [], "figures": [], "breakdown": []}
+    for threads, size in product(dict.fromkeys(n or cores for n in c.threads), c.sizes):
+        where = {"size": size, "threads": threads}
+        limit, *_ = alone(machine, threads, c, size)
+        result["limits"].append(where | limit)
+        print(f"\n{size}, threads: {threads}. Matrix products: {limit['own_gflops']:.0f} GFLOP/s at its "
+              f"shapes, {limit['matmul_gflops']:.0f} at {c.matrix}³; copying: {limit['copy_gb_per_s']:.1f} GB/s\n"
+              f"{'':44s} seconds  GFLOP/s  of limit  peak MB  repeats")
+        for workload in (pretraining, learning, plain_update, evaluation):
+            done, peak_mb, _ = alone(workload, threads, c, size)
+            for what, amount, unit, seconds, flops in done["rows"]:
+                gflops = flops / seconds / 1e9
+                share = gflops / limit["own_gflops"]
+                print(f"  {what:23s}{amount / seconds:8,.0f} {unit + '/s':11s}{seconds:8.2f}{gflops:9.1f}"
+                      f"{share:10.0%}{peak_mb:9.0f}{done['repeats']:9d}", flush=True)
+                result["figures"].append(where | {
+                    "what": what, "amount": amount, "unit": unit, "seconds": seconds,
+                    "per_second": amount / seconds, "gflops": gflops, "of_limit": share,
+                    "of_big_matmul": gflops / limit["matmul_gflops"], "peak_mb": peak_mb,
+                    "repeats": done["repeats"]})
+            if "breakdown" in done:
+                result["breakdown"].append(where | done["breakdown"])
+                print("    " + ", ".join(f"{k} {v:.3f}" for k, v in done["breakdown"].items()))
     print(f"\na GRPO step of {c.sizes[0]}, threads: {threads}")
+    series = result["scaling"] = {"rollouts": [], "answer tokens": []}
     for x, n, new in ([("rollouts", n, c.max_new // 2) for n in c.scale]
                       + [("answer tokens", c.scale[0], new) for new in c.lengths]):
-        seconds, peak_mb, added_mb = alone(scaling, threads, c, c.sizes[0], n, new)
-        B = n * c.rollouts
+        changed = dataclasses.replace(c, n_problems=n, max_new=new)
+        done, peak_mb, added_mb = alone(learning, threads, changed, c.sizes[0])
+        _, B, _, seconds, _ = done["rows"][2]
         series[x].append({"rollouts": B, "answer tokens": new, "seconds": seconds, "peak_mb": peak_mb,
                           "added_mb": added_mb})
         print(f"{B:7d} rollouts of {new:3d} tokens{seconds:9.2f} s{1e3 * seconds / B:8.2f} ms per rollout, "
               f"memory +{added_mb:.0f} MB", flush=True)
     draw(series, out.with_name("scaling.png"))
-    result = {"machine": about, "config": dataclasses.asdict(c), "limits": machines, "figures": figures,
-              "breakdown_of_a_grpo_step": breakdowns, "scaling": series}
     atomic_write(out, json.dumps(result, indent=1).encode())
     print(f"\nwritten: {out} and scaling.png beside it, {(time.perf_counter() - started) / 60:.1f} min")
 

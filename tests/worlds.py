@@ -21,6 +21,7 @@ import torch
 
 import pretrain
 import sft
+from checkpoint import load_checkpoint
 from data import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,6 +98,32 @@ def snapshot(path: Path) -> dict[str, bytes]:
     path = Path(path)
     return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*"))
             if p.is_file() and p.name != ".lock"}
+
+
+def same(a, b) -> bool:
+    """Nested dicts and lists of tensors and plain values are equal, bitwise; 'seconds' and 'out' aside."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        ignored = ("seconds", "out", "bytes")
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in ignored)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_same_run(resumed: Path, reference: Path) -> None:
+    """Every file of the two folders has the same content, seconds aside."""
+    names = {p.name for p in reference.iterdir()}
+    assert {p.name for p in resumed.iterdir()} == names                  # no litter either
+    assert len([name for name in names if name.endswith(".pt")]) > 1
+    logs = [[{k: v for k, v in line.items() if k != "seconds"} for line in lines(f / "log.jsonl")]
+            for f in (resumed, reference)]
+    assert logs[0] == logs[1]
+    assert (resumed / "samples.txt").read_bytes() == (reference / "samples.txt").read_bytes()
+    for name in names:
+        if name.endswith(".pt"):
+            assert same(load_checkpoint(resumed / name), load_checkpoint(reference / name)), name
 
 
 @dataclass

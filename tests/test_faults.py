@@ -123,32 +123,6 @@ def uninterrupted(script: str) -> Path:
     return out
 
 
-def same(a, b) -> bool:
-    """Nested dicts and lists of tensors and plain values are equal, bitwise; 'seconds' and 'out' aside."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        ignored = ("seconds", "out", "bytes")
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in ignored)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-def assert_same_run(resumed: Path, reference: Path) -> None:
-    """Every file of the two folders has the same content, seconds aside."""
-    names = {p.name for p in reference.iterdir()}
-    assert {p.name for p in resumed.iterdir()} == names                  # no litter either
-    assert len([name for name in names if name.endswith(".pt")]) == 3
-    logs = [[{k: v for k, v in line.items() if k != "seconds"} for line in worlds.lines(f / "log.jsonl")]
-            for f in (resumed, reference)]
-    assert logs[0] == logs[1]
-    assert (resumed / "samples.txt").read_bytes() == (reference / "samples.txt").read_bytes()
-    for name in names:
-        if name.endswith(".pt"):
-            assert same(load_checkpoint(resumed / name), load_checkpoint(reference / name)), name
-
-
 def size_of(path: Path) -> int:
     return path.stat().st_size if path.exists() else -1
 
@@ -189,7 +163,7 @@ def test_a_killed_run_ends_in_the_same_bits(script, server, tmp_path):
     server.start(script, argv)
     assert server.wait() == 0, server.out.read_text()[-2_000:]
     assert kills >= KILLS // 2, f"killed {kills} times, at lines {moments}"
-    assert_same_run(out, reference)
+    worlds.assert_same_run(out, reference)
 
 
 @pytest.mark.parametrize("script, sign", [("pretrain.py", signal.SIGINT), ("sft.py", signal.SIGINT),
@@ -213,7 +187,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(script, sign, server, tmp_path):
     server.start(script, argv)
     assert server.wait() == 0
     assert f"resuming after step {steps}" in server.out.read_text()
-    assert_same_run(out, uninterrupted(script))
+    worlds.assert_same_run(out, uninterrupted(script))
 
 
 def test_a_second_ctrl_c_stops_at_once(server, tmp_path):
@@ -256,7 +230,7 @@ def test_a_run_killed_before_its_last_file_is_completed(script, tmp_path):
     shutil.copytree(reference, out)
     (out / final_of(script)).unlink()
     worlds.quietly(TRAINERS[script][0].train, config_of(script, out))
-    assert_same_run(out, reference)
+    worlds.assert_same_run(out, reference)
 
 
 @pytest.mark.parametrize("script", ["sft.py", "rl.py"])

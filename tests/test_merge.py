@@ -1,0 +1,825 @@
+"""RL and SFT together: the averaging of two optimizers (M1-M9) on tiny models, the three modes of merge.py
+against what rl.py and sft.py do alone, and the merging of finished weights."""
+import copy
+import functools
+import hashlib
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import worlds
+
+import evaluate
+import merge
+import rl
+import sft
+from checkpoint import Run, UserError, generator, load_checkpoint, load_model, save_checkpoint
+from data.tokenizer import PATTERN, Tokenizer
+from merge import WeightsConfig, merge_tensors, merge_weights, parallel_round
+from model import completion_logprobs, pack
+
+# ---- two optimizers over the same tensors -----------------------------------------------------------------
+
+
+@pytest.fixture
+def mlp():
+    """A function that makes the same random network of 4, 8 and 3 units every time, in fp32."""
+    def make() -> torch.nn.Module:
+        model, gen = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)), \
+            generator(0, "mlp")
+        with torch.no_grad():
+            for p in model.parameters():
+                p.normal_(std=.3, generator=gen)
+        return model
+    return make
+
+
+X, Y = (torch.randn(16, n, generator=generator(n, "toy")) for n in (4, 3))
+CLASSES = torch.randint(3, (16,), generator=generator(0, "classes"))
+
+
+def rl_loss(model):
+    return ((model(X) - Y) ** 2).mean()
+
+
+def sft_loss(model):
+    return torch.nn.functional.cross_entropy(model(X.flip(0)), CLASSES)
+
+
+def arm(model, loss, lr=.01, decay=0., clip=1e9, kind=torch.optim.AdamW):
+    """An arm with an optimizer of its own, as merge.py's: gradient, clip, step, clear."""
+    optimizer = kind(model.parameters(), lr=lr, weight_decay=decay)
+
+    def update(h):
+        loss(model).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return update
+
+
+def values(model) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def distance(a, b) -> float:
+    """Largest difference between two models, lists of tensors or weights by name."""
+    def tensors(x) -> list[torch.Tensor]:
+        return [x[k] for k in sorted(x)] if isinstance(x, dict) else x if isinstance(x, list) else values(x)
+    return max(float((x - y).abs().max()) for x, y in zip(tensors(a), tensors(b), strict=True))
+
+
+def rounds(model, arms, n, weights=(.5, .5), inner=1):
+    for _ in range(n):
+        parallel_round(model, arms, list(weights), inner)
+    return model
+
+
+@pytest.mark.parametrize("decay, clip", [(0., 1e9), (.1, 1e9), (0., .3), (.1, .3)])
+def test_identical_arms_are_one_adamw(mlp, decay, clip):
+    """M1: same objective, lr, decay and clip in both arms: bitwise what a single AdamW does in 20 steps."""
+    alone, both = mlp(), mlp()
+    one = arm(alone, rl_loss, .01, decay, clip)
+    for h in range(20):
+        one(h)
+    rounds(both, [arm(both, rl_loss, .01, decay, clip) for _ in range(2)], 20)
+    assert distance(both, alone) == 0 < distance(both, mlp())
+
+
+def test_with_an_idle_arm_one_step_is_half_the_others(mlp):
+    """M2: SFT with lr 0 (its decay is scaled by lr): one round moves half as far as the RL step alone."""
+    start, alone, both = mlp(), mlp(), mlp()
+    arm(alone, rl_loss, .01, .1)(0)
+    rounds(both, [arm(both, rl_loss, .01, .1), arm(both, sft_loss, 0., .1)], 1)
+    half = [(a + b) / 2 for a, b in zip(values(start), values(alone))]
+    assert distance(both, half) < 1e-7 and distance(both, start) > .004
+
+
+def test_with_an_idle_arm_it_is_the_other_at_half_the_rate(mlp):
+    """M2: over 50 rounds that is RL alone with lr/2, within 1e-6."""
+    alone, both = mlp(), mlp()
+    one = arm(alone, rl_loss, .005, .1)
+    for h in range(50):
+        one(h)
+    rounds(both, [arm(both, rl_loss, .01, .1), arm(both, sft_loss, 0., .1)], 50)
+    assert distance(both, alone) < 1e-6 and distance(both, mlp()) > .1
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_zero_gradients_leave_the_mean_decay(mlp, n):
+    """M3: with gradients that are zero (not None) a round multiplies by 1 - (.1·.5 + .2·.25)/2 = .95."""
+    def nothing(model):
+        return 0. * sum((p ** 2).sum() for p in model.parameters())
+    model = mlp()
+    rounds(model, [arm(model, nothing, .1, .5), arm(model, nothing, .2, .25)], n)
+    assert distance(model, [.95 ** n * p for p in values(mlp())]) < 1e-6
+
+
+def test_the_order_of_the_arms_is_irrelevant(mlp):
+    """M4: swapping the two arms changes nothing, bitwise, over 20 rounds with different rates and decays."""
+    a, b = mlp(), mlp()
+    rounds(a, [arm(a, rl_loss, .01, .1, .3), arm(a, sft_loss, .03, .2, .5)], 20)
+    rounds(b, [arm(b, sft_loss, .03, .2, .5), arm(b, rl_loss, .01, .1, .3)], 20)
+    assert distance(a, b) == 0 < distance(a, mlp())
+
+
+def test_the_first_round_moves_at_most_the_mean_rate(mlp):
+    """M5: AdamW's first step moves every weight by lr: the average by at most (.01 + .03)/2, and by that
+    where both gradients have one sign."""
+    model = mlp()
+    rounds(model, [arm(model, rl_loss, .01), arm(model, sft_loss, .03)], 1)
+    moved = torch.cat([(a - b).flatten().abs() for a, b in zip(values(model), values(mlp()))])
+    assert .0199 < float(moved.max()) <= .02 * (1 + 1e-5)
+    assert abs(float(moved.min()) - .01) < 1e-4                          # where the signs differ
+
+
+def test_with_sgd_it_is_sgd_on_the_sum_at_half_the_rate(mlp):
+    """M6: averaging two SGD updates is one on the summed loss with lr/2: the case where nothing is new."""
+    both, one = mlp(), mlp()
+    rounds(both, [arm(both, loss, .1, kind=torch.optim.SGD) for loss in (rl_loss, sft_loss)], 20)
+    fused = arm(one, lambda model: rl_loss(model) + sft_loss(model), .05, kind=torch.optim.SGD)
+    for h in range(20):
+        fused(h)
+    assert distance(both, one) < 1e-6 and distance(both, mlp()) > .1
+
+
+def test_with_adamw_it_is_not_adamw_on_the_mean_loss(mlp):
+    """M6: with AdamW each arm is scaled by its own second moments, which one optimizer on the mean cannot
+    do."""
+    both, one = mlp(), mlp()
+    rounds(both, [arm(both, rl_loss), arm(both, sft_loss)], 20)
+    fused = arm(one, lambda model: (rl_loss(model) + sft_loss(model)) / 2)
+    for h in range(20):
+        fused(h)
+    assert distance(both, one) > .01
+
+
+def test_the_scale_of_a_loss_is_irrelevant(mlp):
+    """M7: the SFT loss times 1000 changes nothing; with one shared AdamW the SFT loss would take over."""
+    def after(scale, shared):
+        model = mlp()
+        if not shared:
+            return rounds(model, [arm(model, rl_loss), arm(model, lambda m: scale * sft_loss(m))], 20)
+        one = arm(model, lambda m: rl_loss(m) + scale * sft_loss(m))
+        for h in range(20):
+            one(h)
+        return model
+    assert distance(after(1, shared=False), after(1000, shared=False)) < 1e-5
+    assert distance(after(1, shared=True), after(1000, shared=True)) > .01
+
+
+def test_both_gradients_are_taken_at_the_snapshot(mlp):
+    """M8: the second arm starts where the first one did, not where it ended."""
+    model, seen = mlp(), []
+
+    def watched(loss):
+        def loss_at(model):
+            seen.append(values(model))
+            return loss(model)
+        return loss_at
+    arms = [arm(model, watched(loss), .1) for loss in (rl_loss, sft_loss)]
+    for _ in range(3):
+        start = values(model)
+        parallel_round(model, arms, [.5, .5])
+        assert distance(seen[-2], start) == distance(seen[-1], start) == 0 < distance(model, start)
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt()])
+@pytest.mark.parametrize("at", [0, 1, 2, 3])
+def test_an_exception_leaves_the_snapshot(mlp, error, at):
+    """M8: whatever is raised in either arm, in its first update or its second: the snapshot is back in the
+    model and no gradient is left, so that what is saved then is a model that existed."""
+    model, done = mlp(), []
+    real = arm(model, rl_loss, .1)
+
+    def fragile(h):
+        rl_loss(model).backward()
+        if len(done) == at:
+            raise error
+        done.append(h)
+        real(h)
+    with pytest.raises(type(error)):
+        parallel_round(model, [fragile, fragile], [.5, .5], inner=2)
+    assert len(done) == at and distance(model, mlp()) == 0
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_no_gradient_leaks_between_the_arms(mlp):
+    """M8: an arm that does not clear its gradient, as after a skipped update, adds nothing to the other
+    arm's; and nothing is left after the round."""
+    model, found = mlp(), []
+
+    def careless(h):
+        found.append([p.grad for p in model.parameters()])
+        rl_loss(model).backward()
+    rounds(model, [careless, careless], 2)
+    assert len(found) == 4 and all(g is None for grads in found for g in grads)
+    assert all(p.grad is None for p in model.parameters()) and distance(model, mlp()) == 0
+
+
+@pytest.mark.parametrize("inner", [1, 2, 5])
+def test_inner_updates_before_averaging(mlp, inner):
+    """M9: H updates of each arm from the snapshot, numbered 0 to H-1, then the mean: the average of two
+    models that were trained apart for H steps."""
+    model, numbers = mlp(), []
+    ends = [mlp(), mlp()]
+    for end, loss in zip(ends, (rl_loss, sft_loss)):
+        one = arm(end, loss)
+        for h in range(inner):
+            one(h)
+    arms = [arm(model, rl_loss), arm(model, sft_loss)]
+    parallel_round(model, [lambda h, a=a: (numbers.append(h), a(h)) for a in arms], [.5, .5], inner)
+    assert numbers == 2 * list(range(inner))
+    assert distance(model, [(a + b) / 2 for a, b in zip(*map(values, ends))]) < 1e-7
+
+
+def test_more_inner_updates_are_another_method(mlp):
+    """M9: four rounds of one update are not one round of four (the arms would drift apart in between), and
+    the moments are carried from round to round: a fresh AdamW in each would go elsewhere."""
+    paper, apart, fresh = mlp(), mlp(), mlp()
+    rounds(paper, [arm(paper, rl_loss), arm(paper, sft_loss)], 4)
+    rounds(apart, [arm(apart, rl_loss), arm(apart, sft_loss)], 1, inner=4)
+    for _ in range(4):
+        rounds(fresh, [arm(fresh, rl_loss), arm(fresh, sft_loss)], 1)
+    assert distance(paper, apart) > 1e-4 and distance(paper, fresh) > 1e-3
+
+
+@pytest.mark.parametrize("weights", [(1., 0.), (.25, .75), (0., 1.)])
+def test_the_average_is_weighted(mlp, weights):
+    """Issue 4: the weight of each arm; weight 1 is that arm alone, bitwise."""
+    ends = [mlp(), mlp()]
+    for end, loss in zip(ends, (rl_loss, sft_loss)):
+        arm(end, loss, .1)(0)
+    model = mlp()
+    rounds(model, [arm(model, rl_loss, .1), arm(model, sft_loss, .1)], 1, weights)
+    mixed = [weights[0] * a + weights[1] * b for a, b in zip(*map(values, ends))]
+    assert distance(model, mixed) <= (0 if 1. in weights else 1e-7)
+
+
+def test_an_arm_that_does_nothing_contributes_the_snapshot(mlp):
+    """G11 within the average: an arm without signal pulls half-way back to the snapshot, as an update of
+    0."""
+    alone, model = mlp(), mlp()
+    arm(alone, sft_loss, .1)(0)
+    rounds(model, [lambda h: None, arm(model, sft_loss, .1)], 1)
+    assert distance(model, [(a + b) / 2 for a, b in zip(values(mlp()), values(alone))]) < 1e-7
+
+
+def test_a_gpt_is_averaged_like_any_model(gpt):
+    """M1 on the architecture itself, embedding and norms included: 5 rounds, bitwise."""
+    alone, ids = copy.deepcopy(gpt), torch.randint(0, 61, (4, 12), generator=generator(0, "test"))
+
+    def loss(model):
+        return torch.nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+    one = arm(alone, loss, .01, .1, 1.)
+    for h in range(5):
+        one(h)
+    before = copy.deepcopy(gpt)
+    rounds(gpt, [arm(gpt, loss, .01, .1, 1.) for _ in range(2)], 5)
+    assert distance(gpt, alone) == 0 < distance(gpt, before)
+
+
+# ---- training ----------------------------------------------------------------------------------------------
+
+OPTIONS = dict(max_new=12, eval_every=4, eval_problems=2, eval_samples=2, save_every=1)
+RL, SFT = dict(n_problems=4, rollouts=4), dict(batch=8)
+MODES = [("parallel", 1), ("parallel", 2), ("parallel", 4), ("fused", 1), ("alternating", 1)]
+
+
+def trained(script, out: Path, start: Path | None = None, **changes) -> Path:
+    """Final checkpoint of a run that starts from the parrot: its rewards differ within groups."""
+    own = {rl: RL | dict(steps=4), sft: SFT | dict(epochs=1, warmup=0, decay=False),       # 32 questions / 8
+           merge: RL | SFT | dict(steps=4)}[script]
+    options = dict(init=str(start or worlds.parrot()), data=str(worlds.data()),
+                   problems=str(worlds.sevens()), out=str(out), threads=1)
+    return Path(worlds.quietly(script.train, script.Config(**options | OPTIONS | own | changes)))
+
+
+def weights(path: Path) -> dict:
+    return load_checkpoint(path)["model"]
+
+
+@functools.cache
+def finished(mode: str, inner: int) -> Path:
+    """An uninterrupted run of four steps in a mode."""
+    return trained(merge, worlds.folder() / f"merge-{mode}-{inner}", mode=mode, inner=inner)
+
+
+@functools.cache
+def alone(name: str, **changes) -> dict:
+    """Weights after the same four steps of rl.py ('rl') or sft.py ('sft') alone."""
+    script = {"rl": rl, "sft": sft}[name]
+    out = worlds.folder() / f"alone-{name}-{len(list(worlds.folder().iterdir()))}"
+    return weights(trained(script, out, **changes))
+
+
+def steps_of(path: Path) -> list[dict]:
+    return [line for line in worlds.lines(path.parent / "log.jsonl") if "reward" in line]
+
+
+@pytest.mark.parametrize("mode, inner", MODES)
+def test_every_mode_trains_and_logs(mode, inner):
+    """Issue 4: the start changes; a line per round has RL's and SFT's figures; the counts are those of the
+    steps done (an update of each per step, one for both if fused), validations stand at 0 and 4."""
+    path = finished(mode, inner)
+    log, steps = worlds.lines(path.parent / "log.jsonl"), steps_of(path)
+    assert distance(weights(path), weights(worlds.parrot())) > 1e-3
+    assert [line["step"] for line in steps] == list(range(inner, 5, inner))
+    norms = {"grad_norm_fused"} if mode == "fused" else {"grad_norm_rl", "grad_norm_sft"}
+    for line in steps:
+        assert {"reward", "signal", "entropy", "truncated", "kl", "sft_loss", "skipped", "tokens", "updates",
+                "flops", "seconds"} | norms == line.keys() - {"step"}
+    assert [line["step"] for line in log if "val_pass@1" in line] == [0, 4]
+    assert steps[-1]["updates"] == (4 if mode == "fused" else 8) and steps[-1]["skipped"] == 0
+    assert "How many are seven?   (answer 7)" in (path.parent / "samples.txt").read_text()
+
+
+@pytest.mark.parametrize("mode, inner", MODES)
+def test_every_mode_leaves_its_lineage(mode, inner):
+    """design.md: the stage names script, options, parent and counts; the run can be told from the file."""
+    path = finished(mode, inner)
+    stage, start = load_checkpoint(path)["lineage"][-1], worlds.parrot()
+    assert stage["script"] == "merge.py" and stage["config"]["mode"] == mode
+    assert stage["parent"] == hashlib.sha256(start.read_bytes()).hexdigest()
+    assert load_checkpoint(path)["lineage"][:-1] == load_checkpoint(start)["lineage"]
+    last = steps_of(path)[-1]
+    assert {k: stage[k] for k in ("tokens", "updates", "flops")} == {k: last[k]
+                                                                     for k in ("tokens", "updates", "flops")}
+
+
+def test_averaging_at_the_end_is_merging_two_finished_models():
+    """M9: H = all steps: bitwise the mean of what rl.py and sft.py make of the same start with the same seed,
+    and what `merge.py weights` would make of those two; so the arms are rl.py and sft.py, unchanged."""
+    a, b, start = alone("rl"), alone("sft", lr=1e-3), weights(worlds.parrot())
+    merged = weights(finished("parallel", 4))
+    assert distance(merged, {k: .5 * a[k] + .5 * b[k] for k in a}) == 0
+    assert distance(merged, {k: merge_tensors("linear", [a[k], b[k]], [.5, .5]) for k in a}) == 0
+    assert distance(merged, start) > 1e-3
+
+
+@pytest.mark.parametrize("share, name", [(1., "rl"), (0., "sft")])
+def test_all_weight_on_one_arm_is_that_arm_alone(share, name, tmp_path):
+    """Issue 4: with weight 1 an arm makes the run of its own script, bitwise: same order, rollouts,
+    moments."""
+    path = trained(merge, tmp_path / "run", weight_rl=share)
+    assert distance(weights(path), alone(name)) == 0
+
+
+@pytest.mark.parametrize("mode, tolerance", [("parallel", 1e-6), ("alternating", 0)])
+@pytest.mark.parametrize("idle, name", [("lr_sft", "rl"), ("lr_rl", "sft")])
+def test_with_an_idle_arm_each_mode_is_the_other_at_half_the_rate(mode, tolerance, idle, name, tmp_path):
+    """M2 and the controls: with lr 0 in one arm, parallel averaging and alternating steps move as far as the
+    other script alone with lr/2: the controls differ in the method, not in the step size."""
+    path = trained(merge, tmp_path / "run", mode=mode, **{idle: 0.})
+    lr = {"rl": 3e-4, "sft": 1e-3}[name] / 2
+    assert distance(weights(path), alone(name, lr=lr)) <= tolerance
+    assert distance(weights(path), weights(worlds.parrot())) > 1e-4
+
+
+def test_fused_is_one_adamw_on_the_summed_loss(tmp_path):
+    """Control: AdamW's first step by hand: -lr·g/|g| (with eps 1e-8) for the gradient of RL's loss plus
+    SFT's, clipped as a whole to 1; lr² = (.5·3e-4)² + (.5·1e-3)²."""
+    path = trained(merge, tmp_path / "run", mode="fused", steps=1)
+    model, tokenizer, _ = load_model(worlds.parrot())
+    problems = worlds.lines(worlds.sevens())
+    order = torch.randperm(32, generator=generator(0, "rl")).tolist()[:4]
+    c = rl.Config(max_new=12)
+    batch = rl.collect(model, tokenizer, [problems[i] for i in order], 4, c, generator(0, "rollouts", 0))
+    rows = [batch.prompts[r // 4] for r in range(16)], batch.completions
+    logp = completion_logprobs(model, *pack(*rows, tokenizer.pad))
+    advantage = rl.advantages(batch.rewards).flatten()
+    each = torch.cat([a.expand(len(text)) for a, text in zip(advantage, batch.completions)])
+    order = torch.randperm(32, generator=generator(0, "sft")).tolist()[:8]
+    examples = [sft.make_examples(tokenizer, problems, False, 0)[i] for i in order]
+    nats = -completion_logprobs(model, *pack(*map(list, zip(*examples)), tokenizer.pad))
+    (-(logp * each).mean() + nats.mean()).backward()
+    norm = sum(float((p.grad ** 2).sum()) for p in model.parameters()) ** .5
+    assert norm > 1 and steps_of(path)[0]["grad_norm_fused"] == pytest.approx(norm, rel=1e-4)
+    after, large = weights(path), 0
+    for name, p in model.named_parameters():
+        g, moved = p.grad / norm, after[name] - p.detach()
+        sure = g.abs() > 1e-4                                            # beyond rounding
+        assert torch.allclose(moved[sure], -5.22015e-4 * g[sure].sign(), rtol=2e-3, atol=1e-7), name
+        large += int(sure.sum())
+    assert large > 10_000
+
+
+def test_fused_without_signal_is_sft(tmp_path):
+    """Control: from a base without any right answer only SFT's gradient is left: bitwise sft.py. The rate is the
+    length of two steps at right angles, .25·3e-4 and .75·1e-3."""
+    path = trained(merge, tmp_path / "run", worlds.base(), mode="fused", weight_rl=.25)
+    alone = trained(sft, tmp_path / "sft", worlds.base(), lr=math.hypot(.25 * 3e-4, .75 * 1e-3))
+    assert distance(weights(path), weights(alone)) == 0
+    assert all(line["signal"] == 0 for line in steps_of(path))
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_without_signal_the_rl_arm_contributes_the_snapshot(steps, tmp_path):
+    """G11: no right answer, no RL step: half the start, half of what SFT alone makes of it; RL's AdamW has no
+    state, for a zero gradient would still have moved it, and the updates counted are SFT's."""
+    path = trained(merge, tmp_path / "run", worlds.base(), steps=steps, inner=steps, weight_decay=.1)
+    only = trained(sft, tmp_path / "sft", worlds.base(), weight_decay=.1,
+                   checkpoints_at=(steps,)).with_name(f"step{steps}.pt")
+    start, end = weights(worlds.base()), weights(only)
+    assert distance(weights(path), {k: .5 * start[k] + .5 * end[k] for k in end}) == 0
+    states = load_checkpoint(path.with_name("last.pt"))["optimizers"]
+    assert states[0]["state"] == {} and states[1]["state"][0]["step"] == steps
+    assert load_checkpoint(path)["lineage"][-1]["updates"] == steps
+
+
+@pytest.mark.parametrize("poisoned", [0, 1])
+def test_a_bad_gradient_skips_its_arm_alone(poisoned, tmp_path, monkeypatch):
+    """Issue 3, G11: NaN in the gradient of one arm: it contributes the snapshot, its AdamW is untouched, the
+    other arm's update counts; the skip is logged."""
+    real, calls = Run.step, []
+
+    def step(run, model, optimizer, clip):
+        calls.append(optimizer)
+        if len(calls) == 1 + poisoned:
+            model.norm.grad[3] = float("nan")
+        return real(run, model, optimizer, clip)
+    monkeypatch.setattr(Run, "step", step)
+    path = trained(merge, tmp_path / "run", steps=1)
+    monkeypatch.undo()
+    other = (sft, rl)[poisoned]
+    end = weights(trained(other, tmp_path / "other", checkpoints_at=(1,)).with_name("step1.pt"))
+    start = weights(worlds.parrot())
+    assert distance(weights(path), {k: .5 * start[k] + .5 * end[k] for k in end}) == 0
+    states = load_checkpoint(path.with_name("last.pt"))["optimizers"]
+    assert states[poisoned]["state"] == {} and states[1 - poisoned]["state"][0]["step"] == 1
+    assert [line["skipped"] for line in steps_of(path)] == [1]
+    assert load_checkpoint(path)["lineage"][-1]["updates"] == 1
+
+
+def test_the_scale_of_the_sft_loss_is_irrelevant_in_a_run(tmp_path, monkeypatch):
+    """M7 in merge.py itself: SFT's gradient times 1000 changes next to nothing when averaged (gradients near
+    AdamW's eps of 1e-8 do change), everything when fused."""
+    def run(scale, mode):
+        def scaled(model, *args):
+            before = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+            figures = real(model, *args)
+            for p, g in zip(model.parameters(), before):
+                p.grad = p.grad * scale if g is None else g + (p.grad - g) * scale
+            return figures
+        with monkeypatch.context() as patch:
+            real = sft.sft_gradient
+            patch.setattr(sft, "sft_gradient", scaled)
+            return weights(trained(merge, tmp_path / f"{mode}{scale}", mode=mode, steps=2, grad_clip=1e6))
+    def change(mode):
+        """Difference between the two scales over the way from the start, as Euclidean lengths."""
+        a, b, start = run(1, mode), run(1000, mode), weights(worlds.parrot())
+        return sum(float(((a[k] - b[k]) ** 2).sum()) for k in a) ** .5 / sum(
+            float(((a[k] - start[k]) ** 2).sum()) for k in a) ** .5
+    assert change("parallel") < .1 and change("fused") > .5
+
+
+@pytest.mark.parametrize("mode, same", [("parallel", True), ("fused", True), ("alternating", False)])
+def test_rl_and_sft_see_the_snapshot(mode, same, tmp_path, monkeypatch):
+    """M8 in merge.py itself: rollouts and SFT's gradient come from the same weights in every round; in turn
+    (alternating) SFT sees what RL has made."""
+    seen = {"rl": [], "sft": []}
+
+    def watch(patch, script, name, kind):
+        real = getattr(script, name)
+
+        def watched(model, *args):
+            seen[kind].append(values(model))
+            return real(model, *args)
+        patch.setattr(script, name, watched)
+    with monkeypatch.context() as patch:
+        watch(patch, rl, "collect", "rl")
+        watch(patch, sft, "sft_gradient", "sft")
+        trained(merge, tmp_path / "run", mode=mode, steps=3)
+    del seen["rl"][0]                                                    # the probe before the first step
+    assert len(seen["rl"]) == len(seen["sft"]) == 3
+    assert all((distance(a, b) == 0) == same for a, b in zip(seen["rl"], seen["sft"]))
+
+
+def test_merge_sees_what_rl_and_sft_see(tmp_path, monkeypatch):
+    """R6: with one seed merge.py asks the problems of rl.py and shows the examples of sft.py, in their
+    orders, whatever H is; and those two orders differ."""
+    seen = {}
+
+    def order(name, script, **changes):
+        asked, shown = seen[name] = [], []
+        real_collect, real_gradient = rl.collect, sft.sft_gradient
+
+        def collect(model, tokenizer, problems, group, *rest):
+            asked.extend(p["question"] for p in problems if group == 4)  # the probe asks 8 times
+            return real_collect(model, tokenizer, problems, group, *rest)
+
+        def gradient(model, examples, *rest):
+            tokenizer = load_model(worlds.parrot())[1]
+            shown.extend(tokenizer.decode(prompt[1:]).removesuffix("\n") for prompt, _ in examples)
+            return real_gradient(model, examples, *rest)
+        with monkeypatch.context() as patch:
+            patch.setattr(rl, "collect", collect)
+            patch.setattr(sft, "sft_gradient", gradient)
+            trained(script, tmp_path / name, seed=3, **changes)
+        return asked, shown
+    asked, shown = order("rl", rl, n_problems=8)[0], order("sft", sft)[1]
+    assert len(set(asked)) == len(set(shown)) == 32 and asked != shown
+    for inner in (1, 4):
+        assert order(f"merge{inner}", merge, n_problems=8, inner=inner) == (asked, shown)
+
+
+class Crash(Exception):
+    """The end of a process, without its cost."""
+
+
+@pytest.mark.parametrize("mode, inner", MODES)
+def test_a_crashed_run_ends_in_the_same_bits(mode, inner, tmp_path, monkeypatch):
+    """R5: a run that ends in the middle of its last round, RL's update done and SFT's not, and is resumed:
+    weights, both AdamW states, log and transcripts of the uninterrupted run (H = all: from the beginning)."""
+    out, calls, real = tmp_path / "run", [], sft.sft_gradient
+
+    def fragile(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise Crash
+        return real(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "sft_gradient", fragile)
+        with pytest.raises(Crash):
+            trained(merge, out, mode=mode, inner=inner)
+    assert (out / "last.pt").exists() == (inner < 4) and not (out / "final.pt").exists()
+    trained(merge, out, mode=mode, inner=inner)
+    worlds.assert_same_run(out, finished(mode, inner).parent)
+
+
+def test_save_every_is_kept_with_inner_updates(tmp_path, monkeypatch):
+    """R5: with H = 2 and --save-every 3 a state is saved after the round in which each third step fell."""
+    saved, real = [], Run.save_last
+
+    def save_last(run, *args, done=False, **more):
+        saved.extend([] if done else [args[4]])
+        real(run, *args, done=done, **more)
+    monkeypatch.setattr(Run, "save_last", save_last)
+    trained(merge, tmp_path / "run", steps=8, inner=2, save_every=3, eval_every=8)
+    assert saved == [4, 6, 8]                                            # steps 3, 6, and the end
+
+
+def test_listed_steps_are_kept(tmp_path):
+    """--checkpoints-at: the model after that step, with its own counts; averaging at every second step."""
+    path = trained(merge, tmp_path / "run", inner=2, checkpoints_at=(2, 4))
+    early, late = (load_checkpoint(path.with_name(f"step{n}.pt")) for n in (2, 4))
+    assert (early["lineage"][-1]["updates"], late["lineage"][-1]["updates"]) == (4, 8)
+    assert distance(early["model"], late["model"]) > 0 == distance(late["model"], weights(path))
+
+
+@pytest.mark.parametrize("changes, line", [
+    (dict(mode="serial"), "--mode serial"), (dict(weight_rl=1.1), "--weight-rl 1.1"),
+    (dict(inner=3), "--inner 3"), (dict(inner=2, checkpoints_at=(1,)), "--inner 2"),
+    (dict(inner=2, mode="fused"), "--inner 2"), (dict(inner=2, mode="alternating"), "--inner 2")])
+def test_what_cannot_be_averaged_is_refused(changes, line, tmp_path):
+    """Issue 4: options that contradict each other are refused before anything is loaded or written."""
+    with pytest.raises(UserError, match=line):
+        merge.train(merge.Config(init="none.pt", out=str(tmp_path / "run"), **dict(steps=4) | changes))
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- merging tensors ---------------------------------------------------------------------------------------
+
+BASE = torch.tensor([[10., 20., 30., 40.]])
+DELTAS = [torch.tensor([[1., -2, .1, 3]]), torch.tensor([[.5, 1, -.2, -4]])]
+
+
+@pytest.mark.parametrize("weights, expected", [
+    ([.5, .5], [2., 5.]), ([1., 1.], [2., 5.]), ([1., 0.], [1., 2.]), ([1., 3.], [2.5, 6.5]),
+    ([2., -1.], [-1., -4.])])
+def test_linear_merging(weights, expected):
+    """correctness.md: the weighted mean; weights need not add up to 1, and may extrapolate."""
+    merged = merge_tensors("linear", [torch.tensor([1., 2.]), torch.tensor([3., 8.])], weights)
+    assert torch.allclose(merged, torch.tensor(expected))
+
+
+@pytest.mark.parametrize("scale", [0., .5, 1., -1.])
+def test_task_arithmetic(scale):
+    """correctness.md: base + λ·Σ wᵢ(θᵢ − base): here the differences [1, -2, .1, 3]·.5 + [.5, 1, -.2,
+    -4]·2."""
+    merged = merge_tensors("task", [BASE + d for d in DELTAS], [.5, 2.], BASE, scale)
+    assert torch.allclose(merged, BASE + scale * torch.tensor([[1.5, 1., -.35, -6.5]]))
+
+
+@pytest.mark.parametrize("density, expected", [(.5, [0., -2, 0, -4]), (1., [.75, -2, -.2, -4])])
+@pytest.mark.parametrize("scale", [1., .3])
+def test_ties_values(density, expected, scale):
+    """correctness.md: TIES on [1, -2, .1, 3] and [.5, 1, -.2, -4]: trim, elect the sign, average who
+    agrees."""
+    for base in (BASE, torch.zeros_like(BASE)):
+        merged = merge_tensors("ties", [base + d for d in DELTAS], [.5, .5], base, scale, density)
+        assert torch.allclose(merged, base + scale * torch.tensor([expected]), atol=1e-5)
+
+
+def naive_ties(base, tensors, weights, scale, density):
+    """Yadav et al. 2023, section 4, one number at a time."""
+    kept = []
+    for tensor in tensors:
+        deltas = [t - b for t, b in zip(tensor, base)]
+        largest = sorted(deltas, key=abs, reverse=True)[:round(density * len(base))]
+        kept.append([d if d in largest else 0. for d in deltas])
+    out = []
+    for i, b in enumerate(base):
+        total = sum(w * d[i] for w, d in zip(weights, kept))
+        agreeing = [(w, d[i]) for w, d in zip(weights, kept) if d[i] * total > 0]
+        mean = sum(w * d for w, d in agreeing) / sum(w for w, _ in agreeing) if agreeing else 0.
+        out.append(b + scale * mean)
+    return out
+
+
+@pytest.mark.parametrize("n, weights", [(2, [.5, .5]), (3, [.2, .3, .5]), (3, [1., 1., 3.])])
+def test_ties_is_the_paper_in_loops(n, weights):
+    """correctness.md: TIES of random tensors equals a loop over single numbers, for every density."""
+    gen = generator(n, "ties")
+    base, *tensors = torch.randn(n + 1, 40, generator=gen)
+    for density in (.05, .25, .5, .9, 1.):
+        merged = merge_tensors("ties", list(tensors), weights, base, .7, density)
+        expected = naive_ties(base.tolist(), [t.tolist() for t in tensors], weights, .7, density)
+        assert torch.allclose(merged, torch.tensor(expected), atol=1e-5), density
+
+
+def test_ties_elects_by_weight_and_cancels():
+    """TIES: a heavier model wins the sign; equal pulls in opposite directions leave the base; and a tensor in
+    which nothing differs stays as it is."""
+    def one(a, b, weights):
+        return float(merge_tensors("ties", [torch.tensor([a]), torch.tensor([b])], weights, torch.zeros(1)))
+    assert one(1., -2., [3., 1.]) == 1 and one(1., -2., [1., 1.]) == -2 and one(2., -2., [.5, .5]) == 0
+    assert one(0., 0., [.5, .5]) == 0 and one(0., 3., [.5, .5]) == 3
+
+
+@pytest.mark.parametrize("method", ["linear", "task", "ties"])
+def test_merging_leaves_its_inputs_alone(method):
+    """A function must not write into its arguments (style.md), whatever it trims inside."""
+    tensors, base = [BASE + d for d in DELTAS], BASE.clone()
+    before = [t.clone() for t in tensors]
+    merge_tensors(method, tensors, [.5, .5], base, 1., .5)
+    assert torch.equal(base, BASE) and all(torch.equal(a, b) for a, b in zip(tensors, before))
+
+
+# ---- merging checkpoints -----------------------------------------------------------------------------------
+
+BYTES = Tokenizer({"pattern": PATTERN, "merges": []})
+
+
+def stage(script: str, tokens: int, parent: Path | None = None) -> dict:
+    return {"script": script, "config": {"seed": 0}, "tokens": tokens, "updates": tokens // 10,
+            "flops": 100 * tokens, "seconds": tokens / 2,
+            "parent": hashlib.sha256(parent.read_bytes()).hexdigest() if parent else None}
+
+
+@pytest.fixture
+def family(make_gpt, tmp_path):
+    """Name -> path: a base, two models trained from it, a grandchild and a stranger."""
+    paths, lineage = {}, {}
+
+    def make(name, seed, script, tokens, parent=None):
+        lineage[name] = lineage.get(parent, []) + [stage(script, tokens, paths.get(parent))]
+        paths[name] = tmp_path / f"{name}.pt"
+        save_checkpoint(paths[name], make_gpt(seed, vocab_size=320, n_vocab=258), BYTES, lineage[name])
+    make("base", 0, "pretrain.py", 1_000)
+    make("a", 1, "rl.py", 100, "base")
+    make("b", 2, "sft.py", 30, "base")
+    make("c", 3, "sft.py", 7, "a")
+    make("stranger", 4, "pretrain.py", 500)
+    return paths
+
+
+def merged(family, names: str, tmp_path, base="", **options) -> Path:
+    """The file that merge_weights wrote for these members of the family."""
+    (path,) = merge_weights(WeightsConfig(
+        tuple(str(family[name]) for name in names.split()), str(family[base]) if base else "",
+        out=str(tmp_path / "merged.pt"), device="cpu", threads=1, **options))
+    return path
+
+
+def test_checkpoints_are_merged_weight_by_weight(family, tmp_path):
+    """Issue 4: the file holds the mean of every tensor, and is a checkpoint that can be used."""
+    path, a, b = merged(family, "a b", tmp_path), weights(family["a"]), weights(family["b"])
+    assert path == tmp_path / "merged.pt"
+    assert distance(weights(path), {k: (a[k] + b[k]) / 2 for k in a}) < 1e-6 < distance(a, b)
+    model, tokenizer, _ = load_model(path)
+    assert tokenizer.spec == BYTES.spec and model(torch.tensor([[1, 2]])).isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["task", "ties"])
+def test_every_tensor_is_merged_by_the_method(family, tmp_path, method):
+    """Issue 4: --method, --base, --weights, --scale and --density reach every tensor, one-dimensional ones
+    too."""
+    path = merged(family, "a b c", tmp_path, method=method, base="base", weights=(.5, .2, .3), scale=.6,
+                  density=.2)
+    a, b, c, base = (weights(family[name]) for name in ("a", "b", "c", "base"))
+    expected = {k: merge_tensors(method, [a[k], b[k], c[k]], [.5, .2, .3], base[k], .6, .2) for k in a}
+    assert distance(weights(path), expected) == 0 and distance(expected, base) > .01
+
+
+def test_the_inputs_are_not_modified(family, tmp_path):
+    """Issue 4: merging reads; every input file has the bytes it had."""
+    before = {name: path.read_bytes() for name, path in family.items()}
+    merged(family, "a b", tmp_path, method="ties", base="base")
+    assert {name: path.read_bytes() for name, path in family.items()} == before
+
+
+def test_the_lineage_of_a_merge(family, tmp_path):
+    """design.md: what both had in common, then one stage: the options, the weights used, the base's sha256,
+    and what the two branches have cost together."""
+    lineage = load_checkpoint(merged(family, "b c", tmp_path, base="base", method="task"))["lineage"]
+    assert lineage[:-1] == load_checkpoint(family["base"])["lineage"]
+    last = lineage[-1]
+    assert last["script"] == "merge.py weights" and last["config"]["weights"] == [.5, .5]
+    assert last["config"]["checkpoints"] == [str(family["b"]), str(family["c"])]
+    assert last["parent"] == hashlib.sha256(family["base"].read_bytes()).hexdigest()
+    assert (last["tokens"], last["updates"], last["flops"], last["seconds"]) == (137, 13, 13_700, 68.5)
+
+
+@pytest.mark.parametrize("names, base", [
+    ("a b", ""), ("a b", "base"), ("a c", ""), ("base c", ""), ("b c", "base"), ("a b c", "")])
+def test_relatives_are_merged_without_a_warning(family, tmp_path, capsys, names, base):
+    """Issue 4: siblings, parent and child, uncle and nephew have a common ancestor."""
+    merged(family, names, tmp_path, base=base)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("names, base", [("a stranger", ""), ("a b stranger", ""), ("a b", "stranger")])
+def test_strangers_are_merged_with_a_warning(family, tmp_path, capsys, names, base):
+    """Issue 4: where the lineage shows no common ancestor (of the base too), one line says so; it is done."""
+    path = merged(family, names, tmp_path, base=base)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith("WARNING") and "ancestor" in said[0] and path.exists()
+
+
+@pytest.mark.parametrize("changes", [dict(d_ff=48), dict(n_layers=1), dict(n_heads=1), dict(rope_theta=500.),
+                                     dict(context=32)])
+@pytest.mark.parametrize("as_base", [False, True])
+def test_another_shape_is_refused(family, make_gpt, tmp_path, changes, as_base):
+    """Issue 4: also where every tensor has the same shape but heads or rotary angles differ, which would
+    average to a model that nobody trained. The line names the file."""
+    odd = tmp_path / "odd.pt"
+    save_checkpoint(odd, make_gpt(**dict(vocab_size=320, n_vocab=258) | changes), BYTES, [])
+    with pytest.raises(UserError, match="odd.pt: another shape"):
+        if as_base:
+            merged(family | {"odd": odd}, "a b", tmp_path, "odd")
+        else:
+            merged(family | {"odd": odd}, "a odd", tmp_path)
+    assert not (tmp_path / "merged.pt").exists()
+
+
+def test_another_tokenizer_is_refused(make_gpt, tmp_path):
+    """Issue 4: two vocabularies of one size in which id 256 means other bytes."""
+    for name, pair in (("x", [97, 98]), ("y", [97, 99])):
+        save_checkpoint(tmp_path / f"{name}.pt", make_gpt(vocab_size=320, n_vocab=259),
+                        Tokenizer({"pattern": PATTERN, "merges": [pair]}), [])
+    with pytest.raises(UserError, match="y.pt: another tokenizer"):
+        merge_weights(WeightsConfig((str(tmp_path / "x.pt"), str(tmp_path / "y.pt")), threads=1, device="cpu",
+                                    out=str(tmp_path / "merged.pt")))
+    assert not (tmp_path / "merged.pt").exists()
+
+
+@pytest.fixture
+def few_items(tmp_path) -> Path:
+    """The data set with two benchmark items of each kind, its manifest in keeping."""
+    data = tmp_path / "data"
+    shutil.copytree(worlds.data(), data)
+    path, by_task = data / "benchmarks.jsonl", {}
+    for item in worlds.lines(path):
+        by_task.setdefault(item["task"], []).append(json.dumps(item) + "\n")
+    path.write_text("".join(line for lines in by_task.values() for line in lines[:2]))
+    manifest = json.loads((data / "manifest.json").read_text())
+    manifest["sha256"][path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    return data
+
+
+def test_a_sweep_measures_every_mixture(few_items, tmp_path):
+    """Issue 4: --sweep writes a file per weight of the second checkpoint, measures each on validation and
+    prints a line; at 0 and 1 the files are the two inputs, bitwise, and so are their figures."""
+    a, b = (Path(shutil.copy(path, tmp_path / name))
+            for path, name in ((worlds.base(), "a.pt"), (worlds.parrot(), "b.pt")))
+    outcome = worlds.run_here("merge.py", "weights", a, b, "--sweep", "0,.25,1", "-o", tmp_path / "mix.pt",
+                              "--data", few_items, "--n-problems", 1, "--threads", 1)
+    assert outcome.status == 0 and not outcome.errors, outcome.errors
+    x, y = weights(a), weights(b)
+    for mix in (0, .25, 1):
+        expected = {k: (1 - mix) * x[k] + mix * y[k] for k in x}
+        assert distance(weights(tmp_path / f"mix-{mix:g}.pt"), expected) <= (1e-7 if mix == .25 else 0)
+        measured = json.loads((tmp_path / f"mix-{mix:g}.val.0shot.json").read_text())
+        for name, d in measured["problems"].items():
+            found = [line for line in outcome.out.splitlines()
+                     if line.startswith(f"weight {mix:4g} of {b}: {name} pass@1 {d['pass@1']['mean']:.1%}")]
+            assert len(found) == 1 and f"general mean {measured['general_mean']:.1%}" in found[0]
+    c = evaluate.Config((str(b),), data=str(few_items), n_problems=1, threads=1)
+    direct = json.loads(json.dumps(worlds.quietly(evaluate.run, c)[0]))
+    assert {k: direct[k] for k in ("problems", "benchmarks", "bits_per_byte")} == {
+        k: measured[k] for k in ("problems", "benchmarks", "bits_per_byte")}
+
+
+def test_the_command_line_of_the_issue(family, tmp_path):
+    """Issue 4: `python merge.py weights a.pt b.pt --base m.pt --method ties -o out.pt`: the same bytes as
+    from Python, and the path is said."""
+    path = merged(family, "a b", tmp_path, method="ties", base="base")
+    outcome = worlds.run_here("merge.py", "weights", family["a"], family["b"], "--base", family["base"],
+                              "--method", "ties", "-o", tmp_path / "new" / "out.pt")
+    assert outcome.status == 0 and str(tmp_path / "new" / "out.pt") in outcome.out
+    assert distance(weights(tmp_path / "new" / "out.pt"), weights(path)) == 0
