@@ -53,8 +53,8 @@ class Config:
     scale: tuple[int, ...] = (16, 64, 256, 1024)        # problems per step in the figure
     lengths: tuple[int, ...] = (12, 24, 48, 96, 192)    # answer tokens in the figure
     matrix: int = 3072              # side of the big matrix product
-    repeats: int = 5                # of each measurement, after a small warm-up; the median counts
-    patience: float = 15            # seconds after which a measurement is not repeated any more
+    repeats: int = 3                # of each measurement, after a small warm-up; the median counts
+    patience: float = 10            # seconds after which a measurement is not repeated any more
     quick: bool = False             # tiny workloads instead of all these
     out: str = "results/benchmark/benchmark.json"       # file to write
 
@@ -297,8 +297,8 @@ def run(c: Config) -> None:
         limit, *_ = alone(machine, threads, c, size)
         result["limits"].append(where | limit)
         print(f"\n{size}, threads: {threads}. Matrix products: {limit['own_gflops']:.0f} GFLOP/s at its "
-              f"shapes, {limit['matmul_gflops']:.0f} at {c.matrix}³; copying: {limit['copy_gb_per_s']:.1f} GB/s\n"
-              f"{'':44s} seconds  GFLOP/s  of limit  peak MB  repeats")
+              f"shapes, {limit['matmul_gflops']:.0f} at {c.matrix}³; copying: "
+              f"{limit['copy_gb_per_s']:.1f} GB/s\n{'':44s} seconds  GFLOP/s  of limit  peak MB  repeats")
         for workload in (pretraining, learning, plain_update, evaluation):
             done, peak_mb, _ = alone(workload, threads, c, size)
             for what, amount, unit, seconds, flops in done["rows"]:

@@ -1,4 +1,6 @@
-"""R5: a run that was killed at random moments and resumed ends in the same bits as one that was not.
+"""Whatever happens to a run, it is not lost (issue 3, Faults): kills at random moments, Ctrl-C, flipped bytes,
+gradients that are not finite, two processes in one folder, each for all four trainers. Writes that fail and bad
+inputs are in test_bad_input.py, exceptions inside a write in test_checkpoint.py.
 
 EARLYBIRD_LONG=1 kills each trainer 25 times instead of twice."""
 import functools
@@ -13,13 +15,13 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 import worlds
 
+import merge
 import pretrain
 import rl
 import sft
-from checkpoint import load_checkpoint
+from checkpoint import Run, UserError, load_checkpoint
 
 KILLS = 25 if worlds.LONG else 2
 LONGER = 6 if worlds.LONG else 1        # more steps, so that there is something left to kill
@@ -30,7 +32,7 @@ LONGER = 6 if worlds.LONG else 1        # more steps, so that there is something
 SERVER = """
 import json, os, runpy, sys, traceback
 sys.path.insert(0, os.getcwd())
-import pretrain, rl, sft, torch
+import merge, pretrain, torch
 torch.set_num_threads(1)
 weight = torch.nn.Parameter(torch.zeros(1))
 weight.grad = torch.zeros(1)
@@ -90,6 +92,9 @@ TRAINERS = {
                          eval_samples=2, save_every=2, checkpoints_at=(5,))),
     "rl.py": (rl, dict(n_problems=4, rollouts=4, steps=12 * LONGER, updates=2, kl=.01, max_new=12,
                        eval_every=3, eval_problems=2, eval_samples=2, save_every=2, checkpoints_at=(5,))),
+    "merge.py": (merge, dict(n_problems=4, rollouts=4, batch=8, steps=12 * LONGER, inner=2, max_new=12,
+                             eval_every=4, eval_problems=2, eval_samples=2, save_every=3,
+                             checkpoints_at=(6,))),
 }
 
 
@@ -167,7 +172,8 @@ def test_a_killed_run_ends_in_the_same_bits(script, server, tmp_path):
 
 
 @pytest.mark.parametrize("script, sign", [("pretrain.py", signal.SIGINT), ("sft.py", signal.SIGINT),
-                                          ("rl.py", signal.SIGINT), ("rl.py", signal.SIGTERM)])
+                                          ("rl.py", signal.SIGINT), ("rl.py", signal.SIGTERM),
+                                          ("merge.py", signal.SIGINT)])
 def test_ctrl_c_saves_and_says_how_to_go_on(script, sign, server, tmp_path):
     """Issue 2, Bad input: Ctrl-C (and a queue's SIGTERM) ends after the step at hand with status 130, the
     state is saved, the way to resume is printed, and the resumed run has the same bits."""
@@ -176,11 +182,11 @@ def test_ctrl_c_saves_and_says_how_to_go_on(script, sign, server, tmp_path):
     server.out.write_text("")
     pid = server.start(script, argv)
     log = out / "log.jsonl"
-    while size_of(log) <= 0 or '"lr"' not in log.read_text():            # until the first step is done
+    while size_of(log) <= 0 or '"skipped"' not in log.read_text():       # until the first step is done
         time.sleep(.005)
     os.kill(pid, sign)
     assert server.wait() == 130
-    steps = max(line["step"] for line in worlds.lines(log) if "lr" in line)
+    steps = max(line["step"] for line in worlds.lines(log) if "skipped" in line)
     assert load_checkpoint(out / "last.pt")["step"] == steps
     said = server.out.read_text()
     assert "run the same command again" in said and str(out) in said and "Traceback" not in said
@@ -233,7 +239,7 @@ def test_a_run_killed_before_its_last_file_is_completed(script, tmp_path):
     worlds.assert_same_run(out, reference)
 
 
-@pytest.mark.parametrize("script", ["sft.py", "rl.py"])
+@pytest.mark.parametrize("script", ["sft.py", "rl.py", "merge.py"])
 def test_resuming_from_a_changed_start_is_refused(script, tmp_path):
     """R5: an --init that was overwritten since is another start: the KL reference and the lineage would be
     those of a model that this run never saw. The line names the file."""
@@ -262,3 +268,109 @@ def test_resuming_with_changed_data_is_refused(tmp_path):
     shutil.copytree(worlds.other_data(), data)
     with pytest.raises(ValueError, match="data"):
         worlds.quietly(pretrain.train, config)
+
+
+# ---- flipped bytes -----------------------------------------------------------------------------------------
+
+READ = {"pretrain.py": ("train.bin", "val_general.bin", "val_arithmetic.bin", "last.pt"),
+        **dict.fromkeys(("sft.py", "rl.py", "merge.py"), ("init.pt", "train.jsonl", "val.jsonl", "last.pt"))}
+
+
+@pytest.mark.parametrize("script, name", [(script, name) for script, names in READ.items() for name in names])
+def test_a_flipped_byte_is_detected(script, name, tmp_path):
+    """Issue 3: one bit of a shard, a problems file or a checkpoint that a run reads, at three random places: one
+    line names the file, and nothing in the run's folder changes."""
+    data, out, rng = tmp_path / "data", tmp_path / "run", random.Random(f"{script} {name}")
+    shutil.copytree(worlds.data(), data)
+    config = config_of(script, out)
+    if name == "last.pt":
+        shutil.copytree(uninterrupted(script), out)
+    else:
+        config.data = str(data)
+    if script != "pretrain.py" and name != "last.pt":
+        config.init, config.problems = shutil.copy(worlds.base(), tmp_path / "init.pt"), ""
+    path = {"last.pt": out / name, "init.pt": tmp_path / name}.get(name, data / name)
+    whole = path.read_bytes()
+    for _ in range(3):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(whole) // 10, len(whole) * 8 // 10)] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        before = worlds.snapshot(out)
+        outcome = worlds.run_here(script, *command_line(config))
+        assert outcome.status == 2 and len(outcome.errors) == 1 and str(path) in outcome.errors[0], outcome
+        assert worlds.snapshot(out) == before
+
+
+# ---- gradients that are not finite -------------------------------------------------------------------------
+
+def poison(patch, bad) -> list:
+    """Put a NaN into the gradient before every update whose number (from 1) is bad; returns the updates."""
+    real, updates = Run.step, []
+
+    def step(run, model, *args):
+        updates.append(run)
+        if bad(len(updates)):
+            model.blocks[0].down.weight.grad[1, 2] = float("nan")
+        return real(run, model, *args)
+    patch.setattr(Run, "step", step)
+    return updates
+
+
+def updates_of(path: Path) -> int:
+    return load_checkpoint(path)["lineage"][-1]["updates"]
+
+
+@pytest.mark.parametrize("script", TRAINERS)
+def test_a_bad_gradient_is_skipped_counted_and_reported(script, tmp_path, monkeypatch, capsys):
+    """Issue 3: NaN in the second gradient: that step is not done, one line says so, the log counts it from then
+    on, the lineage counts the updates that were done, and the run ends with finite weights."""
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        updates = poison(patch, lambda n: n == 2)
+        path = Path(TRAINERS[script][0].train(config_of(script, out)))
+    skipped = [line["skipped"] for line in worlds.lines(out / "log.jsonl") if "skipped" in line]
+    assert set(skipped) <= {0, 1} and skipped == sorted(skipped) and skipped[-1] == 1
+    assert updates_of(path) == len(updates) - 1
+    assert all(w.isfinite().all() for w in load_checkpoint(path)["model"].values())
+    said = [line for line in worlds.without_bars(capsys.readouterr().err) if "not finite" in line]
+    assert len(said) == 1 and str(out) in said[0]
+
+
+@pytest.mark.parametrize("script", TRAINERS)
+def test_three_bad_gradients_leave_the_last_good_state(script, tmp_path, monkeypatch):
+    """Issue 3: the third in a row ends the run with one line; the state saved before the trouble is whole, and
+    when the cause is gone the same call finishes the run from there."""
+    out, module = tmp_path / "run", TRAINERS[script][0]
+    with monkeypatch.context() as patch:
+        updates = poison(patch, lambda n: n > 9)
+        with pytest.raises(UserError, match="three gradients in a row.*last.pt"):
+            worlds.quietly(module.train, config_of(script, out))
+    last = load_checkpoint(out / "last.pt")
+    assert len(updates) == 12 and 2 <= last["step"] and not (out / final_of(script)).exists()
+    assert all(w.isfinite().all() for w in last["model"].values())
+    worlds.quietly(module.train, config_of(script, out))
+    assert all(w.isfinite().all() for w in load_checkpoint(out / final_of(script))["model"].values())
+
+
+# ---- two processes -----------------------------------------------------------------------------------------
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP") or not Path("/proc").exists(), reason="needs SIGSTOP")
+@pytest.mark.parametrize("script", TRAINERS)
+def test_a_second_process_is_refused(script, server, tmp_path):
+    """Issue 3: while a run goes on (it is held still for the moment) a second call on its folder would mix the two
+    logs: it is told so in one line and changes nothing; the first run ends as if nothing had been."""
+    out = tmp_path / "run"
+    argv = command_line(config_of(script, out))
+    pid = server.start(script, argv)
+    started(out / "log.jsonl", None, pid)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        before = worlds.snapshot(out)
+        outcome = worlds.run_here(script, *argv)
+        assert outcome.status == 2 and len(outcome.errors) == 1, outcome
+        assert str(out) in outcome.errors[0] and "another process" in outcome.errors[0]
+        assert worlds.snapshot(out) == before
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert server.wait() == 0
+    worlds.assert_same_run(out, uninterrupted(script))

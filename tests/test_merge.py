@@ -501,10 +501,10 @@ def test_rl_and_sft_see_the_snapshot(mode, same, tmp_path, monkeypatch):
 def test_merge_sees_what_rl_and_sft_see(tmp_path, monkeypatch):
     """R6: with one seed merge.py asks the problems of rl.py and shows the examples of sft.py, in their
     orders, whatever H is; and those two orders differ."""
-    seen = {}
+    tokenizer = load_model(worlds.parrot())[1]
 
     def order(name, script, **changes):
-        asked, shown = seen[name] = [], []
+        asked, shown = [], []
         real_collect, real_gradient = rl.collect, sft.sft_gradient
 
         def collect(model, tokenizer, problems, group, *rest):
@@ -512,7 +512,6 @@ def test_merge_sees_what_rl_and_sft_see(tmp_path, monkeypatch):
             return real_collect(model, tokenizer, problems, group, *rest)
 
         def gradient(model, examples, *rest):
-            tokenizer = load_model(worlds.parrot())[1]
             shown.extend(tokenizer.decode(prompt[1:]).removesuffix("\n") for prompt, _ in examples)
             return real_gradient(model, examples, *rest)
         with monkeypatch.context() as patch:
