@@ -160,7 +160,7 @@ def train(c: Config) -> Path:
         result = rl.policy_gradient(model, reference, batch, advantage, range(len(advantage)), rl_config,
                                     tokenizer.pad)
         figures.update(reward=float(batch.rewards.mean()), entropy=batch.entropy, truncated=batch.truncated,
-                       signal=float((advantage.view_as(batch.rewards) != 0).any(1).float().mean()),
+                       signal=float((advantage != 0).float().mean()),
                        kl=rl.kl_to_start(reference, batch, rl_config, tokenizer.pad))
         sampled, prompted = sum(map(len, batch.completions)), sum(map(len, batch.prompts))
         counts["tokens"] += sampled

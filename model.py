@@ -6,10 +6,7 @@ Axes: B rows, T positions, V vocabulary, L layers, H heads, D head size, P promp
 Left out: dropout, biases, weight tying (OLMo-2 has none) and grouped-query attention (not needed at 1B).
 """
 import copy
-import sys
-from contextlib import suppress
 from dataclasses import dataclass
-from itertools import count
 from typing import NamedTuple
 
 import torch
@@ -308,46 +305,7 @@ def micro_batches(lengths: list[int], tokens: int) -> list[list[int]]:
     return batches
 
 
-# ---- what a checkpoint is, and a prompt to try it --------------------------------------------------------
-
-@dataclass
-class Config:
-    checkpoint: tuple[str, ...]     # file to look at
-    temperature: float = 0.6        # 0 = always the most probable token
-    max_new: int = 80               # longest answer, tokens
-    seed: int = 0                   # of the sampling
-    device: str = "auto"            # cpu, cuda, auto
-    threads: int = 0                # CPU threads, 0 = all cores
-
-
-def chat(c: Config) -> None:
-    """Print what the checkpoint is; answer every line typed with the model's continuation of that line."""
-    from checkpoint import generator, load_model, require, setup   # here, as checkpoint.py imports this file
-    require(len(c.checkpoint) == 1, "one checkpoint, please")
-    require(c.temperature >= 0, f"--temperature {c.temperature}: must not be negative")
-    model, tokenizer, content = load_model(c.checkpoint[0], setup(c.device, c.threads))
-    m = model.config
-    require(0 < c.max_new < m.context - 1, f"--max-new {c.max_new}: must be between 1 and {m.context - 2}")
-    n = sum(p.numel() for p in model.parameters())
-    core = n - 2 * m.vocab_size * m.d_model
-    print(f"{c.checkpoint[0]}: {n:,} parameters, {core:,} without embedding and head\n"
-          f"  {m.n_layers} layers, width {m.d_model}, {m.n_heads} heads, feed-forward {m.d_ff}, "
-          f"context {m.context}, vocabulary {m.n_vocab}\n  lineage:")
-    if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="replace")
-    for stage in content["lineage"]:
-        print(f"    {stage['script']}: {stage['tokens']:,} tokens, {stage['updates']} updates, "
-              f"{stage['flops']:.2e} FLOPs, {stage['seconds'] / 60:.1f} min, seed {stage['config']['seed']}")
-    print('  type a question, such as "Nora has 37 shells. Nora finds 48. How many shells?" (end: Ctrl-D)')
-    with suppress(EOFError):
-        for turn in count():
-            prompt = tokenizer.encode(input("> ") + "\n")[1 + c.max_new - m.context:]  # its end, if too long
-            gen = generator(c.seed, "chat", turn)
-            out = sample(model, [[tokenizer.eos, *prompt]], 1, c.max_new, tokenizer.eos, tokenizer.pad, gen,
-                         c.temperature)
-            print(tokenizer.decode(out.completions()[0]).removesuffix("<|endoftext|>"))
-
-
 if __name__ == "__main__":
     from checkpoint import main
-    main(chat, Config)
+    from evaluate import ChatConfig, chat
+    main(chat, ChatConfig)

@@ -66,8 +66,7 @@ def check(c: Config) -> None:
     require(c.n_problems % c.updates == 0,
             f"--updates {c.updates}: does not divide --n-problems {c.n_problems}")
     late = [s for s in c.checkpoints_at if not 0 < s <= c.steps]
-    require(not late,
-            f"--checkpoints-at {','.join(map(str, late))}: not within the --steps {c.steps} of the run")
+    require(not late, f"--checkpoints-at {','.join(map(str, late))}: not within the run's {c.steps} steps")
 
 
 # ---- the algorithm ---------------------------------------------------------------------------------------
@@ -164,8 +163,8 @@ def policy_gradient(model: GPT, reference: GPT, batch: Batch, advantage: Tensor,
                 sums[name] += float(value.sum())
         shared.backward()
     positions = sum(len(completions[r]) for r in useful) + sum(len(batch.prompts[g]) for g in groups)
-    means = {name: value / total for name, value in sums.items()}
-    return means | {"ratio": 1 + means["ratio"], "positions": positions}     # a skipped token's ratio is 1
+    means = {name: value / total for name, value in sums.items()}        # a skipped token's ratio counts as 1
+    return means | {"ratio": 1 + means["ratio"], "positions": positions}
 
 
 # ---- measurements ----------------------------------------------------------------------------------------
@@ -191,17 +190,15 @@ def probe(model: GPT, tokenizer: Tokenizer, problems: list[dict], c: Config) -> 
     n = 2 * c.rollouts
     batch = collect(model, tokenizer, problems, n, c, generator(c.seed, "probe"))
     right = batch.rewards.sum(1).int().tolist()
-    rate = sum(right) / (n * len(right))
     signal = float(np.mean([signal_probability(n, r, c.rollouts) for r in right]))
     unparsed = batch.grades.count("unparsed") / len(batch.grades)
-    print(f"before training: {rate:.1%} of {n * len(right)} answers right, {unparsed:.1%} without a readable "
-          f"answer; about {signal:.0%} of groups of {c.rollouts} will have a signal")
-    if signal == 0:
-        print("WARNING: no group has a signal, so RL cannot learn anything here. Start from a later "
-              "checkpoint, or use easier problems or more --rollouts.")
-    elif signal < .3:
+    print(f"before training: {batch.rewards.mean():.1%} of {n * len(right)} answers right, {unparsed:.1%} not"
+          f" readable; about {signal:.0%} of groups of {c.rollouts} will have a signal")
+    if signal < .3:
         print("WARNING: few groups have a signal, and a rare success gets a large advantage: updates will be "
-              "noisy. More --n-problems or --rollouts, or a smaller --lr, are safer.")
+              "noisy. More --n-problems or --rollouts, or a smaller --lr, are safer." if signal else
+              "WARNING: no group has a signal, so RL cannot learn anything here. Start from a later "
+              "checkpoint, or use easier problems or more --rollouts.")
 
 
 def transcript(batch: Batch, problems: list[dict], step: int, group: int) -> str:
@@ -219,24 +216,19 @@ def transcript(batch: Batch, problems: list[dict], step: int, group: int) -> str
 def train(c: Config) -> Path:
     """Run (or resume) RL; returns the path of the last checkpoint."""
     check(c)
-    device = setup(c.device, c.threads)
-    model, tokenizer, earlier, problems, validation = open_training(c, device)
+    model, tokenizer, earlier, problems, validation = open_training(c, setup(c.device, c.threads))
     reference = copy.deepcopy(model).requires_grad_(False)
     run = Run(c, {c.init: file_sha256(c.init)})
     final = run.out / "final.pt"
     if run.finished(final, c.steps):
         return final
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=c.weight_decay, fused=True)
-
-    def pick(step: int) -> list[dict]:
-        return [problems[i] for i in batch_indices(len(problems), c.n_problems, step, c.seed, "rl")]
-
     step, counts = 0, {"tokens": 0, "updates": 0, "flops": 0, "seconds": 0.0}
     if run.last:
         run.restore(model, optimizer)
         step, counts = run.last["step"], run.last["counts"]
     else:
-        probe(model, tokenizer, pick(0), c)
+        probe(model, tokenizer, problems[:c.n_problems], c)
 
     def lineage() -> list[dict]:
         return run.lineage(earlier, **counts)
@@ -256,7 +248,7 @@ def train(c: Config) -> Path:
             break
         # ---- collect
         started = time.perf_counter()
-        chosen = pick(step)
+        chosen = [problems[i] for i in batch_indices(len(problems), c.n_problems, step, c.seed, "rl")]
         batch = collect(model, tokenizer, chosen, c.rollouts, c, generator(c.seed, "rollouts", step))
         advantage = advantages(batch.rewards, c.std).flatten()                                    # (B,)
         kl = kl_to_start(reference, batch, c, tokenizer.pad)
@@ -267,11 +259,10 @@ def train(c: Config) -> Path:
             part = policy_gradient(model, reference, batch, advantage, span, c, tokenizer.pad)
             if part:                             # no signal, no step: momentum must not move the model
                 figures.append(part | {"grad_norm": run.step(model, optimizer, c.grad_clip)})
-        # ---- log
+        # ---- log: line s of log.jsonl is the s-th batch, sampled before its update
         step += 1
-        sampled = sum(map(len, batch.completions))
-        B = len(batch.completions)
-        prompted, length = sum(map(len, batch.prompts)), sampled / B
+        B, prompted, sampled = len(advantage), *(sum(map(len, x)) for x in (batch.prompts, batch.completions))
+        length = sampled / B
         trained = sum(f.pop("positions") for f in figures)
         counts["tokens"] += sampled
         counts["updates"] += len(figures) - (run.skipped - skipped)
@@ -279,8 +270,7 @@ def train(c: Config) -> Path:
                             * (prompted + sampled + (3 + (c.kl > 0)) * trained))
         counts["seconds"] += time.perf_counter() - started
         means = {k: float(np.mean([f[k] for f in figures])) for k in figures[0]} if figures else {}
-        reward = float(batch.rewards.mean())
-        signal = float((advantage.view_as(batch.rewards) != 0).any(1).float().mean())
+        reward, signal = float(batch.rewards.mean()), float((advantage != 0).float().mean())
         run.log(step=step, reward=reward, signal=signal, unparsed=batch.grades.count("unparsed") / B,
                 truncated=batch.truncated, length=length, entropy=batch.entropy, kl=kl, **means,
                 lr=optimizer.param_groups[0]["lr"], skipped=run.skipped,

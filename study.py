@@ -227,7 +227,7 @@ def grid(study: Study, c: Config) -> list[Cell]:
         last = kept[-1]
         folder = cell(base, "", "base", 0, pretraining, f"{last}.pt", [data / "manifest.json"])
         for at in kept:
-            for shots in (0, study.shots) if at in starts else (0,):
+            for shots in sorted({0, study.shots}) if at in starts else [0]:
                 evaluation(base, at, "base", 0, folder / f"{at}.pt", folder / f"{last}.pt", shots)
         for seed in study.seeds:
             for at in starts:
@@ -456,6 +456,22 @@ def solved(records: list[dict]) -> list[list[str]]:
     return rows
 
 
+def summary(records: list[dict]) -> list[list[str]]:
+    """A row per checkpoint and recipe: means over seeds, and what was gained over the base."""
+    rows = []
+    ordered = sorted(records, key=in_order)
+    for base, at, recipe in dict.fromkeys((r["base"], r["at"], r["recipe"]) for r in ordered):
+        runs = find(records, recipe, at, base)
+        row = [base, at, recipe, len(runs)]
+        for metric in METRICS if runs else ():
+            x = difference(records, recipe, "base", metric, [at], base)
+            row.append(f"{np.mean([values(r, metric).mean() for r in runs]):.1f}"
+                       + ("" if recipe == "base" or x is None else
+                          " ({:+.1f} [{:+.1f}, {:+.1f}])".format(*bootstrap(x))))
+        rows += [row] if runs else []
+    return rows
+
+
 def markdown(header: str, rows: list[list]) -> str:
     lines = [header, "|" + "---|" * (header.count("|") - 1)]
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
@@ -618,8 +634,11 @@ def report(out: Path, records: list[dict]) -> str:
         "anything about other pretraining runs; and three seeds are few: where seeds differ a lot, a nominal "
         "95 % covers rather 75 to 90 %. The rules stand at the top of study.py.",
         "## Claims", markdown(CLAIMS_HEADER, judge(records)),
+        "## Means over seeds, and the gain over the base", markdown(
+            "| base model | tokens | recipe | seeds | easy pass@1 | pass@8 | pass@32 | hard pass@1 | pass@32 "
+            "| general |", summary(records)),
         "## Figures", "\n".join(f"![{name}]({name}.png)" for name in figures),
-        "## All evaluations", markdown(
+        "## Every evaluation", markdown(
             "| base model | tokens | recipe | seed | easy pass@1 | pass@8 | pass@32 | hard pass@1 | pass@32 "
             "| general | bits per byte | FLOPs | minutes |", rows),
         "## Problem by problem: expansion or sharpening",

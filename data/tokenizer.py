@@ -1,7 +1,7 @@
 """Byte-level BPE: trained here in a few lines, run by tiktoken, stored as our own JSON.
 
 ids 0..255 are the bytes, 256+i is merge i, and the special tokens come last: EOS (ends every document and
-every answer) and PAD (never trained, never scored). Digits are single tokens, since the splitting pattern
+every answer) and PAD (fills rows, never a target). Digits are single tokens, since the splitting pattern
 isolates them. `encode` treats its input as plain text, so no text can inject a special token.
 """
 import hashlib

@@ -32,8 +32,8 @@ from checkpoint import (Run, UserError, atomic_write, batch_indices, generator, 
 from data import prepare
 from data.tokenizer import PATTERN, Tokenizer
 
-CONFIGS = {m.__name__.split(".")[-1]: m.Config for m in (prepare, pretrain, sft, rl, merge, evaluate, model)}
-CONFIGS["merge weights"] = merge.WeightsConfig
+CONFIGS = {m.__name__.split(".")[-1]: m.Config for m in (prepare, pretrain, sft, rl, merge, evaluate)}
+CONFIGS |= {"merge weights": merge.WeightsConfig, "model": evaluate.ChatConfig}
 
 
 @dataclass

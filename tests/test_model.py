@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-import model as model_script
+import evaluate
 from checkpoint import generator, save_checkpoint
 from data.tokenizer import PATTERN, Tokenizer
 from model import GPT, SIZES, ModelConfig, rms_norm, rotate
@@ -207,7 +207,7 @@ def test_chat_asks_after_eos(make_gpt, tmp_path, monkeypatch, typed, kept):
     leaves no room for 9 new tokens in the context of 64 the end is kept, EOS still before it."""
     tokenizer, asked, answers = Tokenizer({"pattern": PATTERN, "merges": []}), [], iter([typed])
     save_checkpoint(tmp_path / "a.pt", make_gpt(vocab_size=320, n_vocab=258), tokenizer, [])
-    original = model_script.sample
+    original = evaluate.sample
 
     def typing(prompt):
         try:
@@ -219,6 +219,6 @@ def test_chat_asks_after_eos(make_gpt, tmp_path, monkeypatch, typed, kept):
         asked.extend(prompts)
         return original(model, prompts, *args)
     monkeypatch.setattr("builtins.input", typing)
-    monkeypatch.setattr(model_script, "sample", sample)
-    model_script.chat(model_script.Config((str(tmp_path / "a.pt"),), max_new=9, device="cpu", threads=1))
+    monkeypatch.setattr(evaluate, "sample", sample)
+    evaluate.chat(evaluate.ChatConfig((str(tmp_path / "a.pt"),), max_new=9, device="cpu", threads=1))
     assert asked == [[tokenizer.eos, *f"{typed}\n".encode()[-kept:]]]

@@ -13,10 +13,12 @@ import torch
 import worlds
 
 import evaluate
+import merge
 import pretrain
 import rl
 import sft
-from checkpoint import generator, load_checkpoint, load_model
+from checkpoint import batch_indices, generator, load_checkpoint, load_model
+from data.tokenizer import EOS
 
 BASE = dict(size="0.3M", context=128, batch=4, micro_batch=2, tokens=2_048, checkpoints_at=(512, 2_048),
             warmup=1, eval_every=2, save_every=2)
@@ -24,6 +26,8 @@ SFT = dict(epochs=1, batch=8, lr=2e-3, max_new=12, eval_every=2, eval_problems=2
            save_every=2)
 RL = dict(n_problems=4, rollouts=4, steps=3, updates=2, kl=.01, max_new=12, eval_every=2, eval_problems=2,
           eval_samples=2, save_every=2, checkpoints_at=(1,))
+MERGE = dict(n_problems=4, rollouts=4, batch=4, steps=2, max_new=12, eval_every=2, eval_problems=2,
+             eval_samples=2, save_every=2)
 EVALUATE = dict(n_problems=2, samples=8, k=(1, 8), max_new=32)
 
 
@@ -42,13 +46,15 @@ def chain() -> dict[str, Path]:
     stage("sft", sft, SFT | dict(init=str(done["base"]), problems=sevens, epochs=10, lr=8e-3))
     stage("gold", sft, SFT | dict(init=str(done["sft"]), problems=sevens, gold=True, lr=1e-4))
     stage("rl", rl, RL | dict(init=str(done["gold"]), problems=sevens))
+    stage("merge", merge, MERGE | dict(init=str(done["rl"]), problems=sevens))
     return done
 
 
 # ---- from Python -------------------------------------------------------------------------------------------
 
 def test_the_chain_runs():
-    """Issue 2: pretrain, sft, sft --gold and rl start from the checkpoint before, and each one is a model."""
+    """Issue 2, 4: pretrain, sft, sft --gold, rl and merge start from the checkpoint before, and each one is a
+    model."""
     for path in chain().values():
         model, tokenizer, _ = load_model(path)
         assert model(torch.tensor([tokenizer.encode("Nora")])).isfinite().all()
@@ -66,8 +72,8 @@ def test_the_lineage_names_every_stage():
     that the final file alone tells how it was made."""
     paths = list(chain().values())
     lineage = load_checkpoint(paths[-1])["lineage"]
-    assert [stage["script"] for stage in lineage] == ["pretrain.py", "sft.py", "sft.py", "rl.py"]
-    assert [stage["config"].get("gold") for stage in lineage] == [None, False, True, None]
+    assert [stage["script"] for stage in lineage] == ["pretrain.py", "sft.py", "sft.py", "rl.py", "merge.py"]
+    assert [stage["config"].get("gold") for stage in lineage] == [None, False, True, None, False]
     for stage in lineage:
         assert stage["tokens"] > 0 and stage["flops"] > 0 and stage["seconds"] > 0 and stage["updates"] > 0
         assert stage["config"]["seed"] == 0
@@ -101,6 +107,24 @@ def test_token_counts_within_one_update_all_get_a_file(counts, tmp_path):
                              **BASE | dict(tokens=512, checkpoints_at=counts))
     assert Path(worlds.quietly(pretrain.train, config)).is_file()
     assert all((tmp_path / f"{n / 1e6:g}M.pt").is_file() for n in counts)
+
+
+def test_pretraining_reads_every_block_once(tmp_path, monkeypatch):
+    """R5, R6: an epoch visits every block of the shard once, in the order of the stream "text" alone; its
+    tokens are those of the shard."""
+    read, real = [], pretrain.blocks
+
+    def blocks(shard, numbers, context):
+        read.extend(numbers if isinstance(numbers, list) else [])        # validation asks for a range
+        return real(shard, numbers, context)
+    monkeypatch.setattr(pretrain, "blocks", blocks)
+    tokens = 3_000 // 64 * 64
+    options = BASE | dict(context=64, batch=1, micro_batch=1, tokens=tokens, checkpoints_at=(tokens,))
+    config = pretrain.Config(data=str(worlds.other_data()), out=str(tmp_path), threads=1,
+                             **options | dict(eval_every=1_000, save_every=1_000))
+    worlds.quietly(pretrain.train, config)
+    assert len(read) == tokens // 64 and sorted(read) == list(range(len(read)))
+    assert read == batch_indices(len(read), len(read), 0, 0, "text")
 
 
 def test_rl_keeps_every_listed_checkpoint():
@@ -137,7 +161,7 @@ def test_rl_logs_what_it_promises():
         assert line["reward"] + line["unparsed"] <= 1 and 1 <= line["length"] <= 12 and line["grad_norm"] > 0
         assert 0 < line["entropy"] < math.log(512) and line["kl"] >= 0
     assert any(line["signal"] > 0 for line in steps)
-    assert abs(steps[0]["kl"]) < 1e-6 < steps[-1]["kl"]   # the start itself, then away from it
+    assert abs(steps[0]["kl"]) < 1e-6 < max(line["kl"] for line in steps)    # the start, then away from it
     for key in ("tokens", "flops", "seconds"):
         assert [line[key] for line in steps] == sorted({line[key] for line in steps})
 
@@ -154,7 +178,7 @@ def test_sft_logs_what_it_promises():
 
 
 @pytest.mark.parametrize("stage, key, steps", [
-    ("base", "val_general", [0, 2, 4]), ("rl", "val_pass@1", [0, 2, 3]),
+    ("base", "val_general", [0, 2, 4]), ("rl", "val_pass@1", [0, 2, 3]), ("merge", "val_pass@1", [0, 2]),
     ("sft", "val_pass@1", list(range(0, 41, 2)))])
 def test_a_validation_is_labelled_by_the_updates_done(stage, key, steps):
     """A validation measures the model after `step` steps: with eval_every = 2 those are 0, 2, ... and the
@@ -171,7 +195,7 @@ def test_all_solutions_make_more_examples(tmp_path):
     gold = sft.make_examples(tokenizer, problems, True, 0)
     assert len(one) == 10 and len(gold) == sum(len(p["solutions"]) for p in problems)
     texts = [(tokenizer.decode(prompt), tokenizer.decode(solution[:-1])) for prompt, solution in gold]
-    assert texts == [(p["question"] + "\n", s) for p in problems for s in p["solutions"]]
+    assert texts == [(f"{EOS}{p['question']}\n", s) for p in problems for s in p["solutions"]]
     assert all(solution[-1] == tokenizer.eos for _, solution in one + gold)
     assert {tuple(solution) for _, solution in one} <= {tuple(solution) for _, solution in gold}
     assert one != sft.make_examples(tokenizer, problems, False, 1)   # the choice depends on the seed
@@ -198,10 +222,13 @@ def test_evaluation_measures_and_writes(tmp_path):
             assert 0 <= low <= numbers[key]["mean"] <= high <= 1
         assert numbers["problems"] == 2 and numbers["samples"] == 8
     assert len(result["benchmarks"]) == 7
-    for task in result["benchmarks"].values():
-        assert task["items"] >= 200 and abs(task["acc_norm"] - task["chance"]) < .25    # it knows nothing
+    for name, task in result["benchmarks"].items():
+        assert task["items"] >= 200
+        assert abs(task["accuracy"] - task["chance"]) < .25 or name == "dialogue"    # it knows nothing
         assert task["stderr"] == pytest.approx(
-            math.sqrt(task["acc_norm"] * (1 - task["acc_norm"]) / (task["items"] - 1)))
+            math.sqrt(task["accuracy"] * (1 - task["accuracy"]) / (task["items"] - 1)))
+    shown = [task["accuracy"] for task in result["benchmarks"].values()]
+    assert result["general_mean"] == pytest.approx(sum(shown) / 7)
     assert 2 < result["bits_per_byte"] < 8
     assert result["lineage"] == load_checkpoint(path)["lineage"]
 
@@ -225,7 +252,7 @@ def test_evaluating_with_examples_before_the_question(tmp_path):
     assert path.with_suffix(".val.1shot.json").is_file() and not path.with_suffix(".val.0shot.json").exists()
 
 
-@pytest.mark.parametrize("stage, module", [("base", pretrain), ("sft", sft), ("rl", rl)])
+@pytest.mark.parametrize("stage, module", [("base", pretrain), ("sft", sft), ("rl", rl), ("merge", merge)])
 def test_a_finished_run_says_so_and_changes_nothing(stage, module, capsys):
     """Issue 2, Interface: the second call with the same --out must not touch a finished run. (It cut the last
     lines off log.jsonl and samples.txt, which are written after the last state.)"""
@@ -282,8 +309,8 @@ def options(changes: dict) -> list[str]:
 
 
 def test_the_command_lines_of_the_issue(tmp_path):
-    """Issue 2, Interface: the five commands, chained as a person chains them, and the same bits as from
-    Python."""
+    """Issue 2, Interface, and issue 4: the commands, chained as a person chains them, and the same bits as
+    from Python."""
     data, sevens = tmp_path / "data", str(worlds.sevens())
 
     def run(script, *argv, **changes):
@@ -300,6 +327,11 @@ def test_the_command_lines_of_the_issue(tmp_path):
     assert str(tmp_path / "sft" / "final.pt") in said
     said = run("rl.py", init=base, data=data, problems=sevens, out=tmp_path / "rl", threads=1, **RL)
     assert "WARNING" in said and f"python evaluate.py {tmp_path / 'rl' / 'final.pt'} {base}" in said
+    said = run("merge.py", init=base, data=data, problems=sevens, out=tmp_path / "merge", threads=1, **MERGE)
+    assert f"python evaluate.py {tmp_path / 'merge' / 'final.pt'} {base}" in said
+    both = [tmp_path / name / "final.pt" for name in ("rl", "sft")]
+    run("merge.py", "weights", *both, "--base", base, "--method", "ties", "-o", tmp_path / "out.pt")
+    assert load_checkpoint(tmp_path / "out.pt")["lineage"][-1]["script"] == "merge.py weights"
     said = run("evaluate.py", tmp_path / "rl" / "final.pt", base, data=data, threads=1,
                **EVALUATE | dict(max_new=8))
     assert all(part in said for part in ("pass@1", "pass@8", "chance", "bits per byte", "minus", "paired"))
@@ -345,18 +377,24 @@ def test_a_greedy_answer_repeats():
     assert first == second
 
 
-@pytest.mark.parametrize("script", "data/prepare.py pretrain.py sft.py rl.py evaluate.py model.py".split())
-def test_help_is_printed(script):
+@pytest.mark.parametrize("command", ["data/prepare.py", "pretrain.py", "sft.py", "rl.py", "merge.py",
+                                     "merge.py weights", "evaluate.py", "model.py"])
+def test_help_is_printed(command):
     """Issue 2, Interface: every script has --help, which says what the script does and ends well."""
-    outcome = worlds.run_here(script, "--help")
-    assert outcome.status == 0 and f"python {script}" in outcome.out and not outcome.errors
+    outcome = worlds.run_here(*command.split(), "--help")
+    assert outcome.status == 0 and f"python {command}" in outcome.out and not outcome.errors
 
 
 def test_defaults_are_consistent():
     """The scripts find each other's output by default: same data folder, and the run folders differ."""
     defaults = {m.__name__: {f.name: f.default for f in dataclasses.fields(m.Config)}
-                for m in (pretrain, sft, rl, evaluate)}
+                for m in (pretrain, sft, rl, merge, evaluate)}
     assert len({d["data"] for d in defaults.values()}) == 1
-    assert len({defaults[m]["out"] for m in ("pretrain", "sft", "rl")}) == 3
-    assert defaults["sft"]["difficulty"] == defaults["rl"]["difficulty"]
-    assert defaults["sft"]["eval_problems"] == defaults["rl"]["eval_problems"]
+    assert len({defaults[m]["out"] for m in ("pretrain", "sft", "rl", "merge")}) == 4
+    for name in ("difficulty", "questions", "max_new", "eval_problems", "eval_samples", "grad_clip"):
+        assert defaults["sft"][name] == defaults["rl"][name] == defaults["merge"][name], name
+    for name in ("n_problems", "rollouts", "temperature", "std", "steps"):
+        assert defaults["rl"][name] == defaults["merge"][name], name
+    assert (defaults["merge"]["lr_rl"], defaults["merge"]["lr_sft"]) == (defaults["rl"]["lr"],
+                                                                         defaults["sft"]["lr"])
+    assert defaults["merge"]["batch"] == defaults["sft"]["batch"] and defaults["merge"]["inner"] == 1

@@ -17,11 +17,11 @@ STORED = sorted((ROOT / "results").glob("*/results.jsonl"))
 MINI = """
 import sys
 import study
-study.EVALUATION = "--n-problems 2 --samples 32 --max-new 8"
+study.EVALUATION = "--split test --n-problems 2 --samples 32 --max-new 8"
 small = " --eval-problems 2 --eval-samples 2 --max-new 8"
 data = ("--tokens 40000 --val-tokens 5000 --train-problems 60 --eval-problems 4 --benchmark-items 4 "
         "--vocab-size 300")
-pretraining = "--tokens 32k --size 0.3M --context 128 --batch 8 --micro-batch 8 --checkpoints-at 16k,32k"
+pretraining = "--tokens 32k --size 0.3M --context 192 --batch 8 --micro-batch 8 --checkpoints-at 16k,32k"
 for name, command in study.RECIPES.items():
     size = " --epochs 1 --batch 4 --questions 8" if command.startswith("sft") else (
         " --steps 2 --n-problems 2 --rollouts 2 --questions 8")
