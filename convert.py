@@ -65,7 +65,7 @@ def their_config(c: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> di
         "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad, "torch_dtype": str(dtype)[6:]}
 
 
-def export_folder(checkpoint: str, out: str, dtype: torch.dtype = torch.float32) -> Path:
+def export_folder(checkpoint: str | Path, out: str | Path, dtype: torch.dtype = torch.float32) -> Path:
     """Write a checkpoint as a folder; returns it. config.json comes last (an old one goes first), without
     which nothing opens a folder: a kill leaves no mixture. UserError if the folder holds other files."""
     safetensors, folder = need("safetensors.torch"), Path(out)
@@ -171,7 +171,7 @@ def from_hub(source: str, list_revisions: bool = False) -> Path | None:
                         f"revision? ({type(error).__name__}: {error})"[:400]) from None
 
 
-def import_folder(source: str, out: str, dtype: torch.dtype = torch.float32) -> Path:
+def import_folder(source: str | Path, out: str | Path, dtype: torch.dtype = torch.float32) -> Path:
     """Write a checkpoint from a folder in Hugging Face's layout, or from the hub; returns its path."""
     folder = Path(source) if Path(source).is_dir() else from_hub(source)
     tokenizer = read_tokenizer(folder / "tokenizer.json")
@@ -187,7 +187,7 @@ def import_folder(source: str, out: str, dtype: torch.dtype = torch.float32) -> 
         raise UserError(f"{folder}: weights and config.json do not fit together ({error})"[:400]) from None
     revision = "" if Path(source).is_dir() else folder.name      # the commit that a branch stands for today
     stage = {"script": "convert.py import",
-             "config": {"source": source, "revision": revision, "dtype": str(dtype)[6:], "seed": 0},
+             "config": {"source": str(source), "revision": revision, "dtype": str(dtype)[6:], "seed": 0},
              "tokens": 0, "updates": 0, "flops": 0, "seconds": 0.0, "parent": None}
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(Path(out), model, tokenizer, [stage])
