@@ -5,7 +5,7 @@
     python convert.py import allenai/OLMo-2-0425-1B@stage1-step10000-tokens21B olmo.pt
     python convert.py import allenai/OLMo-2-0425-1B --list-revisions
 
-Takes a second for a small model, memory for about four copies of a large one. Needs safetensors; hub names
+Takes a second for a small model, memory for three copies of a large one in fp32. Needs safetensors; hub names
 need huggingface_hub too. Left out: other architectures, grouped-query attention (OLMo-2 32B), chat templates.
 A special token spelled out in a text is plain text here, but that token for the exported tokenizer.
 """
@@ -70,16 +70,17 @@ def export_folder(checkpoint: str | Path, out: str | Path, dtype: torch.dtype = 
     which nothing opens a folder: a kill leaves no mixture. UserError if the folder holds other files."""
     safetensors, folder = need("safetensors.torch"), Path(out)
     model, tokenizer, content = load_model(checkpoint)
-    theirs, config = {}, model.config
+    config, theirs = model.config, {}
+    del model                                    # a copy of the weights less
     for ours, names in their_names(config.n_layers).items():
-        parts = content["model"][ours].chunk(len(names))
+        parts = content["model"].pop(ours).chunk(len(names))
         theirs |= {name: part.to(dtype, copy=True) for name, part in zip(names, parts)}
     files = {"model.safetensors": safetensors.save(theirs, {"format": "pt"}),
              "tokenizer.json": to_huggingface(tokenizer.spec),
-             "tokenizer_config.json": {           # of this class, which takes tokenizer.json as it is
+             "tokenizer_config.json": {           # of the class that takes tokenizer.json as it is
                  "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": PAD,
                  "model_max_length": config.context, "clean_up_tokenization_spaces": False,
-                 "model_input_names": ["input_ids", "attention_mask"]},
+                 "model_input_names": ["input_ids", "attention_mask"]},      # no token_type_ids, as 4 has
              "generation_config.json": {"eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad},
              "config.json": their_config(config, tokenizer, dtype)}
     folder.mkdir(parents=True, exist_ok=True)
