@@ -141,8 +141,10 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of model.safetensors, or of the files that model.safetensors.index.json names."""
     safetensors, files, weights = need("safetensors.torch"), {"model.safetensors"}, {}
     if not (folder / "model.safetensors").is_file():
-        places = read_json(folder / "model.safetensors.index.json").get("weight_map")
-        require(isinstance(places, dict), f"{folder}: no weight_map in model.safetensors.index.json")
+        index = folder / "model.safetensors.index.json"
+        require(index.is_file(), f"{folder}: has neither model.safetensors nor {index.name}")
+        places = read_json(index).get("weight_map")
+        require(isinstance(places, dict), f"{index}: has no weight_map")
         files = {Path(str(file)).name for file in places.values()}
     for path in (folder / file for file in sorted(files)):
         require(path.is_file(), f"{folder}: has no {path.name}; the download is not complete")
