@@ -94,6 +94,9 @@ def test_generation_equals_our_greedy_decoding(saved, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert theirs.generation_config.pad_token_id == their_tokenizer.pad_token_id == tokenizer.pad
+    assert (theirs.config.eos_token_id, theirs.config.pad_token_id) == (tokenizer.eos, tokenizer.pad)
+    wanted = json.loads((folder / "tokenizer_config.json").read_text())["model_input_names"]
+    assert "token_type_ids" not in wanted                                # 4.57 makes them if not told
     ended = 0
     for prompt in ("a", "ab b", "1", "c\nc", "bab", "1 é", "aab", "cc"):
         out = sample(model, [tokenizer.encode(prompt)], 1, 20, tokenizer.eos, tokenizer.pad,
@@ -255,8 +258,9 @@ def published(tmp_path_factory) -> SimpleNamespace:
         tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    readme = (worlds.ROOT / "README.md").read_text() + (worlds.ROOT / "model.py").read_text()
-    bpe.train_from_iterator([readme], tokenizers.trainers.BpeTrainer(
+    texts = [(worlds.ROOT / name).read_text() for name in ("README.md", "model.py")]
+    texts.append(" ".join(str(n * n) for n in range(3_000)))
+    bpe.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
         vocab_size=600, initial_alphabet=alphabet, show_progress=False, limit_alphabet=256))
     content = json.loads(bpe.to_str())
     n = len(content["model"]["vocab"])
@@ -305,13 +309,15 @@ def test_published_layout_comes_in(published, tmp_path):
 
 def test_published_layout_goes_out_again(published, tmp_path):
     """A foreign tokenizer keeps its ids, so the exported model is the published one. In transformers 5 the
-    class GPT2Tokenizer would split this tokenizer's digits otherwise, whatever tokenizer.json says."""
+    class GPT2Tokenizer would split this tokenizer's digits otherwise, whatever tokenizer.json says, unless
+    (5.23) config.json says that the model is an OLMo-2; so that is taken away first."""
     convert.import_folder(published.folder, tmp_path / "ours.pt", torch.bfloat16)
     convert.export_folder(tmp_path / "ours.pt", tmp_path / "out", torch.bfloat16)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert theirs.dtype == torch.bfloat16
     for name, weight in published.model.state_dict().items():
         assert torch.equal(theirs.state_dict()[name], weight)
+    (tmp_path / "out/config.json").unlink()
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     ours = load_model(tmp_path / "ours.pt")[1]
     assert len(ours.encode("2025")) < 4                                  # digits are merged here
