@@ -265,7 +265,7 @@ def run_cells(cells: list[Cell], runs: Path, jobs: int) -> list[str]:
     gpus = visible.split(",") if torch.cuda.is_available() else []
     (runs / "logs").mkdir(parents=True, exist_ok=True)
     total = sum(x.minutes for x in cells)
-    bar = tqdm(total=round(total, 1), initial=round(total - sum(x.minutes for x in waiting), 1),
+    bar = tqdm(total=total, initial=max(0.0, total - sum(x.minutes for x in waiting)),
                desc="study", unit="min", smoothing=0,
                bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}")
     try:
@@ -291,7 +291,7 @@ def run_cells(cells: list[Cell], runs: Path, jobs: int) -> list[str]:
             for slot, (process, x) in list(running.items()):
                 if process.poll() is not None:
                     del running[slot]
-                    bar.update(x.minutes)
+                    bar.update(min(x.minutes, bar.total - bar.n))        # floats add up to a little more
                     unmade.discard(x.makes)
                     if process.returncode or not x.makes.exists():
                         unmade.add(x.makes)
