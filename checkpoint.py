@@ -79,7 +79,8 @@ def help_texts(cls: type) -> dict[str, str]:
 def parse(cls: type, argv: list[str] | None = None) -> typing.Any:
     """The command line of a Config: field `lr` is option `--lr`, the comment on its line is the help text,
     and fields without a default are positional (one or more values). A tuple is written with commas."""
-    description = sys.modules[cls.__module__].__doc__
+    automatic = cls.__doc__.startswith(f"{cls.__name__}(")               # what dataclass writes if we do not
+    description = sys.modules[cls.__module__].__doc__ if automatic else cls.__doc__
     parser = Parser(description=description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     hints = typing.get_type_hints(cls)
@@ -293,7 +294,8 @@ class Run:
         if self.last:
             require({"step", "done", "bytes", "skipped", "start", "optimizers"} <= self.last.keys(),
                     f"{self.out / 'last.pt'}: a checkpoint, but not the state of a run; choose another --out")
-        self.skipped, self.bad_in_a_row = self.last["skipped"] if self.last else (0, 0)   # NaN: no update
+        self.skipped = self.last["skipped"][0] if self.last else 0       # updates left out because of a NaN
+        self.bad_in_a_row: dict[int, int] = {}                           # id of an optimizer -> how many
         self.sizes = self.last["bytes"] if self.last else {"log.jsonl": 0, "samples.txt": 0}
         for name, digest in self.start.items() if self.last else ():
             require(self.last["start"].get(name) == digest,
@@ -340,8 +342,10 @@ class Run:
 
     def restore(self, model: GPT, *optimizers: torch.optim.Optimizer) -> None:
         model.load_state_dict(self.last["model"])
-        for optimizer, state in zip(optimizers, self.last["optimizers"], strict=True):
+        bad = self.last["skipped"][1:]
+        for optimizer, state, n in zip(optimizers, self.last["optimizers"], bad, strict=True):
             optimizer.load_state_dict(state)
+            self.bad_in_a_row[id(optimizer)] = n
 
     def _append(self, name: str, text: str) -> None:
         try:
@@ -378,7 +382,8 @@ class Run:
         save_checkpoint(self.out / "last.pt", model, tokenizer, lineage, step=step,
                         optimizers=[optimizer.state_dict() for optimizer in optimizers],
                         done=done, bytes=self.sizes,
-                        skipped=[self.skipped, self.bad_in_a_row], start=self.start, **state)
+                        skipped=[self.skipped, *(self.bad_in_a_row.get(id(o), 0) for o in optimizers)],
+                        start=self.start, **state)
 
     def step(self, model: GPT, optimizer: torch.optim.Optimizer, grad_clip: float) -> float:
         """Clip the gradient to norm `grad_clip`, update, clear it; returns the norm before clipping. One that
@@ -390,9 +395,10 @@ class Run:
             self.skipped += 1
             print(f"\n{self.out}: gradient is not finite, update skipped ({self.skipped} so far)",
                   file=sys.stderr)
-        self.bad_in_a_row = 0 if math.isfinite(norm) else self.bad_in_a_row + 1
+        bad = 0 if math.isfinite(norm) else self.bad_in_a_row.get(id(optimizer), 0) + 1
+        self.bad_in_a_row[id(optimizer)] = bad
         optimizer.zero_grad(set_to_none=True)
-        require(self.bad_in_a_row < 3, f"{self.out}: three gradients in a row were not finite; last.pt has "
+        require(bad < 3, f"{self.out}: three gradients in a row were not finite; last.pt has "
                                        "the last good state. Lower --lr, or look into the data")
         return norm
 

@@ -27,7 +27,7 @@ import sft
 from checkpoint import (
     Run, batch_indices, file_sha256, generator, load_model, main, one_run, require,
     require_positive, save_checkpoint, setup)
-from evaluate import open_training, validate
+from evaluate import load_problems, open_training, validate
 
 
 @dataclass
@@ -80,8 +80,10 @@ def arm_configs(c: Config) -> tuple[rl.Config, sft.Config]:
     def common(cls: type) -> dict:
         return {k: v for k, v in asdict(c).items() if k in cls.__dataclass_fields__}
     rl_config = rl.Config(**common(rl.Config))
+    sft_config = sft.Config(**common(sft.Config))
     rl.check(rl_config)
-    return rl_config, sft.Config(**common(sft.Config))
+    sft.check(sft_config)
+    return rl_config, sft_config
 
 
 # ---- averaging of updates --------------------------------------------------------------------------------
@@ -267,8 +269,9 @@ def merge_tensors(method: str, tensors: list[Tensor], weights: list[float], base
 
 
 def ancestors(path: str, content: dict) -> set[str]:
-    """sha256 of a checkpoint's file and of all that it was trained from."""
-    return {file_sha256(path)} | {stage["parent"] for stage in content["lineage"] if stage.get("parent")}
+    """sha256 of a checkpoint's file and of all that it was trained or merged from."""
+    return {file_sha256(path)}.union(*([stage.get("parent"), *stage.get("merged", ())]
+                                       for stage in content["lineage"])) - {None}
 
 
 def merge_weights(c: WeightsConfig) -> list[Path]:
@@ -284,6 +287,9 @@ def merge_weights(c: WeightsConfig) -> list[Path]:
     require(not c.weights or c.method != "linear" or abs(sum(c.weights)) > 1e-6, "--weights: add up to 0")
     require(0 < c.density <= 1, f"--density {c.density}: must be more than 0, at most 1")
     require(not c.sweep or n == 2 and not c.weights, "--sweep: needs two checkpoints and no --weights")
+    require(Path(c.out).suffix == ".pt", f"--out {c.out}: must be the name of a file, ending in .pt")
+    inputs = {Path(path).resolve() for path in (*c.checkpoints, c.base)}
+    require(Path(c.out).resolve() not in inputs, f"--out {c.out}: is one of the checkpoints to merge")
     setup(c.device, c.threads)
     paths = [*c.checkpoints, c.base] if c.base else list(c.checkpoints)
     loaded = [load_model(path) for path in paths]
@@ -295,6 +301,13 @@ def merge_weights(c: WeightsConfig) -> list[Path]:
     if not set.intersection(*(ancestors(path, content) for path, (_, _, content) in zip(paths, loaded))):
         print(f"WARNING: the lineage of {', '.join(paths)} shows no common ancestor; weights of unrelated "
               "models cannot be averaged in any meaningful way", file=sys.stderr)
+    measure = evaluate.Config(c.checkpoints, c.data, n_problems=c.n_problems, seed=c.seed, device=c.device,
+                              threads=c.threads)
+    if c.sweep:                                  # what would stop the measurement stops the merge
+        evaluate.check(measure)
+        require(evaluate.open_data(c.data)[1].sha256 == tokenizer.sha256,
+                f"{paths[0]}: made with another tokenizer than {c.data} holds")
+        load_problems(f"{c.data}/val.jsonl")
     lineages = [content["lineage"] for _, _, content in loaded[:n]]
     shared = [stages[0] for stages in zip(*lineages) if all(s == stages[0] for s in stages)]
     cost = {k: sum(stage[k] for lineage in lineages for stage in lineage[len(shared):])
@@ -307,17 +320,16 @@ def merge_weights(c: WeightsConfig) -> list[Path]:
         merged = {name: merge_tensors(c.method, [s[name] for s in states[:n]], weights, base[name], c.scale,
                                       c.density) for name in states[0]}
         result.load_state_dict(merged)
-        path = out if mix is None else out.with_stem(f"{out.stem}-{mix:g}")
+        path = out if mix is None else out.with_stem(f"{out.stem}-{mix}")
         path.parent.mkdir(parents=True, exist_ok=True)
         config = json.loads(json.dumps(asdict(c))) | {"weights": weights}
         stage = {"script": "merge.py weights", "config": config,
-                 "parent": file_sha256(c.base) if c.base else None, **cost}
+                 "parent": file_sha256(c.base) if c.base else None,
+                 "merged": [file_sha256(path) for path in c.checkpoints], **cost}
         save_checkpoint(path, result, tokenizer, [*shared, stage])
         print(f"written: {path}")
         written.append(path)
-    results = [evaluate.evaluate(str(p), evaluate.Config((str(p),), data=c.data, n_problems=c.n_problems,
-                                                         seed=c.seed, device=c.device, threads=c.threads))
-               for p in written] if c.sweep else []
+    results = [evaluate.evaluate(str(p), measure) for p in written] if c.sweep else []
     for mix, measured in zip(c.sweep, results):
         for name, d in measured["problems"].items():
             print(f"weight {mix:4g} of {c.checkpoints[1]}: {name} " + ", ".join(

@@ -121,8 +121,8 @@ def train(c: Config) -> Path:
     flops_per_step = 3 * model.flops_per_token(c.context) * tokens_per_step
 
     def lineage() -> list[dict]:
-        return run.lineage([], tokens=step * tokens_per_step, updates=step, flops=step * flops_per_step,
-                           seconds=seconds, data=manifest["sha256"])
+        return run.lineage([], tokens=step * tokens_per_step, updates=step - run.skipped,
+                           flops=step * flops_per_step, seconds=seconds, data=manifest["sha256"])
     bar = tqdm(total=steps * tokens_per_step, initial=step * tokens_per_step, unit="tok", unit_scale=True,
                desc="pretrain")
     scores: dict[str, float] = {}

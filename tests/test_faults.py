@@ -324,11 +324,7 @@ def updates_of(path: Path) -> int:
     return load_checkpoint(path)["lineage"][-1]["updates"]
 
 
-COUNTED = pytest.mark.xfail(strict=True, reason="pretrain.py's lineage counts skipped updates as done")
-
-
-@pytest.mark.parametrize("script", [pytest.param(s, marks=COUNTED) if s == "pretrain.py" else s
-                                    for s in TRAINERS])
+@pytest.mark.parametrize("script", TRAINERS)
 def test_a_bad_gradient_is_skipped_counted_and_reported(script, tmp_path, monkeypatch, capsys):
     """Issue 3: NaN in the second gradient: that step is not done, one line says so, the log counts it from
     then on, the lineage counts the updates that were done, and the run ends with finite weights."""
@@ -360,7 +356,6 @@ def test_three_bad_gradients_leave_the_last_good_state(script, tmp_path, monkeyp
     assert all(w.isfinite().all() for w in load_checkpoint(out / final_of(script))["model"].values())
 
 
-@pytest.mark.xfail(strict=True, reason="the count of bad gradients in a row is shared by merge.py's two arms")
 @pytest.mark.parametrize("arm", [1, 0])
 def test_three_bad_gradients_of_one_arm_end_the_run(arm, tmp_path, monkeypatch):
     """Issue 3: RL's (or SFT's) gradient is NaN in every step while the other arm's is fine: that is no

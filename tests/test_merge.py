@@ -749,7 +749,6 @@ def test_strangers_are_merged_with_a_warning(family, tmp_path, capsys, names, ba
     assert len(said) == 1 and said[0].startswith("WARNING") and "ancestor" in said[0] and path.exists()
 
 
-@pytest.mark.xfail(strict=True, reason="a merge without --base forgets its ancestors")
 def test_a_merge_stays_in_the_family(family, tmp_path, capsys):
     """Issue 4: what is merged without naming the base descends from it all the same: merging the result with
     another of its relatives needs no warning."""
@@ -758,7 +757,6 @@ def test_a_merge_stays_in_the_family(family, tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.xfail(strict=True, reason="-o may name an input, which is then lost")
 def test_an_input_is_not_overwritten(family, tmp_path):
     """Issue 3: `-o a.pt` beside the inputs a.pt and b.pt, a slip of the hand, must not cost a run."""
     before = family["a"].read_bytes()
@@ -832,7 +830,6 @@ def test_a_sweep_measures_every_mixture(few_items, tmp_path):
         k: measured[k] for k in ("problems", "benchmarks", "bits_per_byte")}
 
 
-@pytest.mark.xfail(strict=True, reason="without .pt, or beyond six digits, two mixtures share a file name")
 @pytest.mark.parametrize("out, sweep", [("mix", (.25, .5)), ("mix.pt", (.5, .5000001))])
 def test_every_mixture_of_a_sweep_has_its_own_files(out, sweep, tmp_path, monkeypatch):
     """Issue 4: two weights make two checkpoints and two results, whatever --out looks like."""

@@ -377,12 +377,9 @@ def test_a_greedy_answer_repeats():
     assert first == second
 
 
-FOREIGN = pytest.mark.xfail(strict=True, reason="python model.py --help shows the text of evaluate.py")
-
-
 @pytest.mark.parametrize("command", ["data/prepare.py", "pretrain.py", "sft.py", "rl.py", "merge.py",
                                      "merge.py weights", "evaluate.py",
-                                     pytest.param("model.py", marks=FOREIGN)])
+                                     "model.py"])
 def test_help_is_printed(command):
     """Issue 2, Interface: every script has --help, which says what the script does and ends well."""
     outcome = worlds.run_here(*command.split(), "--help")
