@@ -320,7 +320,7 @@ def merge_weights(c: WeightsConfig) -> list[Path]:
         merged = {name: merge_tensors(c.method, [s[name] for s in states[:n]], weights, base[name], c.scale,
                                       c.density) for name in states[0]}
         result.load_state_dict(merged)
-        path = out if mix is None else out.with_stem(f"{out.stem}-{mix}")
+        path = out if mix is None else out.with_stem(f"{out.stem}-{mix:.12g}")
         path.parent.mkdir(parents=True, exist_ok=True)
         config = json.loads(json.dumps(asdict(c))) | {"weights": weights}
         stage = {"script": "merge.py weights", "config": config,

@@ -39,7 +39,9 @@ def start(folder: Path) -> subprocess.Popen:
     """The miniature study in a process group of its own, as a terminal would start it."""
     command = [sys.executable, "-c", MINI, "--preset", "mini", "--jobs", "2"]
     return subprocess.Popen(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                            # a shell's background job ignores Ctrl-C, and its children would inherit that
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def results(folder: Path) -> list[dict]:
