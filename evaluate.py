@@ -449,7 +449,10 @@ def run(c: Config) -> list[dict]:
 
 @dataclass
 class ChatConfig:
-    """Print what a checkpoint is: sizes, lineage, tokens seen; then answer prompts that you type."""
+    """Print what a checkpoint is (sizes, lineage, tokens seen), then answer prompts that you type.
+
+    python model.py runs/base/8M.pt
+    """
     checkpoint: tuple[str, ...]     # file to look at
     temperature: float = 0.6        # 0 = always the most probable token
     max_new: int = 80               # longest answer, tokens

@@ -580,6 +580,7 @@ def test_bad_gradients_are_counted_across_a_resume(gpt, byte_tokenizer, tmp_path
         run.step(gpt, optimizer, 1.)
     run.save_last(gpt, byte_tokenizer, [], [optimizer], 2)
     run = resume(run, tmp_path)
+    run.restore(gpt, optimizer)
     assert run.skipped == 2
     give_gradient(gpt.parameters(), float("nan"))
     with pytest.raises(UserError):
