@@ -350,7 +350,7 @@ def test_three_bad_gradients_leave_the_last_good_state(script, tmp_path, monkeyp
         with pytest.raises(UserError, match="three gradients in a row.*last.pt"):
             worlds.quietly(module.train, config_of(script, out))
     last = load_checkpoint(out / "last.pt")
-    seen = 14 if script == "merge.py" else 12    # merge.py counts per arm: rl rl sft sft rl rl ..., bad from 10
+    seen = 14 if script == "merge.py" else 12    # merge.py: per arm, rl rl sft sft rl ..., bad from 10
     assert len(updates) == seen and 2 <= last["step"] and not (out / final_of(script)).exists()
     assert all(w.isfinite().all() for w in last["model"].values())
     worlds.quietly(module.train, config_of(script, out))
