@@ -329,9 +329,10 @@ def test_a_bad_gradient_is_skipped_counted_and_reported(script, tmp_path, monkey
     """Issue 3: NaN in the second gradient: that step is not done, one line says so, the log counts it from
     then on, the lineage counts the updates that were done, and the run ends with finite weights."""
     out = tmp_path / "run"
+    config = config_of(script, out)              # may train the base: before anything is poisoned
     with monkeypatch.context() as patch:
         updates = poison(patch, lambda n: n == 2)
-        path = Path(TRAINERS[script][0].train(config_of(script, out)))
+        path = Path(TRAINERS[script][0].train(config))
     skipped = [line["skipped"] for line in worlds.lines(out / "log.jsonl") if "skipped" in line]
     assert set(skipped) <= {0, 1} and skipped == sorted(skipped) and skipped[-1] == 1
     assert updates_of(path) == len(updates) - 1
@@ -345,10 +346,11 @@ def test_three_bad_gradients_leave_the_last_good_state(script, tmp_path, monkeyp
     """Issue 3: the third in a row ends the run with one line; the state saved before the trouble is whole,
     and when the cause is gone the same call finishes the run from there."""
     out, module = tmp_path / "run", TRAINERS[script][0]
+    config = config_of(script, out)
     with monkeypatch.context() as patch:
         updates = poison(patch, lambda n: n > 9)
         with pytest.raises(UserError, match="three gradients in a row.*last.pt"):
-            worlds.quietly(module.train, config_of(script, out))
+            worlds.quietly(module.train, config)
     last = load_checkpoint(out / "last.pt")
     seen = 14 if script == "merge.py" else 12    # merge.py: per arm, rl rl sft sft rl ..., bad from 10
     assert len(updates) == seen and 2 <= last["step"] and not (out / final_of(script)).exists()
@@ -361,11 +363,11 @@ def test_three_bad_gradients_leave_the_last_good_state(script, tmp_path, monkeyp
 def test_three_bad_gradients_of_one_arm_end_the_run(arm, tmp_path, monkeypatch):
     """Issue 3: RL's (or SFT's) gradient is NaN in every step while the other arm's is fine: that is no
     parallel averaging any more but half the other arm; the run must not go on as if nothing had been."""
+    config = config_of("merge.py", tmp_path / "run")
+    config.inner = 1
     with monkeypatch.context() as patch:
         poison(patch, lambda n: n % 2 == arm)
         with pytest.raises(UserError, match="three gradients in a row.*last.pt"):
-            config = config_of("merge.py", tmp_path / "run")
-            config.inner = 1
             worlds.quietly(merge.train, config)
 
 
