@@ -123,9 +123,7 @@ def train(c: Config) -> Path:
     device = setup(c.device, c.threads)
     model, tokenizer, earlier, problems, validation = open_training(c, device, solutions=True)
     examples = sft.make_examples(tokenizer, problems, c.gold, c.seed)
-    longest = max(len(prompt) + len(solution) for prompt, solution in examples)
-    require(longest <= model.config.context,
-            f"the longest example has {longest} tokens: beyond the model's context of {model.config.context}")
+    sft.require_fit(examples, model.config.context)
     reference = copy.deepcopy(model).requires_grad_(False)
     run = Run(c, {c.init: file_sha256(c.init)})
     final = run.out / "final.pt"
@@ -164,11 +162,8 @@ def train(c: Config) -> Path:
         figures.update(reward=float(batch.rewards.mean()), entropy=batch.entropy, truncated=batch.truncated,
                        signal=float((advantage != 0).float().mean()),
                        kl=rl.kl_to_start(reference, batch, rl_config, tokenizer.pad))
-        sampled, prompted = sum(map(len, batch.completions)), sum(map(len, batch.prompts))
-        counts["tokens"] += sampled
-        length = prompted / len(chosen) + sampled / len(batch.completions)
-        counts["flops"] += (model.flops_per_token(int(length))
-                            * (prompted + sampled + 3 * (result["positions"] if result else 0)))
+        counts["tokens"] += sum(map(len, batch.completions))
+        counts["flops"] += rl.grpo_flops(model, batch, result["positions"] if result else 0, rl_config)
         if at % c.eval_every == 0:
             run.write(rl.transcript(batch, chosen, at + 1, c.rollouts))
         return result is not None
@@ -178,7 +173,7 @@ def train(c: Config) -> Path:
         result = sft.sft_gradient(model, batch, sft_config, tokenizer.pad)
         figures.update(sft_loss=result["loss"])
         counts["tokens"] += sum(len(solution) for _, solution in batch)
-        counts["flops"] += 3 * model.flops_per_token(result["positions"] // c.batch) * result["positions"]
+        counts["flops"] += result["flops"]
 
     def rl_arm(h: int) -> None:
         if rl_gradient(step + h):                # no signal, no step: momentum must not move the model
@@ -263,15 +258,15 @@ def merge_tensors(method: str, tensors: list[Tensor], weights: list[float], base
     keep = max(1, round(density * base.numel()))
     for d in deltas:
         d[d.abs() < d.abs().flatten().topk(keep).values[-1]] = 0.0
-    agree = (deltas.sign() == (w * deltas).sum(0).sign()) & (deltas != 0)
+    agree = deltas.sign() == (w * deltas).sum(0).sign()
     total = (w * agree).sum(0)
     return base + scale * (w * agree * deltas).sum(0) / torch.where(total == 0, 1.0, total)
 
 
-def ancestors(path: str, content: dict) -> set[str]:
-    """sha256 of a checkpoint's file and of all that it was trained or merged from."""
-    return {file_sha256(path)}.union(*([stage.get("parent"), *stage.get("merged", ())]
-                                       for stage in content["lineage"])) - {None}
+def ancestors(digest: str, content: dict) -> set[str]:
+    """sha256 of a checkpoint's file (`digest`) and of all that it was trained or merged from."""
+    return {digest}.union(*([stage.get("parent"), *stage.get("merged", ())]
+                            for stage in content["lineage"])) - {None}
 
 
 def merge_weights(c: WeightsConfig) -> list[Path]:
@@ -298,7 +293,8 @@ def merge_weights(c: WeightsConfig) -> list[Path]:
         require(model.config == first.config, f"{path}: another shape than {paths[0]} "
                 f"({model.config} against {first.config}); only equal models can be merged")
         require(other.sha256 == tokenizer.sha256, f"{path}: another tokenizer than {paths[0]}")
-    if not set.intersection(*(ancestors(path, content) for path, (_, _, content) in zip(paths, loaded))):
+    digests = [file_sha256(path) for path in paths]
+    if not set.intersection(*(ancestors(d, content) for d, (_, _, content) in zip(digests, loaded))):
         print(f"WARNING: the lineage of {', '.join(paths)} shows no common ancestor; weights of unrelated "
               "models cannot be averaged in any meaningful way", file=sys.stderr)
     measure = evaluate.Config(c.checkpoints, c.data, n_problems=c.n_problems, seed=c.seed, device=c.device,
@@ -315,17 +311,16 @@ def merge_weights(c: WeightsConfig) -> list[Path]:
     states = [model.state_dict() for model, _, _ in loaded]
     base = states[-1] if c.base else dict.fromkeys(states[0])
     result, out, written = copy.deepcopy(first), Path(c.out), []
+    out.parent.mkdir(parents=True, exist_ok=True)
     for mix in c.sweep or [None]:
         weights = list(c.weights) or ([1 / n] * n if mix is None else [1 - mix, mix])
         merged = {name: merge_tensors(c.method, [s[name] for s in states[:n]], weights, base[name], c.scale,
                                       c.density) for name in states[0]}
         result.load_state_dict(merged)
         path = out if mix is None else out.with_stem(f"{out.stem}-{mix:.12g}")
-        path.parent.mkdir(parents=True, exist_ok=True)
         config = json.loads(json.dumps(asdict(c))) | {"weights": weights}
         stage = {"script": "merge.py weights", "config": config,
-                 "parent": file_sha256(c.base) if c.base else None,
-                 "merged": [file_sha256(path) for path in c.checkpoints], **cost}
+                 "parent": digests[-1] if c.base else None, "merged": digests[:n], **cost}
         save_checkpoint(path, result, tokenizer, [*shared, stage])
         print(f"written: {path}")
         written.append(path)

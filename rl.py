@@ -169,6 +169,13 @@ def policy_gradient(model: GPT, reference: GPT, batch: Batch, advantage: Tensor,
 
 # ---- measurements ----------------------------------------------------------------------------------------
 
+def grpo_flops(model: GPT, batch: Batch, trained: int, c: Config) -> int:
+    """FLOPs of sampling a batch and of updating on `trained` positions; measurements are not counted."""
+    prompted, sampled = (sum(map(len, x)) for x in (batch.prompts, batch.completions))
+    length = int(prompted / len(batch.prompts) + sampled / len(batch.completions))
+    return model.flops_per_token(length) * (prompted + sampled + (3 + (c.kl > 0)) * trained)
+
+
 def signal_probability(n: int, right: int, group: int) -> float:
     """Probability that `group` of n answers, `right` of them right, drawn without replacement, are mixed."""
     return pass_at_k(n, right, group) + pass_at_k(n, n - right, group) - 1
@@ -261,18 +268,15 @@ def train(c: Config) -> Path:
                 figures.append(part | {"grad_norm": run.step(model, optimizer, c.grad_clip)})
         # ---- log: line s of log.jsonl is the s-th batch, sampled before its update
         step += 1
-        B, prompted, sampled = len(advantage), *(sum(map(len, x)) for x in (batch.prompts, batch.completions))
-        length = sampled / B
-        trained = sum(f.pop("positions") for f in figures)
+        B, sampled = len(advantage), sum(map(len, batch.completions))
         counts["tokens"] += sampled
         counts["updates"] += len(figures) - (run.skipped - skipped)
-        counts["flops"] += (model.flops_per_token(int(prompted / len(chosen) + length))      # no measurements
-                            * (prompted + sampled + (3 + (c.kl > 0)) * trained))
+        counts["flops"] += grpo_flops(model, batch, sum(f.pop("positions") for f in figures), c)
         counts["seconds"] += time.perf_counter() - started
         means = {k: float(np.mean([f[k] for f in figures])) for k in figures[0]} if figures else {}
         reward, signal = float(batch.rewards.mean()), float((advantage != 0).float().mean())
         run.log(step=step, reward=reward, signal=signal, unparsed=batch.grades.count("unparsed") / B,
-                truncated=batch.truncated, length=length, entropy=batch.entropy, kl=kl, **means,
+                truncated=batch.truncated, length=sampled / B, entropy=batch.entropy, kl=kl, **means,
                 lr=optimizer.param_groups[0]["lr"], skipped=run.skipped,
                 **{k: round(v, 3) for k, v in counts.items()})
         if (step - 1) % c.eval_every == 0:

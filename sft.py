@@ -68,9 +68,16 @@ def make_examples(tokenizer: Tokenizer, problems: list[dict], gold: bool, seed: 
     return examples
 
 
+def require_fit(examples: list[Example], context: int) -> None:
+    """UserError if an example is longer than the model's context, tokens."""
+    longest = max(len(prompt) + len(solution) for prompt, solution in examples)
+    require(longest <= context,
+            f"the longest example has {longest} tokens: beyond the model's context of {context}")
+
+
 def sft_gradient(model: GPT, examples: list[Example], c: Config, pad: int) -> dict[str, float]:
     """Add the gradient of the mean loss per solution token (EOS included) to the model's .grad, whatever the
-    micro-batches; returns the loss in nats per token and the positions computed."""
+    micro-batches; returns the loss in nats per token and the FLOPs."""
     device = model.head.weight.device
     total, loss_sum = sum(len(solution) for _, solution in examples), 0.0
     for rows in micro_batches([len(prompt) + len(solution) for prompt, solution in examples], c.micro_batch):
@@ -78,7 +85,8 @@ def sft_gradient(model: GPT, examples: list[Example], c: Config, pad: int) -> di
         loss = -completion_logprobs(model, ids, target).sum() / total
         loss.backward()
         loss_sum += float(loss.detach())
-    return {"loss": loss_sum, "positions": sum(len(prompt) + len(solution) for prompt, solution in examples)}
+    positions = sum(len(prompt) + len(solution) for prompt, solution in examples)
+    return {"loss": loss_sum, "flops": 3 * model.flops_per_token(positions // len(examples)) * positions}
 
 
 @one_run
@@ -91,9 +99,7 @@ def train(c: Config) -> Path:
     steps = -(-c.epochs * len(examples) // c.batch)
     late = [s for s in c.checkpoints_at if not 0 < s <= steps]
     require(not late, f"--checkpoints-at {','.join(map(str, late))}: not within the run's {steps} updates")
-    longest = max(len(prompt) + len(solution) for prompt, solution in examples)
-    require(longest <= model.config.context,
-            f"the longest example has {longest} tokens: beyond the model's context of {model.config.context}")
+    require_fit(examples, model.config.context)
     run = Run(c, {c.init: file_sha256(c.init)})
     final = run.out / "final.pt"
     if run.finished(final, steps):
@@ -137,7 +143,7 @@ def train(c: Config) -> Path:
         step += 1
         counts["tokens"] += sum(len(solution) for _, solution in batch)
         counts["updates"] += 1 - (run.skipped - skipped)
-        counts["flops"] += 3 * model.flops_per_token(figures["positions"] // c.batch) * figures["positions"]
+        counts["flops"] += figures["flops"]
         counts["seconds"] += time.perf_counter() - started
         run.log(step=step, loss=figures["loss"], grad_norm=norm, lr=optimizer.param_groups[0]["lr"],
                 skipped=run.skipped, **{k: round(v, 3) for k, v in counts.items()})

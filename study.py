@@ -181,10 +181,15 @@ class Cell:
         return re.sub(r"[^A-Za-z0-9]+", "-", self.name) + ".log"
 
 
+def merges(command: list[str]) -> bool:
+    """Is it `merge.py weights`, which has options of its own and writes a file, not a run folder?"""
+    return command[:2] == ["merge.py", "weights"]
+
+
 def configuration(command: list[str]) -> dict:
     """All options of a command, defaults included, but those that do not change the result."""
     script = importlib.import_module(command[0].removesuffix(".py").replace("/", "."))
-    weights = command[1:2] == ["weights"]
+    weights = merges(command)
     config = parse(script.WeightsConfig if weights else script.Config, command[1 + weights:])
     return {k: v for k, v in asdict(config).items() if k not in ("out", "device", "threads")}
 
@@ -208,11 +213,11 @@ def grid(study: Study, c: Config) -> list[Cell]:
         key = blake2b(json.dumps([argv[0], options], sort_keys=True).encode(), digest_size=4).hexdigest()
         label = re.sub(r"[^A-Za-z0-9]+", "-", f"{recipe} {at} {seed if at else ''}").strip("-").lower()
         folder = Path(c.runs, f"{label}-{key}")
-        weights = argv[1:2] == ["weights"]
         makes = folder / final
         if makes not in {x.makes for x in cells}:        # two bases may share their data
-            cells.append(Cell(base, at, recipe, seed, [*argv, "--out", str(makes if weights else folder)],
-                              makes, needs, estimate(argv, options)))
+            out = makes if merges(argv) else folder
+            cells.append(Cell(base, at, recipe, seed, [*argv, "--out", str(out)], makes, needs,
+                              estimate(argv, options)))
         return folder
 
     def evaluation(base: str, at: str, recipe: str, seed: int, made: Path, after: Path, shots: int = 0,
@@ -235,9 +240,8 @@ def grid(study: Study, c: Config) -> list[Cell]:
                 for recipe in study.recipes:
                     parents = [folder / f"{last}.pt" if name == "base" else made[name]
                                for name in re.findall(r"{(.+?)}", RECIPES[recipe])]
-                    merged = RECIPES[recipe].startswith("merge.py weights")
-                    command = (f"{RECIPES[recipe].format(**made)} --seed {seed}"
-                               + ("" if merged else f" --data {data}"))
+                    command = f"{RECIPES[recipe].format(**made)} --seed {seed}"
+                    command += "" if merges(command.split()) else f" --data {data}"
                     run = cell(base, at, recipe, seed, command, "final.pt", parents)
                     made[recipe] = run / "final.pt"
                     for step in study.trace.get((at, recipe), ()):
@@ -611,8 +615,8 @@ def draw(out: Path, records: list[dict]) -> list[str]:
     return names
 
 
-def report(out: Path, records: list[dict]) -> str:
-    """Write report.md and its figures from the records; returns the text."""
+def report(out: Path, records: list[dict], claims: str) -> str:
+    """Write report.md, with the table of `claims`, and its figures from the records; returns the text."""
     figures = draw(out, records)
     rows = []
     for r in sorted(records, key=in_order):
@@ -633,7 +637,7 @@ def report(out: Path, records: list[dict]) -> str:
         "problems, paired with the base. There is one base model (per size and mixture), so no interval says "
         "anything about other pretraining runs; and three seeds are few: where seeds differ a lot, a nominal "
         "95 % covers rather 75 to 90 %. The rules stand at the top of study.py.",
-        "## Claims", markdown(CLAIMS_HEADER, judge(records)),
+        "## Claims", claims,
         "## Means over seeds, and the gain over the base", markdown(
             "| base model | tokens | recipe | seeds | easy pass@1 | pass@8 | pass@32 | hard pass@1 | pass@32 "
             "| general |", summary(records)),
@@ -668,8 +672,9 @@ def study(c: Config) -> None:
     require(stored.is_file(), f"{stored}: not found; run the study first, without --report")
     records = [json.loads(line) for line in stored.read_text().splitlines()]
     require(bool(records), f"{stored}: holds no result; see {c.runs}/logs")
-    report(out, records)
-    print(markdown(CLAIMS_HEADER, judge(records)), f"\nwritten: {out / 'report.md'}", sep="\n")
+    claims = markdown(CLAIMS_HEADER, judge(records))
+    report(out, records, claims)
+    print(claims, f"\nwritten: {out / 'report.md'}", sep="\n")
     require(not failed, f"{len(failed)} cells failed or could not start: {', '.join(failed)}")
 
 

@@ -218,7 +218,8 @@ def test_the_published_report_is_what_its_results_say(stored, tmp_path):
     records = [json.loads(line) for line in stored.read_text().splitlines()]
     out = tmp_path / stored.parent.name
     out.mkdir()
-    assert study.report(out, records) + "\n" == stored.with_name("report.md").read_text()
+    claims = study.markdown(study.CLAIMS_HEADER, study.judge(records))
+    assert study.report(out, records, claims) + "\n" == stored.with_name("report.md").read_text()
     assert all((out / f"{name}.png").stat().st_size > 5_000 for name in ("main", "parallel", "forgetting"))
     easy = records[0]["problems"]["easy"]
     share = 100 * sum(easy["right_per_problem"]) / (easy["problems"] * easy["samples"])
