@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import scale
 from data.tokenizer import Tokenizer
 from model import GPT, ModelConfig
 
@@ -128,6 +129,7 @@ def main(function: typing.Callable, cls: type) -> None:
 def setup(device: str, threads: int) -> torch.device:
     """Choose the device and the number of threads (0: all cores); keep big memory blocks in the process."""
     require(0 <= threads <= 4096, f"--threads {threads}: must be 0 (all cores) or more, at most 4096")
+    scale.join()
     if threads:
         torch.set_num_threads(threads)
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -167,7 +169,10 @@ def batch_indices(n: int, batch: int, step: int, seed: int, stream: str) -> list
 # ---- checkpoints -----------------------------------------------------------------------------------------
 
 def atomic_write(path: Path, data: bytes) -> None:
-    """Write a file so that at every moment either the old or the new content is there, whole."""
+    """Write a file so that at every moment either the old or the new content is there, whole. Of several
+    ranks, the first one writes."""
+    if scale.rank():
+        return
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as f:
@@ -264,20 +269,22 @@ def one_run(train: typing.Callable) -> typing.Callable:
 class Run:
     """A run folder: config.json, log.jsonl (a line per step), samples.txt, last.pt for resuming.
 
-    `last` is the content of last.pt, None in a new run. `interrupted` turns True on Ctrl-C or SIGTERM: the
-    loop then saves after the step at hand and stops; a second Ctrl-C stops at once. `start` says what the run
-    begins from (file or folder -> sha256). Raises UserError if another process works in the folder, if it
-    holds a run of another configuration, or if what it began from has changed."""
+    `last` is the content of last.pt, None in a new run. `interrupted` is True after Ctrl-C or SIGTERM, as of
+    the next line in the log: the loop then saves and stops; a second Ctrl-C stops at once. `start` says what
+    the run begins from (file or folder -> sha256). Of several ranks, the first one writes. Raises UserError
+    if another process works in the folder, if it holds a run of another configuration, or if what it began
+    from has changed."""
 
     def __init__(self, config: typing.Any, start: dict[str, typing.Any] | None = None):
-        self.out, self.interrupted, self.files, self.handlers = Path(config.out), False, {}, {}
+        self.out, self.interrupted, self.signals = Path(config.out), False, set()
+        self.files, self.handlers, first = {}, {}, scale.rank() == 0
         self.script, self.start = Path(inspect.getfile(type(config))).name, start or {}
         self.config = json.loads(json.dumps(asdict(config)))             # tuples become lists, as in the file
         self.out.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.out / ".lock", "w")
+        self.lock = open(self.out / ".lock", "w") if first else open(os.devnull)
         OPEN.append(self)
         try:
-            fcntl and fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl and first and fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{self.out}: another process is working in this run folder; wait for it, "
                             "or choose another --out") from None
@@ -300,10 +307,11 @@ class Run:
         for name, digest in self.start.items() if self.last else ():
             require(self.last["start"].get(name) == digest,
                     f"{name}: changed since the run in {self.out} started from it; choose another --out")
-        for litter in (*self.out.glob(".*.pt.*"), *self.out.glob(".config.json.*")):
-            litter.unlink()                      # what a kill in the middle of a write left
+        if first:
+            for litter in (*self.out.glob(".*.pt.*"), *self.out.glob(".config.json.*")):
+                litter.unlink()                  # what a kill in the middle of a write left
+            self.files = {name: open(self.out / name, "ab", buffering=0) for name in self.sizes}
         atomic_write(path, json.dumps(self.config, indent=1).encode())
-        self.files = {name: open(self.out / name, "ab", buffering=0) for name in self.sizes}
         if not (self.last and self.last["done"]):
             self._cut()
         for sign in (signal.SIGINT, signal.SIGTERM):
@@ -325,9 +333,9 @@ class Run:
             signal.signal(sign, handler)
 
     def _interrupt(self, sign: int, frame: typing.Any) -> None:
-        if self.interrupted:
+        if sign in self.signals:                 # torchrun passes a Ctrl-C on as a SIGTERM: that is no second
             raise KeyboardInterrupt
-        self.interrupted = True
+        self.signals.add(sign)
         print("\nstopping after this step (once more: stop at once)", file=sys.stderr)
 
     def finished(self, final: Path, steps: int) -> bool:
@@ -348,13 +356,17 @@ class Run:
             self.bad_in_a_row[id(optimizer)] = n
 
     def _append(self, name: str, text: str) -> None:
+        if scale.rank():
+            return
         try:
             self.files[name].write((text + "\n").encode())
         except OSError as error:
             raise UserError(f"{self.out / name}: not written ({error.strerror}); last.pt is whole") from None
 
     def log(self, **numbers: typing.Any) -> None:
-        """Append a line to log.jsonl; what is not finite becomes null, as JSON has no NaN."""
+        """Append a line to log.jsonl; what is not finite becomes null, as JSON has no NaN. Here the ranks
+        agree whether they were interrupted."""
+        self.interrupted = any(scale.gather([bool(self.signals)]))
         bad = [k for k, v in numbers.items() if isinstance(v, float) and not math.isfinite(v)]
         self._append("log.jsonl", json.dumps(numbers | dict.fromkeys(bad)))
 
@@ -386,8 +398,10 @@ class Run:
                         start=self.start, **state)
 
     def step(self, model: GPT, optimizer: torch.optim.Optimizer, grad_clip: float) -> float:
-        """Clip the gradient to norm `grad_clip`, update, clear it; returns the norm before clipping. One that
-        is not finite is not used; three in a row raise UserError, the last saved state being whole."""
+        """Sum the gradients of all ranks, clip to norm `grad_clip`, update, clear; returns the norm before
+        clipping. A gradient that is not finite is not used; three in a row raise UserError, the last saved
+        state being whole."""
+        scale.sum_gradients(list(model.parameters()))
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
         if math.isfinite(norm):
             optimizer.step()

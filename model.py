@@ -14,6 +14,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+import scale
+
 
 @dataclass
 class ModelConfig:
@@ -206,21 +208,22 @@ def sample(model: GPT, prompts: list[list[int]], group: int, max_new: int, eos: 
            block: int = 1024) -> Rollouts:
     """Sample `group` completions of every prompt from softmax(logits / temperature), 0: greedy; on the CPU.
     Similar lengths are decoded together, `block` rows at a time to bound memory; the uniform numbers behind a
-    row do not depend on its company. ValueError if a prompt is empty or leaves no room for max_new tokens."""
+    row do not depend on its company, nor on how many ranks share the work: each gets all the rows in the end.
+    ValueError if a prompt is empty or leaves no room for max_new tokens."""
     longest, room = max(map(len, prompts)), model.config.context - max_new
     if min(map(len, prompts)) == 0 or longest > room:
         raise ValueError(f"prompts must have 1 to {room} tokens (context {model.config.context}, of which "
                          f"{max_new} are for the answer), found up to {longest}")
     u = torch.rand(len(prompts), group, max_new, generator=generator)    # on the CPU: same on every device
-    order = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
+    mine = scale.share(sorted(range(len(prompts)), key=lambda p: len(prompts[p])))
     parts = []
-    for i in range(0, len(order), max(1, block // group)):
-        chosen = order[i:i + max(1, block // group)]
+    for i in range(0, len(mine), max(1, block // group)):
+        chosen = mine[i:i + max(1, block // group)]
         uniform = u[chosen].flatten(0, 1).to(model.head.weight.device)   # (rows of the block, max_new)
         parts.append(decode(model, [prompts[p] for p in chosen], group, eos, pad, uniform, temperature,
                             compact))
-    rank = torch.tensor(order).argsort()                                 # back into the order of the prompts
-    return Rollouts(*(torch.cat(x).unflatten(0, (-1, group))[rank].flatten(0, 1) for x in zip(*parts)))
+    back, parts = torch.tensor(scale.gather(mine)).argsort(), scale.gather(parts)    # to the prompts' order
+    return Rollouts(*(torch.cat(x).unflatten(0, (-1, group))[back].flatten(0, 1) for x in zip(*parts)))
 
 
 def decode(model: GPT, prompts: list[list[int]], group: int, eos: int, pad: int, u: Tensor,

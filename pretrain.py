@@ -4,8 +4,8 @@
 
 The checkpoints along the way (runs/base/1M.pt, 2M.pt, ...) are what the whole study starts from. The learning
 rate is constant after the warm-up, as decaying it for each checkpoint would need a run for each; --decay adds
-a linear decay over the last part of the run. Left out: gradient accumulation over devices, document masking
-(a sequence may see the end of the document before), and a schedule of batch sizes.
+a linear decay over the last part of the run. Left out: document masking (a sequence may see the end
+of the document before), and a schedule of batch sizes.
 """
 import time
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from checkpoint import (
     Run, batch_indices, generator, main, one_run, require, require_positive, save_checkpoint, setup)
 from evaluate import open_data
 from model import GPT, SIZES, ModelConfig
+from scale import add_up, ranks, share
 
 
 @dataclass
@@ -89,6 +90,7 @@ def train(c: Config) -> Path:
     """Run (or resume) the pretraining; returns the path of the last checkpoint."""
     check(c)
     device = setup(c.device, c.threads)
+    require(c.batch >= ranks(), f"--batch {c.batch}: fewer sequences than the {ranks()} processes")
     cuda = device.type == "cuda"
     manifest, tokenizer, shards = open_data(c.data)
     for name, shard in shards.items():
@@ -144,7 +146,7 @@ def train(c: Config) -> Path:
         # ---- collect
         started = time.perf_counter()
         numbers = batch_indices((len(shards["train"]) - 1) // c.context, c.batch, step, c.seed, "text")
-        sequences = blocks(shards["train"], numbers, c.context)          # (B, T+1), none twice in an epoch
+        sequences = blocks(shards["train"], share(numbers), c.context)   # (B, T+1), none twice in an epoch
         # ---- update
         total = torch.zeros((), device=device)
         for part in sequences.split(c.micro_batch):
@@ -155,7 +157,7 @@ def train(c: Config) -> Path:
         norm = run.step(model, optimizer, c.grad_clip)
         # ---- log
         step += 1
-        loss = float(total)
+        loss, = add_up(float(total))
         seconds += time.perf_counter() - started
         run.log(step=step, tokens=step * tokens_per_step, loss=loss, lr=optimizer.param_groups[0]["lr"],
                 grad_norm=norm, skipped=run.skipped, flops=step * flops_per_step,

@@ -23,6 +23,7 @@ from checkpoint import (
 from data.tokenizer import Tokenizer
 from evaluate import open_training, pass_at_k, prompt_ids, read_answer, validate
 from model import GPT, SharedPrompts, completion_logprobs, micro_batches, pack, sample, shared_logprobs
+from scale import add_up, share
 
 
 @dataclass
@@ -134,8 +135,9 @@ def policy_gradient(model: GPT, reference: GPT, batch: Batch, advantage: Tensor,
         return None
     sums = dict.fromkeys(("loss", "ratio", "clip_fraction", "kl_penalty"), 0.0)
     groups = sorted({r // G for r in useful})
-    for block in micro_batches([len(batch.prompts[g]) for g in groups], c.micro_batch):
-        place = {groups[i]: at for at, i in enumerate(block)}            # group -> its number in the block
+    own = share(groups)                          # the others are other processes' work
+    for block in micro_batches([len(batch.prompts[g]) for g in own], c.micro_batch):
+        place = {own[i]: at for at, i in enumerate(block)}               # group -> its number in the block
         shared = SharedPrompts(model, [batch.prompts[g] for g in place], pad)
         mine = [r for r in useful if r // G in place]
         for part in micro_batches([len(completions[r]) for r in mine], c.micro_batch):
@@ -163,7 +165,8 @@ def policy_gradient(model: GPT, reference: GPT, batch: Batch, advantage: Tensor,
                 sums[name] += float(value.sum())
         shared.backward()
     positions = sum(len(completions[r]) for r in useful) + sum(len(batch.prompts[g]) for g in groups)
-    means = {name: value / total for name, value in sums.items()}        # a skipped token's ratio counts as 1
+    # a skipped token's ratio counts as 1
+    means = {name: value / total for name, value in zip(sums, add_up(*sums.values()))}
     return means | {"ratio": 1 + means["ratio"], "positions": positions}
 
 

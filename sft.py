@@ -19,6 +19,7 @@ from checkpoint import (
 from data.tokenizer import Tokenizer
 from evaluate import open_training, prompt_ids, validate
 from model import GPT, completion_logprobs, micro_batches, pack
+from scale import add_up, share
 
 
 @dataclass
@@ -80,12 +81,14 @@ def sft_gradient(model: GPT, examples: list[Example], c: Config, pad: int) -> di
     micro-batches; returns the loss in nats per token and the FLOPs."""
     device = model.head.weight.device
     total, loss_sum = sum(len(solution) for _, solution in examples), 0.0
-    for rows in micro_batches([len(prompt) + len(solution) for prompt, solution in examples], c.micro_batch):
-        ids, target = pack([examples[r][0] for r in rows], [examples[r][1] for r in rows], pad, device)
+    mine = share(examples)                       # the others are other processes' work
+    for rows in micro_batches([len(prompt) + len(solution) for prompt, solution in mine], c.micro_batch):
+        ids, target = pack([mine[r][0] for r in rows], [mine[r][1] for r in rows], pad, device)
         loss = -completion_logprobs(model, ids, target).sum() / total
         loss.backward()
         loss_sum += float(loss.detach())
     positions = sum(len(prompt) + len(solution) for prompt, solution in examples)
+    loss_sum, = add_up(loss_sum)
     return {"loss": loss_sum, "flops": 3 * model.flops_per_token(positions // len(examples)) * positions}
 
 

@@ -1,0 +1,72 @@
+"""What a run larger than the tiny world needs: several processes.
+
+    torchrun --nproc_per_node=2 rl.py --init runs/base/8M.pt --out runs/rl --threads 1
+
+Data parallel: every process ("rank") holds the whole model and does the same steps with the same numbers; the
+rollouts and the rows of a gradient are split between them and put together again, so the update is that of
+one process, but for rounding. Without torchrun there is one rank, and everything here does nothing. Rank 0
+alone writes files. A run may be resumed with another number of ranks. Left out: splitting the model itself.
+"""
+import atexit
+import os
+import sys
+from functools import partialmethod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+
+# ---- several processes -----------------------------------------------------------------------------------
+
+def join() -> None:
+    """Meet the other processes that torchrun started (nccl between GPUs, gloo between CPUs)."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()
+    atexit.register(dist.destroy_process_group)
+    if rank():                                   # one voice is enough; errors still reach the screen
+        sys.stdout = open(os.devnull, "w")
+        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share(rows: Any) -> Any:
+    """This rank's part of a sequence: every ranks()-th element."""
+    return rows[rank()::ranks()]
+
+
+def gather(mine: list) -> list:
+    """The lists of all ranks, one after the other, on every rank."""
+    parts = [mine]
+    if ranks() > 1:
+        parts = [None] * ranks()
+        dist.all_gather_object(parts, mine)
+    return [x for part in parts for x in part]
+
+
+def add_up(*numbers: float) -> list[float]:
+    """Each number, summed over the ranks."""
+    return [sum(column) for column in zip(*gather([numbers]))]
+
+
+def sum_gradients(parameters: list[Tensor]) -> None:
+    """Replace each .grad by its sum over the ranks. A rank that had no rows adds nothing."""
+    if ranks() == 1:
+        return
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    for work in [dist.all_reduce(p.grad, async_op=True) for p in parameters]:
+        work.wait()
