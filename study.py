@@ -1,7 +1,7 @@
 """The whole study by one command: a grid of the other scripts' commands, then tables, figures and verdicts.
 
     python study.py                           the quick study
-    python study.py --preset main             or composition, rollouts, controls, gpu
+    python study.py --preset main             or long, composition, rollouts, controls, gpu
     python study.py --preset main --list      only print every command and its estimated minutes
     python study.py --report results/main     redraw the report from results.jsonl, in seconds
 
@@ -57,6 +57,9 @@ RECIPES = {
     "G=4": "rl.py --init {base} --rollouts 4 --steps 200 --eval-every 20 --checkpoints-at 13",
     "G=16": "rl.py --init {base} --rollouts 16 --steps 50 --eval-every 5",
     "G=64": "rl.py --init {base} --rollouts 64 --steps 13 --eval-every 1",
+    # longer: does RL fall behind SFT, or do 50 steps of it?
+    "RL×4": "rl.py --init {base} --steps 200 --checkpoints-at 50,100",
+    "SFT→RL×4": "rl.py --init {SFT} --steps 200 --checkpoints-at 50,100",
     # composition: judged on hard problems, so trained on hard ones
     "RL on hard": "rl.py --init {base} --difficulty hard",
 }
@@ -85,6 +88,8 @@ STUDIES = {
                       ("RL", "SFT", "parallel", "SFT at RL's lr", "RL at lr/2", "SFT at lr/2", "fused",
                        "alternating", "H=10", "H=all", "linear", "task", "ties")),
     "rollouts": Study({"base": ("", KEPT, ("6M",))}, ("G=4", "G=16", "G=64"), trace={("6M", "G=4"): (13,)}),
+    "long": Study({"base": ("", KEPT, ("8M",))}, ("RL", "SFT", "SFT→RL", "RL×4", "SFT→RL×4"),
+                  trace={("8M", recipe): (50, 100) for recipe in ("RL×4", "SFT→RL×4")}),
     # 30 % arithmetic against 60 %, and 0.5M against 1M parameters: 2.1 times the FLOPs per token
     "composition": Study({"0.5M, 30 %": ("", KEPT, ("8M",)),
                           "0.5M, 60 %": ("--math-fraction 0.6", "--checkpoints-at 8M", ("8M",)),
@@ -109,16 +114,21 @@ CLAIMS = (
      "35.5 after 4B tokens, base about 14"),
     ("C2", "direct RL is at most 5 points below SFT→RL", "RL", "SFT→RL", "easy pass@1", "all", -5,
      "47.4 against 48.5"),
+    ("C2", "the same after 200 steps of RL", "RL×4", "SFT→RL×4", "easy pass@1", "all", -5, "the same"),
     ("C3", "RL beats SFT on pass@1", "RL", "SFT", "easy pass@1", "all", 0, "47.4 against 31.5"),
+    ("C3", "the same after 200 steps of RL", "RL×4", "SFT", "easy pass@1", "all", 0, "the same"),
     ("C3", "SFT-Gold beats RL on pass@32", "SFT-Gold", "RL", "easy pass@32", "all", 0, "84 against 72.8"),
     ("C3", "SFT-Gold→RL beats RL on pass@1", "SFT-Gold→RL", "RL", "easy pass@1", "all", 0, "the highest"),
     ("C5", "direct RL lifts pass@1", "RL", "base", "easy pass@1", "all", 0, "4 → 39 along RL"),
     ("C5", "direct RL expands: pass@32 rises", "RL", "base", "easy pass@32", "all", 0, "45 → 69 along RL"),
+    ("C5", "the same after 200 steps", "RL×4", "base", "easy pass@32", "all", 0, "45 → 69 along RL"),
     ("C5", "RL after SFT sharpens: pass@32 falls", "SFT", "SFT→RL", "easy pass@32", "all", 0,
      "80 → 75 along RL"),
+    ("C5", "the same after 200 steps", "SFT", "SFT→RL×4", "easy pass@32", "all", 0, "80 → 75 along RL"),
     ("C5", "RL after SFT lifts pass@1", "SFT→RL", "SFT", "easy pass@1", "all", 0, "33 → 49 along RL"),
     ("C6", "RL costs at most 2 points of general capability", "RL", "base", "general", "all", -2,
      "44.4 against 44.3"),
+    ("C6", "the same after 200 steps", "RL×4", "base", "general", "all", -2, "44.4 against 44.3"),
     ("C6", "SFT costs more than 2 points of it", "base", "SFT", "general", "all", 2, "44.3 against 39.5"),
     ("C7", "parallel averaging beats RL on pass@32", "parallel", "RL", "easy pass@32", "all", 0,
      "81 against 72.8"),
@@ -137,6 +147,8 @@ CLAIMS = (
     ("C8", "many are more sample-efficient: G=64 ahead after equal problems (13 steps)", "G=64", "G=4@13",
      "easy pass@1", "all", 0, "n=64 against n=5"),
 )
+# C8 also for test problems split by the base's success, right answers of 64 samples (the paper's split).
+SPLITS = (("16 to 64", 16, 64), ("0 to 8", 0, 8))
 # C4: gain of RL on hard problems, a's minus b's: the data mix must beat the scale, at equal tokens and FLOPs.
 COMPOSITION = ((("0.5M, 60 %", "8M"), ("1M, 30 %", "8M")), (("0.5M, 60 %", "8M"), ("1M, 30 %", "3.8M")))
 # C9: at the earliest checkpoint where RL gains 5 points, two seeds whose training rewards (last 10 steps)
@@ -147,7 +159,7 @@ BRITTLE = (5, .03, 3)
 
 @dataclass
 class Config:
-    preset: str = "quick"           # quick, main, composition, rollouts, controls, gpu
+    preset: str = "quick"           # quick, main, long, composition, rollouts, controls, gpu
     runs: str = "runs"              # where data sets and runs go
     out: str = "results"            # results.jsonl, report.md and figures go into OUT/PRESET
     jobs: int = 0                   # cells at once, one thread each; 0 = one per core (per GPU on CUDA)
@@ -414,6 +426,13 @@ def judge(records: list[dict]) -> list[list[str]]:
             row(claim, text, f"{', '.join(ats)} of {last}", x, margin, paper)
             for at in ats if len(ats) > 1 else ():
                 row("", "", at, difference(records, a, b, metric, [at]), margin, "")
+            right = [np.array(r["problems"]["easy"]["right_per_problem"])
+                     for at in ats[:claim == "C8"] for r in find(records, "base", at)]
+            for name, low, high in SPLITS if right else ():
+                chosen = (low <= right[0]) & (right[0] <= high)
+                if chosen.any():
+                    row("", f"problems of which the base solves {name} of 64", f"{chosen.sum()} problems",
+                        x[:, chosen], margin, "")
     for pair in COMPOSITION:
         a, b = (difference(records, "RL on hard", "base", "hard pass@1", [at], base) for base, at in pair)
         if a is not None and b is not None:
@@ -499,7 +518,7 @@ def draw(out: Path, records: list[dict]) -> list[str]:
     names = []
     ends = [r for r in records if r["step"] < 0 and r["shots"] == 0]
     recipes = [r for r in dict.fromkeys(r["recipe"] for r in ends) if r != "base"]
-    first = records[0]["base"]
+    first, shots = records[0]["base"], max(r["shots"] for r in records)
     here = [r for r in ends if r["base"] == first]
     ats = sorted({r["at"] for r in here}, key=millions)
     trained = [at for at in ats if any(find(here, recipe, at) for recipe in recipes)]
@@ -521,10 +540,10 @@ def draw(out: Path, records: list[dict]) -> list[str]:
         base_runs = {at: find(here, "base", at) for at in ats}
         axis.plot([millions(at) for at in ats], [values(base_runs[at][0], metric).mean() for at in ats],
                   "o-", color=color("base"), label="base")
-        few = {at: find(records, "base", at, first, shots=2) for at in ats}
+        few = {at: find(records, "base", at, first, shots=shots) for at in ats}
         axis.plot([millions(at) for at in ats if few[at]],
                   [values(few[at][0], metric).mean() for at in ats if few[at]], ":", color="0.5",
-                  label="base, 2-shot")
+                  label=f"base, {shots}-shot")
         for i, recipe in enumerate(recipes):
             points = [(millions(at), find(here, recipe, at)) for at in ats if find(here, recipe, at)]
             axis.plot([x for x, _ in points],
@@ -543,8 +562,9 @@ def draw(out: Path, records: list[dict]) -> list[str]:
         figure, axes = plt.subplots(2, len(traced), figsize=(3.4 * len(traced), 6), squeeze=False)
         for column, at in zip(axes.T, traced):
             for axis, metric in zip(column, ("easy pass@1", "easy pass@32")):
-                for recipe, start in (("RL", "base"), ("SFT→RL", "SFT")):
+                for recipe in dict.fromkeys(r["recipe"] for r in records if r["step"] >= 0):
                     steps = sorted({r["step"] for r in records if r["recipe"] == recipe and r["step"] >= 0})
+                    start = "SFT" if "{SFT}" in RECIPES[recipe] else "base"
                     points = [(0, find(records, start, at)), *((s, find(records, recipe, at, first, s))
                                                               for s in steps)]
                     end = find(records, recipe, at)
