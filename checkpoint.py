@@ -129,7 +129,6 @@ def main(function: typing.Callable, cls: type) -> None:
 def setup(device: str, threads: int) -> torch.device:
     """Choose the device and the number of threads (0: all cores); keep big memory blocks in the process."""
     require(0 <= threads <= 4096, f"--threads {threads}: must be 0 (all cores) or more, at most 4096")
-    scale.join()
     if threads:
         torch.set_num_threads(threads)
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -139,13 +138,18 @@ def setup(device: str, threads: int) -> torch.device:
             libc.mallopt(option, value)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":                         # of several, each rank takes its own
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         found = torch.empty(1, device=device)
         found.item()                             # the meta device, for one, has no values
-        return found.device
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise UserError(f"--device {device}: not available here ({str(error).splitlines()[0]}); "
                         "use cpu, cuda or auto") from None
+    if found.is_cuda:
+        torch.cuda.set_device(found.device)
+    scale.join()
+    return found.device
 
 
 # ---- randomness ------------------------------------------------------------------------------------------
@@ -312,8 +316,6 @@ class Run:
                 litter.unlink()                  # what a kill in the middle of a write left
             self.files = {name: open(self.out / name, "ab", buffering=0) for name in self.sizes}
         atomic_write(path, json.dumps(self.config, indent=1).encode())
-        if not (self.last and self.last["done"]):
-            self._cut()
         for sign in (signal.SIGINT, signal.SIGTERM):
             try:
                 self.handlers[sign] = signal.signal(sign, self._interrupt)
@@ -343,10 +345,11 @@ class Run:
         done = self.last is not None and self.last["done"] and final.exists()
         if done:
             print(f"{self.out}: finished already; the result is {final}")
-        elif self.last:
-            self._cut()
+            return True
+        self._cut()
+        if self.last:
             print(f"{self.out}: resuming after step {self.last['step']} of {steps}")
-        return done
+        return False
 
     def restore(self, model: GPT, *optimizers: torch.optim.Optimizer) -> None:
         model.load_state_dict(self.last["model"])

@@ -23,10 +23,8 @@ from tqdm import tqdm
 
 def join() -> None:
     """Meet the other processes that torchrun started (nccl between GPUs, gloo between CPUs)."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
+    if not dist.is_torchelastic_launched() or dist.is_initialized():
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group()
     atexit.register(dist.destroy_process_group)
     if rank():                                   # one voice is enough; errors still reach the screen

@@ -513,7 +513,9 @@ def free(run: Run) -> None:
 def resume(run: Run, folder: Path) -> Run:
     """A crash and a second call."""
     free(run)
-    return Run(Config(str(folder)))
+    run = Run(Config(str(folder)))
+    assert not run.finished(folder / "final.pt", 9)
+    return run
 
 
 # ---- a gradient that is not finite -------------------------------------------------------------------------

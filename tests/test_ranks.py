@@ -42,8 +42,8 @@ def assert_same_weights(x: torch.Tensor, y: torch.Tensor) -> None:
 @pytest.mark.parametrize("script", TRAINERS)
 def test_two_ranks_make_the_updates_of_one_process(script, tmp_path):
     """Gradients (what the moments hold) agree to 1e-6, and so do the weights after one and three updates, but
-    for the few whose gradient is next to nothing, which AdamW divides by its own size; log and transcripts are
-    of all rows, and nothing is written twice."""
+    for the few whose gradient is next to nothing, which AdamW divides by its own size; log and transcripts
+    are of all rows, and nothing is written twice."""
     alone, together = tmp_path / "alone", tmp_path / "together"
     worlds.quietly(TRAINERS[script][0].train, options(script, alone))
     said = run(2, script, *command_line(options(script, together)))
