@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import scale
+import ranks
 from data.tokenizer import Tokenizer
 from model import GPT, ModelConfig
 
@@ -148,7 +148,7 @@ def setup(device: str, threads: int) -> torch.device:
                         "use cpu, cuda or auto") from None
     if found.is_cuda:
         torch.cuda.set_device(found.device)
-    scale.join()
+    ranks.join()
     return found.device
 
 
@@ -175,7 +175,7 @@ def batch_indices(n: int, batch: int, step: int, seed: int, stream: str) -> list
 def atomic_write(path: Path, data: bytes) -> None:
     """Write a file so that at every moment either the old or the new content is there, whole. Of several
     ranks, the first one writes."""
-    if scale.rank():
+    if ranks.rank():
         return
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -281,7 +281,7 @@ class Run:
 
     def __init__(self, config: typing.Any, start: dict[str, typing.Any] | None = None):
         self.out, self.interrupted, self.signals = Path(config.out), False, set()
-        self.files, self.handlers, first = {}, {}, scale.rank() == 0
+        self.files, self.handlers, first = {}, {}, ranks.rank() == 0
         self.script, self.start = Path(inspect.getfile(type(config))).name, start or {}
         self.config = json.loads(json.dumps(asdict(config)))             # tuples become lists, as in the file
         self.out.mkdir(parents=True, exist_ok=True)
@@ -359,7 +359,7 @@ class Run:
             self.bad_in_a_row[id(optimizer)] = n
 
     def _append(self, name: str, text: str) -> None:
-        if scale.rank():
+        if ranks.rank():
             return
         try:
             self.files[name].write((text + "\n").encode())
@@ -369,7 +369,7 @@ class Run:
     def log(self, **numbers: typing.Any) -> None:
         """Append a line to log.jsonl; what is not finite becomes null, as JSON has no NaN. Here the ranks
         agree whether they were interrupted."""
-        self.interrupted = any(scale.gather([bool(self.signals)]))
+        self.interrupted = any(ranks.gather([bool(self.signals)]))
         bad = [k for k, v in numbers.items() if isinstance(v, float) and not math.isfinite(v)]
         self._append("log.jsonl", json.dumps(numbers | dict.fromkeys(bad)))
 
@@ -404,7 +404,7 @@ class Run:
         """Sum the gradients of all ranks, clip to norm `grad_clip`, update, clear; returns the norm before
         clipping. A gradient that is not finite is not used; three in a row raise UserError, the last saved
         state being whole."""
-        scale.sum_gradients(list(model.parameters()))
+        ranks.sum_gradients(list(model.parameters()))
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
         if math.isfinite(norm):
             optimizer.step()

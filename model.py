@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-import scale
+import ranks
 
 
 @dataclass
@@ -215,14 +215,14 @@ def sample(model: GPT, prompts: list[list[int]], group: int, max_new: int, eos: 
         raise ValueError(f"prompts must have 1 to {room} tokens (context {model.config.context}, of which "
                          f"{max_new} are for the answer), found up to {longest}")
     u = torch.rand(len(prompts), group, max_new, generator=generator)    # on the CPU: same on every device
-    mine = scale.share(sorted(range(len(prompts)), key=lambda p: len(prompts[p])))
+    mine = ranks.share(sorted(range(len(prompts)), key=lambda p: len(prompts[p])))
     parts = []
     for i in range(0, len(mine), max(1, block // group)):
         chosen = mine[i:i + max(1, block // group)]
         uniform = u[chosen].flatten(0, 1).to(model.head.weight.device)   # (rows of the block, max_new)
         parts.append(decode(model, [prompts[p] for p in chosen], group, eos, pad, uniform, temperature,
                             compact))
-    back, parts = torch.tensor(scale.gather(mine)).argsort(), scale.gather(parts)    # to the prompts' order
+    back, parts = torch.tensor(ranks.gather(mine)).argsort(), ranks.gather(parts)    # to the prompts' order
     return Rollouts(*(torch.cat(x).unflatten(0, (-1, group))[back].flatten(0, 1) for x in zip(*parts)))
 
 

@@ -21,7 +21,7 @@ from checkpoint import (
     Run, batch_indices, generator, main, one_run, require, require_positive, save_checkpoint, setup)
 from evaluate import open_data
 from model import GPT, SIZES, ModelConfig
-from scale import add_up, ranks, share
+from ranks import add_up, share, world_size
 
 
 @dataclass
@@ -90,7 +90,7 @@ def train(c: Config) -> Path:
     """Run (or resume) the pretraining; returns the path of the last checkpoint."""
     check(c)
     device = setup(c.device, c.threads)
-    require(c.batch >= ranks(), f"--batch {c.batch}: fewer sequences than the {ranks()} processes")
+    require(c.batch >= world_size(), f"--batch {c.batch}: fewer sequences than the {world_size()} processes")
     cuda = device.type == "cuda"
     manifest, tokenizer, shards = open_data(c.data)
     for name, shard in shards.items():

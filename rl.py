@@ -23,7 +23,7 @@ from checkpoint import (
 from data.tokenizer import Tokenizer
 from evaluate import open_training, pass_at_k, prompt_ids, read_answer, validate
 from model import GPT, SharedPrompts, completion_logprobs, micro_batches, pack, sample, shared_logprobs
-from scale import add_up, share
+from ranks import add_up, share
 
 
 @dataclass

@@ -19,7 +19,7 @@ from checkpoint import (
 from data.tokenizer import Tokenizer
 from evaluate import open_training, prompt_ids, validate
 from model import GPT, completion_logprobs, micro_batches, pack
-from scale import add_up, share
+from ranks import add_up, share
 
 
 @dataclass

@@ -86,6 +86,6 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, monkeypatch):
 
 
 def test_more_processes_than_sequences_are_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(pretrain, "ranks", lambda: 9)
+    monkeypatch.setattr(pretrain, "world_size", lambda: 9)
     with pytest.raises(UserError, match="--batch 8: fewer sequences than the 9 processes"):
         worlds.quietly(pretrain.train, options("pretrain.py", tmp_path / "run"))

@@ -1,11 +1,11 @@
-"""What a run larger than the tiny world needs: several processes.
+"""Several processes, on as many GPUs or CPU cores: data parallel, started by torchrun.
 
     torchrun --nproc_per_node=2 rl.py --init runs/base/8M.pt --out runs/rl --threads 1
 
-Data parallel: every process ("rank") holds the whole model and does the same steps with the same numbers; the
-rollouts and the rows of a gradient are split between them and put together again, so the update is that of
-one process, but for rounding. Without torchrun there is one rank, and everything here does nothing. Rank 0
-alone writes files. A run may be resumed with another number of ranks. Left out: splitting the model itself.
+Every process ("rank") holds the whole model and does the same steps with the same numbers. The rollouts and
+the rows of a gradient are split between the ranks and put together again, so an update is that of one process
+but for rounding. Without torchrun there is one rank, and nothing here does anything. Rank 0 alone writes
+files. A run may be resumed with another number of ranks. Left out: splitting the model itself.
 """
 import atexit
 import os
@@ -18,8 +18,6 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-
-# ---- several processes -----------------------------------------------------------------------------------
 
 def join() -> None:
     """Meet the other processes that torchrun started (nccl between GPUs, gloo between CPUs)."""
@@ -36,20 +34,20 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def ranks() -> int:
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def share(rows: Any) -> Any:
-    """This rank's part of a sequence: every ranks()-th element."""
-    return rows[rank()::ranks()]
+    """This rank's part of a sequence: every world_size()-th element."""
+    return rows[rank()::world_size()]
 
 
 def gather(mine: list) -> list:
     """The lists of all ranks, one after the other, on every rank."""
     parts = [mine]
-    if ranks() > 1:
-        parts = [None] * ranks()
+    if world_size() > 1:
+        parts = [None] * world_size()
         dist.all_gather_object(parts, mine)
     return [x for part in parts for x in part]
 
@@ -61,7 +59,7 @@ def add_up(*numbers: float) -> list[float]:
 
 def sum_gradients(parameters: list[Tensor]) -> None:
     """Replace each .grad by its sum over the ranks. A rank that had no rows adds nothing."""
-    if ranks() == 1:
+    if world_size() == 1:
         return
     for p in parameters:
         if p.grad is None:
