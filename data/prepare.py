@@ -269,10 +269,10 @@ def report(out: Path, manifest: dict, c: Config) -> None:
         print(f"  {kind:12s}{n['documents']:10,d}{n['tokens']:11,d}{n['tokens'] / c.tokens:8.1%}"
               f"{n['tokens'] / n['documents']:10.1f}")
     if c.problems:
-        longest, left_out = manifest["longest"], manifest["left_out"]
-        print(f"left out of the problems: {', '.join(f'{n} {why}' for why, n in left_out.items())}; question "
-              f"and solution have up to {longest['example']} tokens (pretrain.py --context), the solution alone "
-              f"up to {longest['solution']} (--max-new of sft.py, rl.py, evaluate.py)")
+        longest, left_out = manifest["longest"], [f"{n} {why}" for why, n in manifest["left_out"].items()]
+        print(f"left out of the problems: {', '.join(left_out)}; question and solution have up to "
+              f"{longest['example']} tokens (pretrain.py --context), the solution alone up to "
+              f"{longest['solution']} (--max-new of sft.py, rl.py, evaluate.py)")
     print("\nthree samples of each kind:")
     for text in islice(real_texts(c, "pretrain"), 3):
         print(f"  [real] {text[:300]!r}")
