@@ -75,8 +75,6 @@ def documents(paths: tuple[str, ...]) -> Iterator[str]:
                     yield text.strip()
         except UserError:
             raise
-        except FileNotFoundError:
-            raise UserError(f"--text {path}: no such file") from None
         except (OSError, EOFError, ValueError, LookupError, AttributeError, zlib.error) as error:
             raise UserError(f"--text {path}: damaged, truncated, not UTF-8 or without a text column "
                             f"({type(error).__name__}: {str(error)[:200]})") from None
@@ -165,4 +163,5 @@ def open_tokenizer(name: str) -> Tokenizer:
         raise
     except Exception as error:                   # whatever a foreign dict or the network may cause
         raise UserError(f"--tokenizer {name}: no tokenizer.json, no checkpoint (.pt), and no vocabulary that "
-                        f"tiktoken has or can download ({type(error).__name__}: {error})"[:400]) from None
+                        f"tiktoken knows and can download; offline? ({type(error).__name__}: {str(error)[:80]})"
+                        ) from None
