@@ -162,6 +162,6 @@ def open_tokenizer(name: str) -> Tokenizer:
     except UserError:
         raise
     except Exception as error:                   # whatever a foreign dict or the network may cause
-        raise UserError(f"--tokenizer {name}: no tokenizer.json, no checkpoint (.pt), and no vocabulary that "
-                        f"tiktoken knows and can download; offline? ({type(error).__name__}: {str(error)[:80]})"
+        raise UserError(f"--tokenizer {name}: no tokenizer.json, no checkpoint (.pt), no vocabulary that "
+                        f"tiktoken knows and can download; offline? ({type(error).__name__}: {error})"[:300]
                         ) from None

@@ -104,7 +104,7 @@ def from_tiktoken(name: str) -> dict:
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
         merges.append([ranks[part] for part in parts])
     # possessive {1,3}+ matches the same here, but is another thing to Hugging Face's regular expressions
-    spec = {"pattern": encoding._pat_str.replace("}+", "}"), "merges": merges,
+    spec = {"pattern": encoding._pat_str.replace("{1,3}+", "{1,3}"), "merges": merges,
             "bytes": [token[0] for token in tokens[:256]]}
     if Tokenizer(spec).encoding._mergeable_ranks != ranks:
         raise ValueError("its tokens are not bytes and merges alone")
