@@ -283,7 +283,7 @@ def test_a_vocabulary_offline(tmp_path, monkeypatch):
     for name in ("HTTPS_PROXY", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
-    argv = ["--out", tmp_path / "d", "--tokenizer", "gpt2", "--tokens", 1_000]
+    argv = ["--out", tmp_path / "d", "--tokenizer", "gpt2", "--benchmark-items", 3]
     outcome = worlds.run_here("data/prepare.py", *argv)
     assert outcome.status == 2 and len(outcome.errors) == 1, outcome.errors
     assert "--tokenizer gpt2" in outcome.errors[0] and "offline" in outcome.errors[0]
