@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # so that this
 
 from checkpoint import UserError, atomic_write, file_sha256, main, require  # noqa: E402
 from data import arithmetic, world  # noqa: E402
-from data.text import documents, open_tokenizer, read_problems  # noqa: E402
+from data.text import open_tokenizer, read_problems, read_texts  # noqa: E402
 from data.tokenizer import Tokenizer, train_tokenizer  # noqa: E402
 
 
@@ -84,7 +84,7 @@ def general_split(text: str) -> str:
 
 def real_texts(c: Config, split: str) -> Iterator[str]:
     """The documents of --text that belong to a split, in the order of the files."""
-    return (text for text in documents(c.text) if general_split(text) == split)
+    return (text for text in read_texts(c.text) if general_split(text) == split)
 
 
 def dtype_of(tokenizer: Tokenizer) -> str:
@@ -112,17 +112,17 @@ def write_shard(path: Path, c: Config, people: dict, tokenizer: Tokenizer, strea
     """Write a shard of `tokens` tokens, documents shuffled; returns kind -> {"documents", "tokens"}."""
     rng = random.Random(f"{c.seed} {stream}")
     made, counts = {"arithmetic": 0, "real": 0, "general": 0}, {}
-    written, dtype = [], dtype_of(tokenizer)
-    text, share = real_texts(c, split), c.text_share if c.text else 0
+    documents, dtype = [], dtype_of(tokenizer)
+    reals, share = real_texts(c, split), c.text_share if c.text else 0
     bar = tqdm(total=tokens, unit="tok", unit_scale=True, desc=path.name)
     while sum(made.values()) < tokens:
         # keeps the mixture exact by tokens
         behind = made["arithmetic"] < math_fraction * (sum(made.values()) + 1)
-        real = made["real"] < share * (made["real"] + made["general"] + 1)
-        group = "arithmetic" if behind and math_fraction > 0 else "real" if real else "general"
+        short = made["real"] < share * (made["real"] + made["general"] + 1)
+        group = "arithmetic" if behind and math_fraction > 0 else "real" if short else "general"
         if group == "real":
-            kind, texts = "real", list(islice(text, 1))
-            if not texts:
+            kind, texts = group, list(islice(reals, 1))
+            if not texts:                        # nothing is read twice
                 most = int(made["real"] / (share * (1 - math_fraction)))
                 option = "--tokens" if split == "pretrain" else "--val-tokens"
                 raise UserError(f"--text: of its documents (1 in 50 is for validation) those for {path.name} "
@@ -130,15 +130,15 @@ def write_shard(path: Path, c: Config, people: dict, tokenizer: Tokenizer, strea
         else:
             kind, texts = draw_texts(rng, people, group, split, c.hard_fraction)
         ids = [i for text in texts for i in [*tokenizer.encode(text), tokenizer.eos]]
-        written.append(np.array(ids, dtype=dtype))
+        documents.append(np.array(ids, dtype=dtype))
         made[group] += len(ids)
         count = counts.setdefault(kind, {"documents": 0, "tokens": 0})
         count["documents"] += 1
         count["tokens"] += len(ids)
         bar.update(len(ids))
     bar.close()
-    rng.shuffle(written)
-    atomic_write(path, np.concatenate(written)[:tokens].data)
+    rng.shuffle(documents)
+    atomic_write(path, np.concatenate(documents)[:tokens].data)
     return dict(sorted(counts.items()))
 
 
@@ -211,9 +211,8 @@ def make_tokenizer(c: Config, people: dict, problems: list[dict]) -> Tokenizer:
     return train_tokenizer(sample, c.vocab_size)
 
 
-def write_lines(path: Path, records: list[dict]) -> int:
+def write_lines(path: Path, records: list[dict]) -> None:
     atomic_write(path, "".join(json.dumps(record) + "\n" for record in records).encode())
-    return len(records)
 
 
 def write_all(folder: Path, c: Config) -> dict:

@@ -36,7 +36,7 @@ def cut(lines: Iterator[str], separated: bool) -> Iterator[str]:
     yield part
 
 
-def read_texts(path: Path) -> Iterator[str]:
+def read_file(path: Path) -> Iterator[str]:
     """The texts of a .txt or .jsonl file (with .gz or without) or of a .parquet file, as they stand there."""
     if path.suffix == ".parquet":
         try:
@@ -63,14 +63,14 @@ def read_texts(path: Path) -> Iterator[str]:
             yield text
 
 
-def documents(paths: tuple[str, ...]) -> Iterator[str]:
+def read_texts(paths: tuple[str, ...]) -> Iterator[str]:
     """The documents of these files, one file after the other, without white space around them or empty ones.
     Raises UserError naming the file that cannot be read."""
     for path in map(Path, paths):
         require(re.fullmatch(r".*\.((txt|jsonl)(\.gz)?|parquet)", path.name) is not None,
                 f"--text {path}: must end in .txt, .jsonl (either may end in .gz too) or .parquet")
         try:
-            for text in read_texts(path):
+            for text in read_file(path):
                 if text and text.strip():
                     yield text.strip()
         except UserError:

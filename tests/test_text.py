@@ -26,7 +26,7 @@ import rl
 import sft
 from checkpoint import UserError, load_checkpoint
 from data import download, prepare
-from data.text import documents, open_tokenizer, read_problems
+from data.text import open_tokenizer, read_problems, read_texts
 from data.tokenizer import EOS, PATTERN, Tokenizer, from_tiktoken, to_huggingface, train_bpe
 
 OPTIONS = worlds.TINY_OPTIONS | dict(vocab_size=300)
@@ -63,8 +63,9 @@ def test_a_text_is_split_where_its_documents_end(tmp_path):
     """TinyStories' convention, by hand: at '<|endoftext|>' wherever it stands; empty documents and the white
     space around a document go, line breaks inside stay."""
     path = tmp_path / "t.txt"
-    path.write_text(f"\n one\n\ntwo \n{EOS}\n{EOS}three{EOS}four\n")
-    assert list(documents((str(path),))) == ["one\n\ntwo", "three", "four"]
+    long = "\n\n".join(["a line"] * 3_000)       # longer than what is cut where there are no separators
+    path.write_text(f"\n one\n\ntwo \n{EOS}\n{EOS}three{EOS}{long}{EOS}four\n")
+    assert list(read_texts((str(path),))) == ["one\n\ntwo", "three", long, "four"]
 
 
 def test_a_text_without_separators_is_cut_at_paragraphs(tmp_path):
@@ -74,7 +75,7 @@ def test_a_text_without_separators_is_cut_at_paragraphs(tmp_path):
     paragraphs = ["\n".join("x" * rng.randint(1, 60) for _ in range(rng.randint(1, 9))) for _ in range(300)]
     path = tmp_path / "t.txt"
     path.write_text("\n\n".join(paragraphs))
-    found = list(documents((str(path),)))
+    found = list(read_texts((str(path),)))
     assert "\n\n".join(found) == path.read_text()
     assert all(2_000 <= len(text) + 2 < 2_000 + 9 * 61 for text in found[:-1]) and len(found) > 10
 
@@ -83,7 +84,7 @@ def test_a_text_without_paragraphs_is_cut_at_lines(tmp_path):
     """No blank line at all: documents of 8,000 characters or a little more."""
     lines = [f"line {i}" for i in range(5_000)]
     (tmp_path / "t.txt").write_text("\n".join(lines))
-    found = list(documents((str(tmp_path / "t.txt"),)))
+    found = list(read_texts((str(tmp_path / "t.txt"),)))
     assert "\n".join(found).split("\n") == lines
     assert all(8_000 <= len(text) + 1 < 8_020 for text in found[:-1]) and len(found) > 4
 
@@ -98,7 +99,7 @@ def test_every_form_of_file_gives_the_same_documents(story_file, tmp_path):
                        ("b.jsonl.gz", "\n".join(lines.split("\n")[half:]))):
         (tmp_path / name).write_bytes(gzip.compress(text.encode()))
     for names in ("stories.txt", "s.txt.gz", "s.jsonl", "s.jsonl.gz", "a.txt.gz b.jsonl.gz"):
-        assert list(documents(tuple(str(tmp_path / name) for name in names.split()))) == stories(), names
+        assert list(read_texts(tuple(str(tmp_path / name) for name in names.split()))) == stories(), names
 
 
 def test_parquet_is_read(tmp_path):
@@ -107,9 +108,9 @@ def test_parquet_is_read(tmp_path):
     for column in ("text", "content"):
         table = arrow.table({"id": range(401), column: [*stories(), None]})
         parquet.write_table(table, tmp_path / f"{column}.parquet")
-    assert list(documents((str(tmp_path / "text.parquet"),))) == stories()
+    assert list(read_texts((str(tmp_path / "text.parquet"),))) == stories()
     with pytest.raises(UserError, match=r"content\.parquet"):
-        list(documents((str(tmp_path / "content.parquet"),)))
+        list(read_texts((str(tmp_path / "content.parquet"),)))
 
 
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
@@ -118,7 +119,7 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     (tmp_path / "t.parquet").write_bytes(b"")
     with pytest.raises(UserError, match=r"t\.parquet.*pip install pyarrow"):
-        list(documents((str(tmp_path / "t.parquet"),)))
+        list(read_texts((str(tmp_path / "t.parquet"),)))
 
 
 @pytest.mark.parametrize("separator", [f"\n{EOS}\n", "\n\n"])
@@ -128,7 +129,7 @@ def test_a_large_text_is_not_loaded_whole(separator, tmp_path):
     path.write_text(separator.join(["word " * 200] * 20_000))
     assert path.stat().st_size > 20e6
     tracemalloc.start()
-    n = sum(1 for _ in documents((str(path),)))
+    n = sum(1 for _ in read_texts((str(path),)))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert n >= 9_000 and peak < 1e6
