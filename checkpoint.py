@@ -250,7 +250,11 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[GP
 
 
 def file_sha256(path: str | Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):          # shards and raw text may be larger than the memory
+            digest.update(block)
+    return digest.hexdigest()
 
 
 # ---- a run folder ----------------------------------------------------------------------------------------

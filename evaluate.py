@@ -113,7 +113,7 @@ def interval(replicates: np.ndarray) -> tuple[float, float]:
 # ---- data ------------------------------------------------------------------------------------------------
 
 def open_data(folder: str) -> tuple[dict, Tokenizer, dict[str, np.ndarray]]:
-    """(manifest, tokenizer, shard name -> memory-mapped uint16 tokens), every file checked by its sha256."""
+    """(manifest, tokenizer, shard name -> memory-mapped tokens), every file checked by its sha256."""
     path = Path(folder)
     try:
         manifest = json.loads((path / "manifest.json").read_text())
@@ -121,6 +121,7 @@ def open_data(folder: str) -> tuple[dict, Tokenizer, dict[str, np.ndarray]]:
         tokenizer = Tokenizer.load(path / "tokenizer.json")
         require(manifest["tokenizer_sha256"] == tokenizer.sha256, f"{path / 'tokenizer.json'}: not the "
                 f"tokenizer that made the shards in {folder}; make the data again")
+        dtype = np.dtype(manifest.get("dtype", "uint16"))
         require("train.bin" in names, f"{path / 'manifest.json'}: lists no train.bin; make the data again")
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: not found; make the data with: "
@@ -134,12 +135,13 @@ def open_data(folder: str) -> tuple[dict, Tokenizer, dict[str, np.ndarray]]:
         require((path / name).is_file(), f"{path / name}: not found, although the manifest lists it")
         require(file_sha256(path / name) == digest, f"{path / name}: checksum differs from manifest.json "
                 "(truncated or changed); make the data again")
-    return manifest, tokenizer, {name.removesuffix(".bin"): np.memmap(path / name, dtype=np.uint16, mode="r")
+    return manifest, tokenizer, {name.removesuffix(".bin"): np.memmap(path / name, dtype=dtype, mode="r")
                                  for name in names}
 
 
 def load_problems(path: str | Path, difficulty: str = "all", solutions: bool = False) -> list[dict]:
-    """Problems of a JSON-lines file. Raises UserError naming file, line and fault."""
+    """Problems of a JSON-lines file; one without a difficulty, or of "all", belongs to each. UserError names
+    file, line and fault."""
     path = Path(path)
     require(path.is_file(), f"{path}: no such problem file")
     manifest = path.parent / "manifest.json"
@@ -169,7 +171,7 @@ def load_problems(path: str | Path, difficulty: str = "all", solutions: bool = F
                 require(grade(text, p["answer"]) == "right",
                         f"{path}, line {i}: a solution does not end in the line '#### {p['answer']}'")
         require(isinstance(p.get("difficulty", "all"), str), f"{path}, line {i}: 'difficulty' must be a text")
-        if difficulty in ("all", p.get("difficulty", "all")):
+        if difficulty == "all" or p.get("difficulty", "all") in (difficulty, "all"):
             problems.append(p)
     require(bool(problems), f"{path}: has no problem of difficulty {difficulty}")
     return problems
@@ -370,7 +372,8 @@ def evaluate(path: str, c: Config) -> dict:
     require(data_tokenizer.sha256 == tokenizer.sha256,
             f"{path}: made with another tokenizer than {c.data} holds")
     problems = load_problems(c.problems or f"{c.data}/{c.split}.jsonl")
-    items = [json.loads(line) for line in Path(c.data, "benchmarks.jsonl").read_text().splitlines()]
+    listed = Path(c.data, "benchmarks.jsonl")            # none where all general text is real
+    items = [json.loads(line) for line in listed.read_text().splitlines()] if listed.exists() else []
     prefix = []
     if c.shots:
         examples = load_problems(f"{c.data}/train.jsonl", "easy", solutions=True)
@@ -383,9 +386,10 @@ def evaluate(path: str, c: Config) -> dict:
         chosen = [p for p in problems if p.get("difficulty", "all") == difficulty][:c.n_problems]
         result["problems"][difficulty] = measure_problems(model, tokenizer, chosen, c, prefix,
                                                           f"{name} {difficulty}")
-    if c.benchmarks:
+    if c.benchmarks and items:
         result["benchmarks"] = measure_benchmarks(model, tokenizer, items)
         result["general_mean"] = float(np.mean([b["accuracy"] for b in result["benchmarks"].values()]))
+    if c.benchmarks:
         result["bits_per_byte"] = bits_per_byte(model, tokenizer, shards["val_general"])
     out = Path(path).with_suffix(f".{c.split}.{c.shots}shot.json")
     print(f"\n{table(result)}")
@@ -409,9 +413,9 @@ def table(result: dict) -> str:
         lines.append(f"  {name:8s}styles " + ", ".join(f"{s} {v:.0%}" for s, v in d["styles"].items()))
     for task, b in result.get("benchmarks", {}).items():
         lines.append(f"  {task:10s}{b['accuracy']:6.1%} ± {b['stderr']:.1%}  (chance {b['chance']:.0%})")
-    if "general_mean" in result:
-        lines.append(f"  general mean {result['general_mean']:.1%}, "
-                     f"general text {result['bits_per_byte']:.3f} bits per byte")
+    mean = f"general mean {result['general_mean']:.1%}, " if "general_mean" in result else ""
+    if "bits_per_byte" in result:
+        lines.append(f"  {mean}general text {result['bits_per_byte']:.3f} bits per byte")
     return "\n".join(lines)
 
 

@@ -329,7 +329,7 @@ def merge_weights(c: WeightsConfig) -> list[Path]:
         for name, d in measured["problems"].items():
             print(f"weight {mix:4g} of {c.checkpoints[1]}: {name} " + ", ".join(
                 f"{k} {v['mean']:.1%}" for k, v in d.items() if k.startswith("pass@"))
-                + f", general mean {measured['general_mean']:.1%}")
+                + (f", general mean {measured['general_mean']:.1%}" if "general_mean" in measured else ""))
     return written
 
 

@@ -6,7 +6,7 @@ isolates them. `encode` treats its input as plain text, so no text can inject a 
 """
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import regex
@@ -22,25 +22,29 @@ def train_bpe(texts: list[str], vocab_size: int) -> list[list[int]]:
     (Sennrich et al. 2016), ties to the smaller ids. Stops early if no pair occurs twice."""
     words = Counter(word for text in texts for word in regex.findall(PATTERN, text))
     pieces = {word: list(word.encode()) for word in words}
+    pairs, found = Counter(), defaultdict(set)   # how often each pair occurs, and in which words it ever did
+
+    def count(word: str, sign: int) -> None:
+        for pair in zip(pieces[word], pieces[word][1:]):
+            pairs[pair] += sign * words[word]
+            found[pair].add(word)
+    for word in words:
+        count(word, 1)
     merges: list[list[int]] = []
-    while 256 + len(merges) + 2 < vocab_size:
-        pairs: Counter = Counter()
-        for word, ids in pieces.items():
-            for pair in zip(ids, ids[1:]):
-                pairs[pair] += words[word]
-        if not pairs:
-            break
+    while 256 + len(merges) + 2 < vocab_size and pairs:
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         if pairs[best] < 2:
             break
         new = 256 + len(merges)
         merges.append(list(best))
-        for ids in pieces.values():
-            i = 0
+        for word in found.pop(best):             # a merge touches these words only
+            count(word, -1)
+            ids, i = pieces[word], 0
             while i < len(ids) - 1:
                 if (ids[i], ids[i + 1]) == best:
                     ids[i:i + 2] = [new]
                 i += 1
+            count(word, 1)
     return merges
 
 
@@ -82,6 +86,29 @@ class Tokenizer:
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     return Tokenizer({"pattern": PATTERN, "merges": train_bpe(texts, vocab_size)})
+
+
+# ---- tiktoken's own vocabularies -------------------------------------------------------------------------
+
+def from_tiktoken(name: str) -> dict:
+    """The spec of one of tiktoken's vocabularies ('gpt2', 'o200k_base'), which tiktoken downloads and caches:
+    its ordinary tokens; our EOS and PAD follow them. ValueError if they are not all made by merges."""
+    encoding = tiktoken.get_encoding(name)
+    ranks = encoding._mergeable_ranks
+    tokens, merges = sorted(ranks, key=ranks.get), []
+    for token in tokens[256:]:
+        parts = [bytes([b]) for b in token]      # a merge joins the two parts that the merges before it leave
+        while len(parts) > 2:
+            places = [min(ranks.get(a + b, ranks[token]), ranks[token]) for a, b in zip(parts, parts[1:])]
+            i = places.index(min(places))
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        merges.append([ranks[part] for part in parts])
+    # possessive {1,3}+ matches the same here, but is another thing to Hugging Face's regular expressions
+    spec = {"pattern": encoding._pat_str.replace("{1,3}+", "{1,3}"), "merges": merges,
+            "bytes": [token[0] for token in tokens[:256]]}
+    if Tokenizer(spec).encoding._mergeable_ranks != ranks:
+        raise ValueError("its tokens are not bytes and merges alone")
+    return spec
 
 
 # ---- tokenizer.json, as Hugging Face's tokenizers read it ------------------------------------------------

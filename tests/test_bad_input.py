@@ -2,6 +2,7 @@
 half-written (issue 2, Bad input; issue 3, Faults). The table holds (command, arguments, what the line must
 say)."""
 import errno
+import gzip
 import io
 import json
 import os
@@ -119,10 +120,23 @@ def bad() -> Path:
     (folder / "file").write_text("not a folder")
     (folder / "folder").mkdir()
     (folder / "folder" / "keep.txt").write_text("mine")
+    texts(folder)
     checkpoints(folder)
     data_folders(folder)
     run_folders(folder)
     return folder
+
+
+def texts(folder: Path) -> None:
+    """Files for prepare.py --text."""
+    (folder / "little.txt").write_text("One sentence.")
+    (folder / "blank.txt").write_text("\n \n<|endoftext|>\n")
+    (folder / "latin.txt").write_bytes(b"caf\xe9\n" * 9)
+    (folder / "half.txt.gz").write_bytes(gzip.compress(bytes(range(128)) * 9)[:-20])
+    (folder / "plain.txt.gz").write_text("not compressed")
+    for name, second in (("array", "[1]"), ("key", '{"txt": "x"}'), ("number", '{"text": 3}'),
+                         ("null", "null"), ("surrogate", '{"text": "\\ud800"}'), ("half", '{"text": "x')):
+        (folder / f"text_{name}.jsonl").write_text(f'{{"text": "One sentence."}}\n{second}\n')
 
 
 def checkpoints(folder: Path) -> None:
@@ -247,6 +261,33 @@ ROWS = [
     ("data/prepare.py", "--out {data} --seed 3", "seed"),
     ("data/prepare.py", "--out {bad}/d_manifest_text", "d_manifest_text"),
     ("data/prepare.py", "--out {bad}/d_manifest_list", "d_manifest_list"),
+    ("data/prepare.py", "--text {bad}/none.txt", "none.txt"),
+    ("data/prepare.py", "--text {bad}/folder", "folder"),
+    ("data/prepare.py", "--text {bad}/file", "must end in .txt"),
+    *[("data/prepare.py", f"--text {{bad}}/{name}", name) for name in (
+        "latin.txt", "half.txt.gz", "plain.txt.gz")],
+    *[("data/prepare.py", f"--text {{bad}}/text_{name}.jsonl", f"text_{name}.jsonl, line 2")
+      for name in ("array", "key", "number", "null", "surrogate", "half")],
+    ("data/prepare.py", "--text {bad}/little.txt", "not for 2000"),
+    ("data/prepare.py", "--text {bad}/blank.txt", "not for 2000"),
+    ("data/prepare.py", "--text-share 0", "--text-share 0"),
+    ("data/prepare.py", "--text-share 1.5", "--text-share 1.5"),
+    ("data/prepare.py", "--text-share nan", "--text-share nan"),
+    *[("data/prepare.py", f"--problems {{bad}}/{name}.jsonl", f"{name}.jsonl, line 2") for name in (
+        "broken", "not_json", "array", "null", "deep", "int_answer", "no_answer", "no_question",
+        "blank_question", "list_question", "text_solutions", "number_solution", "wrong_solution",
+        "two_answers", "surrogate", "val_problem", "test_problem", "bad_utf8")],
+    ("data/prepare.py", "--problems {bad}/good.jsonl", "no problem is left"),
+    ("data/prepare.py", "--problems {bad}/nothing.jsonl", "nothing.jsonl"),
+    ("data/prepare.py", "--problems {bad}/none.jsonl", "none.jsonl"),
+    ("data/prepare.py", "--problems {bad}/good.jsonl,{bad}/good.jsonl", "two different ones"),
+    ("data/prepare.py", "--problems a,b,c", "--problems a,b,c"),
+    ("data/prepare.py", "--tokenizer klingon", "--tokenizer klingon"),
+    ("data/prepare.py", "--tokenizer {bad}/half.pt", "half.pt"),
+    ("data/prepare.py", "--tokenizer {bad}/none.pt", "none.pt"),
+    ("data/prepare.py", "--tokenizer {bad}/tokenizer_text.pt", "tokenizer_text.pt"),
+    ("data/prepare.py", "--tokenizer {bad}/d_tokenizer_list/tokenizer.json", "d_tokenizer_list"),
+    ("data/prepare.py", "--tokenizer {bad}/d_tokenizer_text/tokenizer.json", "d_tokenizer_text"),
 
     ("pretrain.py", "--size 2M", "--size 2M"),
     ("pretrain.py", "--context 0", "--context 0"),
