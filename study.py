@@ -233,7 +233,8 @@ def grid(study: Study, c: Config) -> list[Cell]:
                           [after], estimate(command, configuration(command)), True, step))
     for base, (prepare_options, pretrain_options, starts) in study.bases.items():
         data = cell(base, "", "data", 0, f"data/prepare.py {prepare_options}", "manifest.json", [])
-        pretraining = f"pretrain.py --data {data} {pretrain_options}"
+        from_data = shlex.join(["--data", str(data)])
+        pretraining = f"pretrain.py {from_data} {pretrain_options}"
         kept = [f"{t / 1e6:g}M" for t in configuration(shlex.split(pretraining))["checkpoints_at"]]
         last = kept[-1]
         folder = cell(base, "", "base", 0, pretraining, f"{last}.pt", [data / "manifest.json"])
@@ -246,8 +247,9 @@ def grid(study: Study, c: Config) -> list[Cell]:
                 for recipe in study.recipes:
                     parents = [folder / f"{last}.pt" if name == "base" else made[name]
                                for name in re.findall(r"{(.+?)}", RECIPES[recipe])]
-                    command = f"{RECIPES[recipe].format(**made)} --seed {seed}"
-                    command += "" if merges(command.split()) else f" --data {data}"
+                    quoted = {name: shlex.quote(str(path)) for name, path in made.items()}
+                    command = f"{RECIPES[recipe].format(**quoted)} --seed {seed}"
+                    command += "" if merges(command.split()) else f" {from_data}"
                     run = cell(base, at, recipe, seed, command, "final.pt", parents)
                     made[recipe] = run / "final.pt"
                     for step in study.trace.get((at, recipe), ()):

@@ -122,11 +122,11 @@ def test_a_wave_needs_only_earlier_waves(preset):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """A study of three cells, one per wave: data, a base model after four updates, its evaluation."""
+    """A study of three cells, one per wave: data, a base model after three updates, its evaluation."""
     monkeypatch.setattr(study, "EVALUATION", "--split test --n-problems 1 --n-samples 32 --max-new 4")
     data = ("--tokens 3000 --val-tokens 1000 --train-problems 20 --eval-problems 5 --benchmark-items 5 "
             "--vocab-size 280 --seed 3")
-    pretraining = "--tokens 2k --size 0.3M --context 128 --batch 4 --micro-batch 4 --checkpoints-at 2k"
+    pretraining = "--tokens 2k --size 0.3M --context 192 --batch 4 --micro-batch 4 --checkpoints-at 2k"
     monkeypatch.setitem(study.STUDIES, "tiny", study.Study({"base": (data, pretraining, ())}, ()))
 
 
@@ -158,7 +158,7 @@ def test_waves_from_a_shell_make_the_files_that_the_study_makes(tiny, tmp_path, 
     data, base, evaluation = (x.makes for x in cells)
     assert (tmp_path / "study" / data).read_bytes() == (tmp_path / "queue" / data).read_bytes()
     a, b = (load_checkpoint(tmp_path / name / base) for name in ("study", "queue"))
-    assert worlds.same(a, b) and a["lineage"][0]["tokens"] == 2048
+    assert worlds.same(a, b) and a["lineage"][0]["updates"] == 3
     a, b = (json.loads((tmp_path / name / evaluation).read_text()) for name in ("study", "queue"))
     assert worlds.same(a, b) and a["problems"]["easy"]["samples"] == 32
 
