@@ -449,7 +449,7 @@ def show(c: Config, width: int = 110) -> None:
     """Print a few problems and, side by side, what each checkpoint answers most often: how many of the
     n_samples, their grade, their text. `width` is the terminal's, in columns. Nothing is written."""
     device, n, column = setup(c.device, c.threads), c.n_samples, (width + 4) // len(c.checkpoints) - 4
-    few = 5 if c.n_problems == Config.n_problems else c.n_problems
+    few = 5 if c.n_problems == Config.n_problems else c.n_problems       # 200 would be too many to read
     problems = load_problems(c.problems or f"{c.data}/{c.split}.jsonl")
     problems = [p for part in by_difficulty(problems, few).values() for p in part]
     tried = []
@@ -464,8 +464,9 @@ def show(c: Config, width: int = 110) -> None:
         for path, attempts in zip(c.checkpoints, tried):
             mine = slice(i * n, (i + 1) * n)
             seen = Counter(zip(attempts.grades[mine], attempts.texts[mine]))
-            answers = [f"{path}: {attempts.grades[mine].count('right')} of {n} right, {len(seen)} different",
-                       *(f"{times:4d} × {mark:8s} {text!r}" for (mark, text), times in seen.most_common(3))]
+            answers = [f"{path}: {attempts.grades[mine].count('right')} of {n} right, {len(seen)} different"]
+            for (mark, text), times in seen.most_common(3):
+                answers.append(f"{times:4d} × {mark:8s} {text!r}".replace("\\n", "⏎ "))
             columns.append([line for answer in answers for line in textwrap.wrap(
                 answer, column, subsequent_indent=" " * 16, break_on_hyphens=False)])
         for lines in zip_longest(*columns, fillvalue=""):
