@@ -271,7 +271,8 @@ def print_commands(rounds: list[list[Cell]], only: int = 0) -> None:
     require(0 <= only <= len(rounds), f"--wave {only}: must be one of the study's waves, 1 to {len(rounds)}")
     for i, cells in enumerate(rounds, 1):
         if not only:
-            print(f"# wave {i}: {len(cells)} cells, {sum(x.minutes for x in cells):.0f} min")
+            minutes = sum(x.minutes for x in cells)
+            print(f"# wave {i}: {len(cells)} cell{'s' * (len(cells) > 1)}, {minutes:.0f} min")
         for x in cells:
             command = shlex.join(["python", *x.argv(threads=1)])
             if not only:
