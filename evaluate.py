@@ -2,6 +2,7 @@
 
     python evaluate.py runs/base/8M.pt               on validation problems; a table, and JSON beside the file
     python evaluate.py runs/rl/final.pt runs/base/8M.pt --split test
+    python evaluate.py runs/rl/final.pt runs/base/8M.pt --samples       only show what they answer, in seconds
 
 The scorer `grade` is the reward of rl.py too. Intervals are 95 % bootstrap intervals over problems (samples
 of one problem are not independent evidence); two models are compared on the same resampled problems.
@@ -11,11 +12,12 @@ import json
 import math
 import re
 import sys
+import textwrap
 import typing
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from itertools import count
+from itertools import count, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +40,13 @@ class Config:
     split: str = "val"              # val or test; tune on val only
     problems: str = ""              # problem file to use instead of DATA/SPLIT.jsonl
     n_problems: int = 200           # of each difficulty
-    samples: int = 64               # per problem; at least 2 k makes pass@k more than a coin flip per problem
+    n_samples: int = 64             # per problem; at least 2 k makes pass@k more than a coin flip per problem
     k: tuple[int, ...] = (1, 8, 32)  # the k of pass@k
     temperature: float = 0.6        # of the sampling; the paper's value
     max_new: int = 80               # longest answer, tokens
     shots: int = 0                  # solved examples before each question
     benchmarks: bool = True         # general benchmarks and bits per byte too
+    samples: bool = False           # only show graded answers to a few problems (5 of each difficulty)
     seed: int = 0                   # of the sampling, the examples and the bootstrap
     device: str = "auto"            # cpu, cuda, auto
     threads: int = 0                # CPU threads, 0 = all cores
@@ -52,8 +55,8 @@ class Config:
 def check(c: Config) -> None:
     require(len(c.checkpoints) in (1, 2), f"{len(c.checkpoints)} checkpoints given: one, or two to compare")
     require(c.split in ("val", "test"), f"--split {c.split}: must be val or test")
-    require(bool(c.k) and 0 < min(c.k) and max(c.k) <= c.samples,
-            f"--samples {c.samples}: pass@{max(c.k, default=0)} needs at least that many (and k at least 1)")
+    require(bool(c.k) and 0 < min(c.k) and max(c.k) <= c.n_samples, f"--n-samples {c.n_samples}: "
+            f"pass@{max(c.k, default=0)} needs at least that many (and k at least 1)")
     require(c.n_problems > 0 and c.max_new > 0, "--n-problems and --max-new must be positive")
     require_positive(c, "temperature")
     require_positive(c, "seed", zero=True)
@@ -211,6 +214,21 @@ def few_shot_prefix(tokenizer: Tokenizer, examples: list[dict], shots: int, seed
     return ids
 
 
+def solved_examples(tokenizer: Tokenizer, c: Config) -> list[int]:
+    """What --shots puts before every question."""
+    if c.shots == 0:
+        return []
+    examples = load_problems(f"{c.data}/train.jsonl", "easy", solutions=True)
+    require(c.shots <= len(examples), f"--shots {c.shots}: there are only {len(examples)} examples")
+    return few_shot_prefix(tokenizer, examples, c.shots, c.seed)
+
+
+def by_difficulty(problems: list[dict], n: int) -> dict[str, list[dict]]:
+    """Difficulty -> its first n problems."""
+    return {d: [p for p in problems if p.get("difficulty", "all") == d][:n]
+            for d in sorted({p.get("difficulty", "all") for p in problems})}
+
+
 @dataclass
 class Attempts:
     """P·n graded completions, row p·n + i being attempt i at problem p."""
@@ -261,17 +279,17 @@ def measure_problems(model: GPT, tokenizer: Tokenizer, problems: list[dict], c: 
                      desc: str) -> dict:
     """Everything about one set of problems, per-problem counts included."""
     bar = tqdm(total=2 * len(problems), desc=desc, unit="problem")
-    sampled = attempt(model, tokenizer, problems, c.samples, c.temperature, c.max_new,
+    sampled = attempt(model, tokenizer, problems, c.n_samples, c.temperature, c.max_new,
                       generator(c.seed, "evaluation"), prefix, bar)
     greedy = attempt(model, tokenizer, problems, 1, 0.0, c.max_new,
                      generator(c.seed, "evaluation"), prefix, bar)
     bar.close()
-    right, total = sampled.right(c.samples), len(sampled.grades)
-    passes = np.array([[pass_at_k(c.samples, r, k) for k in c.k] for r in right.tolist()])       # (P, K)
+    right, total = sampled.right(c.n_samples), len(sampled.grades)
+    passes = np.array([[pass_at_k(c.n_samples, r, k) for k in c.k] for r in right.tolist()])     # (P, K)
     means = bootstrap_means(passes, c.seed)
-    groups = [range(i, i + c.samples) for i in range(0, total, c.samples)]
+    groups = [range(i, i + c.n_samples) for i in range(0, total, c.n_samples)]
     return {
-        "problems": len(problems), "samples": c.samples,
+        "problems": len(problems), "samples": c.n_samples,
         **{f"pass@{k}": {"mean": float(passes[:, i].mean()), "interval": interval(means[:, i])}
            for i, k in enumerate(c.k)},
         "greedy": greedy.grades.count("right") / len(problems),
@@ -374,16 +392,11 @@ def evaluate(path: str, c: Config) -> dict:
     problems = load_problems(c.problems or f"{c.data}/{c.split}.jsonl")
     listed = Path(c.data, "benchmarks.jsonl")            # none where all general text is real
     items = [json.loads(line) for line in listed.read_text().splitlines()] if listed.exists() else []
-    prefix = []
-    if c.shots:
-        examples = load_problems(f"{c.data}/train.jsonl", "easy", solutions=True)
-        require(c.shots <= len(examples), f"--shots {c.shots}: there are only {len(examples)} examples")
-        prefix = few_shot_prefix(tokenizer, examples, c.shots, c.seed)
+    prefix = solved_examples(tokenizer, c)
     name = Path(path).name
-    result = {"checkpoint": str(path), "lineage": content["lineage"],
-              "config": {k: v for k, v in asdict(c).items() if k != "checkpoints"}, "problems": {}}
-    for difficulty in sorted({p.get("difficulty", "all") for p in problems}):
-        chosen = [p for p in problems if p.get("difficulty", "all") == difficulty][:c.n_problems]
+    config = {k: v for k, v in asdict(c).items() if k not in ("checkpoints", "samples")}
+    result = {"checkpoint": str(path), "lineage": content["lineage"], "config": config, "problems": {}}
+    for difficulty, chosen in by_difficulty(problems, c.n_problems).items():
         result["problems"][difficulty] = measure_problems(model, tokenizer, chosen, c, prefix,
                                                           f"{name} {difficulty}")
     if c.benchmarks and items:
@@ -400,7 +413,7 @@ def evaluate(path: str, c: Config) -> dict:
 
 def table(result: dict) -> str:
     c = result["config"]
-    lines = [f"{result['checkpoint']}   ({c['split']}, {c['shots']}-shot, {c['samples']} samples "
+    lines = [f"{result['checkpoint']}   ({c['split']}, {c['shots']}-shot, {c['n_samples']} samples "
              f"at T={c['temperature']})"]
     for name, d in result["problems"].items():
         for k in c["k"]:
@@ -436,11 +449,42 @@ def compare(a: dict, b: dict, seed: int) -> dict:
     return differences
 
 
+def show(c: Config, width: int = 110) -> None:
+    """Print a few problems and, side by side, what each checkpoint answers most often: how many of the
+    n_samples, their grade, their text. `width` is the terminal's, in columns. Nothing is written."""
+    device, n, column = setup(c.device, c.threads), c.n_samples, (width + 4) // len(c.checkpoints) - 4
+    few = 5 if c.n_problems == Config.n_problems else c.n_problems       # 200 would be too many to read
+    problems = load_problems(c.problems or f"{c.data}/{c.split}.jsonl")
+    problems = [p for part in by_difficulty(problems, few).values() for p in part]
+    tried = []
+    for path in c.checkpoints:
+        model, tokenizer, _ = load_model(path, device)
+        tried.append(attempt(model, tokenizer, problems, n, c.temperature, c.max_new,
+                             generator(c.seed, "evaluation"), solved_examples(tokenizer, c)))
+    for i, p in enumerate(problems):
+        title = f"{p['question']}   ({p.get('difficulty', 'all')}, answer {p['answer']})"
+        print("", *textwrap.wrap(title, width), sep="\n")
+        columns = []
+        for path, attempts in zip(c.checkpoints, tried):
+            mine = slice(i * n, (i + 1) * n)
+            seen = Counter(zip(attempts.grades[mine], attempts.texts[mine]))
+            answers = [f"{path}: {attempts.grades[mine].count('right')} of {n} right, {len(seen)} different"]
+            for (mark, text), times in seen.most_common(3):
+                answers.append(f"{times:4d} × {mark:8s} {text!r}".replace("\\n", "⏎ "))
+            columns.append([line for answer in answers for line in textwrap.wrap(
+                answer, column, subsequent_indent=" " * 16, break_on_hyphens=False)])
+        for lines in zip_longest(*columns, fillvalue=""):
+            print("    ".join(f"{line:{column}s}" for line in lines).rstrip())
+
+
 def run(c: Config) -> list[dict]:
     """Evaluate each checkpoint; for two, print the paired differences too."""
     check(c)
     for path in c.checkpoints:
         load_model(path)                         # a bad second file is found before the first is measured
+    if c.samples:
+        show(c)
+        return []
     results = [evaluate(path, c) for path in c.checkpoints]
     if len(results) == 2:
         print(f"\n{c.checkpoints[0]} minus {c.checkpoints[1]} (paired 95 % intervals)")

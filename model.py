@@ -226,6 +226,14 @@ def sample(model: GPT, prompts: list[list[int]], group: int, max_new: int, eos: 
     return Rollouts(*(torch.cat(x).unflatten(0, (-1, group))[back].flatten(0, 1) for x in zip(*parts)))
 
 
+def inverse_cdf(p: Tensor, u: Tensor) -> Tensor:
+    """A token per row (B,) from probabilities p (B, V) and uniform numbers u (B,) in [0, 1): the first at
+    which the row's running sum exceeds u times its total, so never one of probability 0."""
+    cdf = p.cumsum(-1)
+    token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(-1)
+    return token.clamp_(max=p.shape[-1] - 1)     # should rounding lift u · total to the total
+
+
 def decode(model: GPT, prompts: list[list[int]], group: int, eos: int, pad: int, u: Tensor,
            temperature: float, compact: bool) -> Rollouts:
     """`sample` for B = P·G rows at once, from uniform numbers u (B, max_new); a prompt is computed only once.
@@ -246,12 +254,7 @@ def decode(model: GPT, prompts: list[list[int]], group: int, eos: int, pad: int,
     for t in range(max_new):
         logp = (model.logits(hidden).float() / (temperature or 1.0)).log_softmax(-1)              # (B, V)
         p = logp.exp()
-        if temperature == 0:
-            token = logp.argmax(-1)
-        else:                                                            # right=True: first entry > u · total
-            cdf = p.cumsum(-1)
-            token = torch.searchsorted(cdf, u[alive, t, None] * cdf[:, -1:], right=True).squeeze(-1)
-            token = token.clamp_(max=logp.shape[-1] - 1)
+        token = logp.argmax(-1) if temperature == 0 else inverse_cdf(p, u[alive, t])
         tokens[alive, t] = token
         logprobs[alive, t] = logp.gather(-1, token[:, None]).squeeze(-1)
         entropy[alive, t] = -(p * logp).sum(-1)

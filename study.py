@@ -3,6 +3,7 @@
     python study.py                           the quick study
     python study.py --preset main             or long, composition, rollouts, controls, gpu
     python study.py --preset main --list      only print every command and its estimated minutes
+    python study.py --preset main --wave 3    what can run at once when waves 1 and 2 are done, for a queue
     python study.py --report results/main     redraw the report from results.jsonl, in seconds
 
 A cell of the grid is one command that makes one file. Its folder is named by a hash of all its options and
@@ -164,6 +165,7 @@ class Config:
     out: str = "results"            # results.jsonl, report.md and figures go into OUT/PRESET
     jobs: int = 0                   # cells at once, one thread each; 0 = one per core (per GPU on CUDA)
     list: bool = False              # print commands and estimated minutes, run nothing
+    wave: int = 0                   # print this wave's commands that are not done, one a line, run nothing
     report: str = ""                # only redraw the report in this folder from its results.jsonl
 
 
@@ -192,6 +194,10 @@ class Cell:
     def log(self) -> str:
         return re.sub(r"[^A-Za-z0-9]+", "-", self.name) + ".log"
 
+    def argv(self, threads: int) -> list[str]:
+        """The command; only making data has no threads to choose."""
+        return [*self.command, *(["--threads", str(threads)] if self.recipe != "data" else [])]
+
 
 def merges(command: list[str]) -> bool:
     """Is it `merge.py weights`, which has options of its own and writes a file, not a run folder?"""
@@ -212,7 +218,7 @@ def estimate(command: list[str], c: dict) -> float:
     examples = c.get("epochs", 0) * c.get("questions", 0) * (4 if c.get("gold") else 1)
     return {"data/prepare.py": c.get("tokens", 0) / 4e7, "pretrain.py": c.get("tokens", 0) / 5.4e5,
             "sft.py": examples / 9e3, "rl.py": rollouts / 2.2e4, "merge.py": rollouts / 2e4,
-            "evaluate.py": c.get("n_problems", 0) * c.get("samples", 0) / 1.9e4}[command[0]]
+            "evaluate.py": c.get("n_problems", 0) * c.get("n_samples", 0) / 1.9e4}[command[0]]
 
 
 def grid(study: Study, c: Config) -> list[Cell]:
@@ -239,7 +245,8 @@ def grid(study: Study, c: Config) -> list[Cell]:
                           [after], estimate(command, configuration(command)), True, step))
     for base, (prepare_options, pretrain_options, starts) in study.bases.items():
         data = cell(base, "", "data", 0, f"data/prepare.py {prepare_options}", "manifest.json", [])
-        pretraining = f"pretrain.py --data {data} {pretrain_options}"
+        from_data = shlex.join(["--data", str(data)])
+        pretraining = f"pretrain.py {from_data} {pretrain_options}"
         kept = [f"{t / 1e6:g}M" for t in configuration(shlex.split(pretraining))["checkpoints_at"]]
         last = kept[-1]
         folder = cell(base, "", "base", 0, pretraining, f"{last}.pt", [data / "manifest.json"])
@@ -252,8 +259,9 @@ def grid(study: Study, c: Config) -> list[Cell]:
                 for recipe in study.recipes:
                     parents = [folder / f"{last}.pt" if name == "base" else made[name]
                                for name in re.findall(r"{(.+?)}", RECIPES[recipe])]
-                    command = f"{RECIPES[recipe].format(**made)} --seed {seed}"
-                    command += "" if merges(command.split()) else f" --data {data}"
+                    quoted = {name: shlex.quote(str(path)) for name, path in made.items()}
+                    command = f"{RECIPES[recipe].format(**quoted)} --seed {seed}"
+                    command += "" if merges(command.split()) else f" {from_data}"
                     run = cell(base, at, recipe, seed, command, "final.pt", parents)
                     made[recipe] = run / "final.pt"
                     for step in study.trace.get((at, recipe), ()):
@@ -262,13 +270,37 @@ def grid(study: Study, c: Config) -> list[Cell]:
     return cells
 
 
+def waves(cells: list[Cell]) -> list[list[Cell]]:
+    """The cells in groups: each needs only what earlier groups make."""
+    depth: dict[Path, int] = {}
+    for x in cells:                              # each comes after those that it needs
+        depth[x.makes] = 1 + max((depth[made] for made in x.needs), default=-1)
+    return [[x for x in cells if depth[x.makes] == i] for i in sorted(set(depth.values()))]
+
+
+def print_commands(rounds: list[list[Cell]], only: int = 0) -> None:
+    """All waves with estimated minutes; or of wave number `only` what is not done, a command per line."""
+    require(0 <= only <= len(rounds), f"--wave {only}: must be one of the study's waves, 1 to {len(rounds)}")
+    for i, cells in enumerate(rounds, 1):
+        if not only:
+            minutes = sum(x.minutes for x in cells)
+            print(f"# wave {i}: {len(cells)} cell{'s' * (len(cells) > 1)}, {minutes:.0f} min")
+        for x in cells:
+            command = shlex.join(["python", *x.argv(threads=1)])
+            if not only:
+                print(f"{command}   # {x.name}, {x.minutes:.1f} min")
+            elif only == i and not done(x):
+                print(command)
+
+
 def done(x: Cell) -> bool:
     """Its file exists; of an evaluation: with the same configuration."""
     if not x.makes.exists() or not x.evaluation:
         return x.makes.exists()
     wanted = configuration(x.command)
     stored = json.loads(x.makes.read_text())["config"]
-    return all(stored.get(k) == json.loads(json.dumps(v)) for k, v in wanted.items() if k != "checkpoints")
+    return all(stored.get(k) == json.loads(json.dumps(v)) for k, v in wanted.items()
+               if k not in ("checkpoints", "samples"))
 
 
 def run_cells(cells: list[Cell], runs: Path, jobs: int) -> list[str]:
@@ -291,10 +323,9 @@ def run_cells(cells: list[Cell], runs: Path, jobs: int) -> list[str]:
             while ready and free:
                 x, slot = ready.pop(0), free.pop(0)
                 waiting.remove(x)
-                command = [sys.executable, *x.command]
+                # a pretraining that all others wait for gets every core
                 alone = x.recipe == "base" and not x.evaluation and not running and not ready
-                if x.recipe != "data":           # a pretraining that all others wait for gets every core
-                    command += ["--threads", str(jobs if alone else 1)]
+                command = [sys.executable, *x.argv(jobs if alone else 1)]
                 device = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {}
                 with open(runs / "logs" / x.log, "ab") as log:
                     quiet = os.environ | device | {"TQDM_MININTERVAL": "30"}
@@ -681,10 +712,8 @@ def study(c: Config) -> None:
     out, failed = Path(c.report or Path(c.out, c.preset)), []
     if not c.report:
         cells = grid(STUDIES[c.preset], c)
-        if c.list:
-            for x in cells:
-                print(f"{shlex.join(['python', *x.command])}   # {x.name}, {x.minutes:.1f} min")
-            return
+        if c.list or c.wave:
+            return print_commands(waves(cells), c.wave)
         failed = run_cells(cells, Path(c.runs), c.jobs or torch.cuda.device_count() or os.cpu_count() or 1)
         out.mkdir(parents=True, exist_ok=True)
         atomic_write(out / "results.jsonl", "".join(json.dumps(r) + "\n" for r in gather(cells)).encode())

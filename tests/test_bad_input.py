@@ -29,7 +29,7 @@ QUICK = {   # so that a row which is not refused ends soon; later arguments win
     "merge.py": "--data {data} --out {out} --threads 1 --problems {bad}/good.jsonl --steps 1 --n-problems 2 "
                 "--rollouts 2 --batch 2 --eval-problems 1 --eval-samples 1 --max-new 4 --init {base}",
     "merge.py weights": "--threads 1 --out {out}/merged.pt",
-    "evaluate.py": "--data {data} --threads 1 --n-problems 1 --samples 2 --k 1 --max-new 4 --no-benchmarks",
+    "evaluate.py": "--data {data} --threads 1 --n-problems 1 --n-samples 2 --k 1 --max-new 4 --no-benchmarks",
     "model.py": "--threads 1",
 }
 
@@ -495,11 +495,11 @@ ROWS = [
 
     ("evaluate.py", "", "checkpoints"),
     ("evaluate.py", "{base} {base} {base}", "3 checkpoints"),
-    ("evaluate.py", "{base} --k 3", "--samples 2"),
+    ("evaluate.py", "{base} --k 3", "--n-samples 2"),
     ("evaluate.py", "{base} --k 0", "k"),
     ("evaluate.py", "{base} --k=", "k"),
     ("evaluate.py", "{base} --k one", "--k"),
-    ("evaluate.py", "{base} --samples 0", "--samples 0"),
+    ("evaluate.py", "{base} --n-samples 0", "--n-samples 0"),
     ("evaluate.py", "{base} --n-problems 0", "--n-problems"),
     ("evaluate.py", "{base} --max-new 0", "--max-new"),
     ("evaluate.py", "{base} --max-new 126", "--max-new 126"),
@@ -755,7 +755,7 @@ def test_output_that_cannot_be_written():
 @pytest.mark.parametrize("script, arguments, expected", [
     ("rl.py", "--problems none.jsonl --init none.pt", "none.jsonl"), ("sft.py", "--colour red", "--colour"),
     ("merge.py", "weights none.pt nothing.pt", "none.pt"),
-    ("evaluate.py", "none.pt --k 32 --samples 8", "--samples 8")])
+    ("evaluate.py", "none.pt --k 32 --n-samples 8", "--n-samples 8")])
 def test_real_processes_do_the_same(script, arguments, expected, tmp_path):
     """The table runs inside this process; a shell sees the same: status 2, one line on stderr, nothing on
     stdout."""

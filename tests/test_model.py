@@ -131,6 +131,13 @@ def test_rope_scores_depend_on_the_distance_only():
     assert torch.allclose(turned_q.norm(dim=-1), q.norm().expand(50), rtol=1e-5)
 
 
+def test_rope_turns_an_element_with_the_one_half_a_head_further():
+    """OLMo-2, half-split: a quarter turn of the pair (x, y) is (-y, x); the pairs here are (1, 3), (2, 4)."""
+    cos, sin = torch.tensor([[1., 1.], [0., 0.], [1., 0.]]), torch.tensor([[0., 0.], [1., 1.], [0., 1.]])
+    turned = rotate(torch.tensor([1., 2., 3., 4.]).expand(1, 1, 3, 4), cos, sin)
+    assert turned[0, 0].tolist() == [[1, 2, 3, 4], [-3, -4, 1, 2], [1, -4, 3, 2]]
+
+
 def test_rope_tables_are_fp32_and_turn_at_the_listed_rates():
     """OLMo-2: inv_freq = theta^(-2i/head_dim), tables in fp32; an angle near 255 errs by 3e-5."""
     model = GPT(ModelConfig(d_model=16, n_heads=2, context=256, rope_theta=500.))

@@ -28,7 +28,7 @@ RL = dict(n_problems=4, rollouts=4, steps=3, updates=2, kl=.01, max_new=12, eval
           eval_samples=2, save_every=2, checkpoints_at=(1,))
 MERGE = dict(n_problems=4, rollouts=4, batch=4, steps=2, max_new=12, eval_every=2, eval_problems=2,
              eval_samples=2, save_every=2)
-EVALUATE = dict(n_problems=2, samples=8, k=(1, 8), max_new=32)
+EVALUATE = dict(n_problems=2, n_samples=8, k=(1, 8), max_new=32)
 
 
 @functools.cache

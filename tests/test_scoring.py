@@ -145,9 +145,9 @@ def test_pass_at_k_errors(n, c, k):
 def test_enough_samples_by_default():
     """P2: at least 2 k samples for pass@k, and asking for k > samples is refused before any work."""
     c = evaluate.Config(("x.pt",))
-    assert c.samples >= 2 * max(c.k) and max(c.k) == 32
-    with pytest.raises(UserError, match="--samples 16"):
-        evaluate.check(evaluate.Config(("x.pt",), samples=16))
+    assert c.n_samples >= 2 * max(c.k) and max(c.k) == 32
+    with pytest.raises(UserError, match="--n-samples 16"):
+        evaluate.check(evaluate.Config(("x.pt",), n_samples=16))
 
 
 def test_standard_error_of_pass_at_32():
@@ -255,7 +255,7 @@ def test_compare_general_mean():
 def test_measures_of_a_known_model(answering, answer_tokenizer):
     """A3, P1, P4: a model right with .75·.6, wrong with .75·.4, unreadable with .25 is measured as such."""
     problems = [{"question": f"q{i}", "answer": "7"} for i in range(60)]
-    c = evaluate.Config(("x.pt",), samples=20, k=(1, 4), temperature=1.0, max_new=8)
+    c = evaluate.Config(("x.pt",), n_samples=20, k=(1, 4), temperature=1.0, max_new=8)
     r = measure_problems(answering(.4, .25), answer_tokenizer, problems, c, [], "test")
     share = .75 * .6
     assert abs(r["pass@1"]["mean"] - share) < .04 and abs(r["pass@4"]["mean"] - (1 - (1 - share) ** 4)) < .04
@@ -272,7 +272,7 @@ def test_measures_of_a_known_model(answering, answer_tokenizer):
 def test_measuring_twice_gives_the_same(answering, answer_tokenizer):
     """R6: the evaluation has a generator of its own, seeded by the config alone."""
     problems = [{"question": f"q{i}", "answer": "7"} for i in range(5)]
-    c = evaluate.Config(("x.pt",), samples=8, k=(1,), max_new=8)
+    c = evaluate.Config(("x.pt",), n_samples=8, k=(1,), max_new=8)
     a = measure_problems(answering(), answer_tokenizer, problems, c, [], "test")
     torch.manual_seed(3)
     assert measure_problems(answering(), answer_tokenizer, problems, c, [], "test") == a
@@ -519,3 +519,60 @@ def test_too_long_prompts_are_explained(answering, answer_tokenizer):
     with pytest.raises(UserError, match="--shots.*--max-new|--max-new.*--shots"):
         evaluate.attempt(answering(), answer_tokenizer, [{"question": "a b " * 30, "answer": "7"}], 2, 1.0, 8,
                          generator(0, "test"))
+
+
+# ---- samples to read ----------------------------------------------------------------------------------
+
+@pytest.fixture
+def shown(answering, answer_tokenizer, bigram, tmp_path, monkeypatch, capsys):
+    """What --samples prints for a model that always says '#### 7' and one that says Z sixty times, each with
+    seven easy and three hard problems; the folder must not gain a file."""
+    t = answer_tokenizer
+    newline, z = (t.encode(c)[0] for c in "\nZ")
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint("seven.pt", answering(wrong=0.), t, [])
+    save_checkpoint("z.pt", bigram({newline: {z: 1.}, z: {z: 1.}}, t.n_vocab), t, [])
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(
+        {"question": f"q{i}", "answer": "7" if i else "8", "difficulty": "easy" if i < 7 else "hard"}) + "\n"
+        for i in range(10)))
+
+    def run(*checkpoints, **options):
+        before = sorted(tmp_path.iterdir())
+        capsys.readouterr()
+        c = evaluate.Config(checkpoints, problems="p.jsonl", samples=True, max_new=60, **options)
+        assert evaluate.run(c) == [] and sorted(tmp_path.iterdir()) == before
+        return capsys.readouterr().out
+    return run
+
+
+def test_samples_of_two_checkpoints_stand_side_by_side(shown):
+    """Question, right answer, and per checkpoint how often which answer was given, with its grade; a long one
+    is wrapped within its column: no line is wider than 110."""
+    first, *others = shown("seven.pt", "z.pt").strip().split("\n\n")
+    assert first.splitlines() == [
+        "q0   (easy, answer 8)",
+        f"{'seven.pt: 0 of 64 right, 1 different':57s}z.pt: 0 of 64 right, 1 different",
+        f"  64 × wrong    {'#### 7'!r:41s}  64 × unparsed '" + 36 * "Z",
+        73 * " " + 24 * "Z" + "'"]
+    assert [part.split()[0] for part in others] == ["q1", "q2", "q3", "q4", "q7", "q8", "q9"]
+    assert all("seven.pt: 64 of 64 right" in part and part.count("Z") == 60 for part in others)
+
+
+def test_samples_of_one_checkpoint_take_the_whole_width(shown):
+    """And --n-problems, --n-samples and --shots say what they say elsewhere."""
+    lines = shown("z.pt", n_problems=1, n_samples=40).splitlines()
+    assert lines[1:4] == ["q0   (easy, answer 8)", "z.pt: 0 of 40 right, 1 different",
+                          f"  40 × unparsed '{60 * 'Z'}'"]
+    assert [line.split()[0] for line in lines if line.startswith("q")] == ["q0", "q7"]
+    with pytest.raises(UserError, match="train.jsonl"):
+        shown("z.pt", data="nowhere", shots=1)
+
+
+def test_samples_show_the_most_frequent_answers_first(shown, answering, answer_tokenizer):
+    """Half right, a quarter wrong and a quarter unreadable at T = 1: counted from 256 samples."""
+    save_checkpoint("mixed.pt", answering(1 / 3, .25), answer_tokenizer, [])
+    lines = shown("mixed.pt", n_samples=256, temperature=1.0).split("\n\n")[1].splitlines()
+    counts, grades = zip(*(line.replace("×", "").split()[:2] for line in lines[2:]))
+    assert grades[0] == "right" and set(grades) == {"right", "wrong", "unparsed"}
+    assert sum(map(int, counts)) == 256 and abs(int(counts[0]) - 128) < 32
+    assert lines[1].endswith(f" {counts[0]} of 256 right, 3 different")

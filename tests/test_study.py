@@ -1,6 +1,7 @@
 """The grid, its resumption, the statistics behind the verdicts, and the report from stored results."""
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -9,15 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import worlds
 
 import study
+from checkpoint import UserError, load_checkpoint
 
 ROOT = Path(study.__file__).parent
 STORED = sorted((ROOT / "results").glob("*/results.jsonl"))
 MINI = """
 import sys
 import study
-study.EVALUATION = "--split test --n-problems 2 --samples 32 --max-new 8"
+study.EVALUATION = "--split test --n-problems 2 --n-samples 32 --max-new 8"
 small = " --eval-problems 2 --eval-samples 2 --max-new 8"
 data = ("--tokens 40000 --val-tokens 5000 --train-problems 60 --eval-problems 4 --benchmark-items 4 "
         "--vocab-size 300")
@@ -98,6 +101,93 @@ def test_every_cell_comes_after_what_it_needs(preset):
         assert set(x.needs) <= made, x.name
         assert x.makes not in made, x.name
         made.add(x.makes)
+
+
+# ---- waves, for a cluster's queue -----------------------------------------------------------------------
+
+@pytest.mark.parametrize("preset", study.STUDIES)
+def test_a_wave_needs_only_earlier_waves(preset):
+    """Else a queue would start cells whose parents are missing; and no cell waits longer than it must."""
+    cells = study.grid(study.STUDIES[preset], study.Config())
+    rounds = study.waves(cells)
+    assert sorted(x.name for wave in rounds for x in wave) == sorted(x.name for x in cells)
+    made: set[Path] = set()
+    latest: set[Path] = set()
+    for wave in rounds:
+        for x in wave:
+            assert set(x.needs) <= made and (set(x.needs) & latest or not made), x.name
+        latest = {x.makes for x in wave}
+        made |= latest
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A study of three cells, one per wave: data, a base model after three updates, its evaluation."""
+    monkeypatch.setattr(study, "EVALUATION", "--split test --n-problems 1 --n-samples 32 --max-new 4")
+    data = ("--tokens 3000 --val-tokens 1000 --train-problems 20 --eval-problems 5 --benchmark-items 5 "
+            "--vocab-size 280 --seed 3")
+    pretraining = "--tokens 2k --size 0.3M --context 192 --batch 4 --micro-batch 4 --checkpoints-at 2k"
+    monkeypatch.setitem(study.STUDIES, "tiny", study.Study({"base": (data, pretraining, ())}, ()))
+
+
+def commands(capsys, wave: int, **options) -> list[str]:
+    """What --wave prints."""
+    capsys.readouterr()
+    study.study(study.Config(preset="tiny", wave=wave, **options))
+    return capsys.readouterr().out.splitlines()
+
+
+def test_waves_from_a_shell_make_the_files_that_the_study_makes(tiny, tmp_path, monkeypatch, capsys):
+    """Line by line through `sh -c`, in a folder whose name needs quotes; then nothing is left to do, and the
+    study finds every file as its own."""
+    runs = "my 'runs'"
+    for name in ("study", "queue"):
+        (tmp_path / name).mkdir()
+        for script in ("data", *(p.name for p in ROOT.glob("*.py"))):
+            (tmp_path / name / script).symlink_to(ROOT / script)
+    monkeypatch.chdir(tmp_path / "study")
+    cells = study.grid(study.STUDIES["tiny"], study.Config(runs=runs))
+    assert study.run_cells(cells, Path(runs), jobs=1) == []
+    monkeypatch.chdir(tmp_path / "queue")
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    for wave in (1, 2, 3):
+        lines = commands(capsys, wave, runs=runs)
+        assert len(lines) == 1
+        subprocess.run(["sh", "-c", lines[0]], check=True, capture_output=True)
+        assert commands(capsys, wave, runs=runs) == []
+    data, base, evaluation = (x.makes for x in cells)
+    assert (tmp_path / "study" / data).read_bytes() == (tmp_path / "queue" / data).read_bytes()
+    a, b = (load_checkpoint(tmp_path / name / base) for name in ("study", "queue"))
+    assert worlds.same(a, b) and a["lineage"][0]["updates"] == 3
+    a, b = (json.loads((tmp_path / name / evaluation).read_text()) for name in ("study", "queue"))
+    assert worlds.same(a, b) and a["problems"]["easy"]["samples"] == 32
+
+
+def test_the_list_has_a_heading_per_wave(tiny, capsys):
+    """And each command once, with a comment, so that the whole list is a shell script too."""
+    study.study(study.Config(preset="tiny", list=True))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.startswith("# wave") for line in lines] == [True, False] * 3
+    assert [shlex.split(line, comments=True)[1] for line in lines[1::2]] == [
+        "data/prepare.py", "pretrain.py", "evaluate.py"]
+
+
+@pytest.mark.parametrize("wave", [-1, 4])
+def test_a_wave_that_is_not_there_is_refused(tiny, wave):
+    with pytest.raises(UserError, match=f"--wave {wave}: .*1 to 3"):
+        study.study(study.Config(preset="tiny", wave=wave))
+
+
+@pytest.mark.parametrize("stored, expected", [
+    ({"n_samples": 32}, True), ({"samples": 32}, True), ({"samples": 64}, False), ({"n_samples": 64}, False),
+    ({"samples": 32, "seed": 1}, False)])
+def test_an_evaluation_with_the_older_name_of_an_option_is_done(tiny, tmp_path, stored, expected):
+    """n_samples was called samples when the published runs were made."""
+    x = study.grid(study.STUDIES["tiny"], study.Config(runs=str(tmp_path)))[-1]
+    config = {k: v for k, v in study.configuration(x.command).items() if k not in ("samples", "n_samples")}
+    x.makes.parent.mkdir()
+    x.makes.write_text(json.dumps({"config": config | stored}))
+    assert study.done(x) == expected
 
 
 def folder_of(recipe: str) -> Path:
