@@ -18,7 +18,7 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from hashlib import blake2b
 from pathlib import Path
 
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import scale
 from checkpoint import atomic_write, main, number, parse, require
 from evaluate import pass_at_k
 
@@ -191,7 +192,9 @@ def configuration(command: list[str]) -> dict:
     script = importlib.import_module(command[0].removesuffix(".py").replace("/", "."))
     weights = merges(command)
     config = parse(script.WeightsConfig if weights else script.Config, command[1 + weights:])
-    return {k: v for k, v in asdict(config).items() if k not in ("out", "device", "threads")}
+    new = {f.name: f.default for f in fields(scale.Memory)}      # younger than the runs: hashed only if set
+    return {k: v for k, v in asdict(config).items()
+            if k not in ("out", "device", "threads", "memory") and (k not in new or v != new[k])}
 
 
 def estimate(command: list[str], c: dict) -> float:
