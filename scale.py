@@ -33,7 +33,8 @@ class Memory:
     memory: float = 0.0             # GiB to stay within; 0 = what is free on the GPU, no limit on a CPU
 
 
-GIB, CONTEXT, SPARE = 2 ** 30, 1.0, 1.1         # of the CUDA context, GiB; 10 % lost between tensors: assumed
+GIB, CONTEXT, SPARE = 2 ** 30, 1.0, 1.1         # assumed: 1 GiB for CUDA itself, 10 % lost between tensors
+SLICE = 2 ** 24                                 # weights that AdamW takes at once: temporaries of 64 MiB
 
 
 # ---- weights and moments ---------------------------------------------------------------------------------
@@ -43,7 +44,7 @@ class AdamW(torch.optim.Optimizer):
 
     In bf16 the second moment is rounded up or down at random, in proportion: its decay by a thousandth is
     less than half of the last of 8 bits, so that rounded to nearest it would never fall. The random bits are
-    a function of the step. Arithmetic is fp32, 16 M weights at a time to keep temporaries small."""
+    a function of the step. Arithmetic is fp32, on a slice of the weights at a time."""
 
     def __init__(self, parameters: list[Tensor], lr: float, weight_decay: float = 0.0,
                  dtype: torch.dtype = torch.bfloat16):
@@ -60,7 +61,7 @@ class AdamW(torch.optim.Optimizer):
                     self.state[p] = {name: torch.zeros_like(p, dtype=self.dtype) for name in ("m", "v")}
                 gen = gens.setdefault(p.device, torch.Generator(p.device).manual_seed(t))
                 whole = (p.view(-1), p.grad.flatten(), *(x.view(-1) for x in self.state[p].values()))
-                for w, g, m, v in zip(*(x.split(2 ** 24) for x in whole)):
+                for w, g, m, v in zip(*(x.split(SLICE) for x in whole)):
                     m_new = m.float().lerp_(g, 1 - .9)
                     v_new = v.float().mul_(.999).addcmul_(g, g, value=1 - .999)
                     m.copy_(m_new)
@@ -129,11 +130,10 @@ def plan(m: ModelConfig, c: typing.Any, prompt: int, half: bool) -> dict[str, in
         prompts = prompt * min(max(1, c.micro_batch // prompt), c.n_problems)
         keys = 2 * d * b * prompt * min(max(1, 4 * tokens // c.max_new), c.n_problems * G)   # of one layer
     kept = (50 if half else 60) * d + 4 * b * f + 4 * m.n_heads + 16     # by a layer for a token
-    passing = max(tokens, prompts) * kept                                # temporaries of the backward pass
-    if c.checkpointing:                          # one layer, and every block's input
-        activations = max(tokens, prompts) * kept + keys + L * 4 * d * (tokens + prompts)
-    else:
-        activations = L * ((tokens + prompts) * kept + keys)
+    activations = L * ((tokens + prompts) * kept + keys)
+    backward = max(tokens, prompts) * kept       # temporaries of a layer
+    if c.checkpointing:                          # every block's input; one layer computed again
+        activations, backward = L * 4 * d * (tokens + prompts), 2 * backward + keys
     shared = 3 * L * 2 * d * b * prompts         # SharedPrompts: keys and values, their gradient, parts of it
     matrix = max(2 * d * f, 0 if c.freeze_embeddings else m.vocab_size * d)          # the largest to train
     scored = min(64 * c.max_new * V, max(2 ** 27, c.max_new * V)) if G else 0        # by rl.kl_to_start
@@ -147,8 +147,8 @@ def plan(m: ModelConfig, c: typing.Any, prompt: int, half: bool) -> dict[str, in
         # without checkpointing the graphs of prompts and of answers each hold a copy
         "weights in bf16": 2 * (matrices + V * d) * half,
         "for the prompts": 2 * matrices * (half and G > 0 and not c.checkpointing),
-        "activations": activations + passing + shared,
-        "logits": 12 * V * tokens,               # log-softmax and two gradients
+        "activations": activations + shared,
+        "logits": max(12 * V * tokens, backward),        # log-softmax, two gradients: gone before a layer's
         "cache": rows * columns * 2 * L * d * b,
         "growing": rows * columns * L * d * b,   # the keys once more while they get longer, then the values
         "distributions": max(20 * V * rows, 12 * scored),
@@ -162,7 +162,7 @@ PHASES = {"always": ("parameters", "moments", "reference", "snapshots"),
 
 
 def needed(parts: dict[str, int], phase: str = "") -> float:
-    """GiB in a phase, or at the worst moment, without CUDA's own: what stays, 1.1 times what comes and goes."""
+    """GiB in a phase, or at the worst moment: what stays, and 1.1 times what comes and goes."""
     always, sampling, update = (sum(parts[name] for name in names) for names in PHASES.values())
     passing = {"sampling": sampling, "update": update, "": max(sampling, update)}[phase]
     return (always + SPARE * passing) / GIB
@@ -210,8 +210,8 @@ def fit(c: typing.Any, model: GPT, prompt: int, device: torch.device) -> None:
     if total > room:
         saved = {words(x): needed(parts) - needed(plan(m, replace(c, **x), prompt, cuda)) for x in SAVINGS}
         options = ", ".join(f"{option} {gib:.2f}" for option, gib in saved.items() if gib > .005)
-        raise UserError(f"{room:.2f} GiB are not enough: {arithmetic(parts)}, with {total - needed(parts):g} more "
-                        f"for CUDA. Each alone would save: {options or 'nothing'}")
+        raise UserError(f"{room:.2f} GiB are not enough: {arithmetic(parts)}, CUDA {total - needed(parts):g} "
+                        f"more. Each alone would save: {options or 'nothing'}")
     model.checkpointing, model.decode_rows = c.checkpointing, c.decode_rows
     for weight in (model.embed.weight, model.head.weight):
         weight.requires_grad_(not c.freeze_embeddings)
@@ -225,8 +225,6 @@ MODELS = {name: ModelConfig(512, 512, 256, *shape) for name, shape in SIZES.item
 
 @dataclass
 class Config(Memory):
-    """Which options fit which GPU. Give a size or a checkpoint to see every combination of options; neither:
-    for every size, the first that fits 8, 12 and 24 GiB."""
     init: str = ""                  # checkpoint to plan for
     size: str = ""                  # or: 0.3M 0.5M 1M 3M 10M 30M 124M (at a vocabulary of 512), olmo-1b
     prompt: int = 160               # longest prompt, tokens
@@ -260,14 +258,15 @@ def pretraining(m: ModelConfig, c: Config, gpu: float) -> int:
 def show(c: Config) -> None:
     """Print the table."""
     require(c.size in ("", *MODELS), f"--size {c.size}: must be one of {' '.join(MODELS)}")
-    require_positive(c, "prompt max_new n_problems rollouts micro_batch eval_problems eval_samples context")
+    require_positive(c, "prompt max_new n_problems rollouts micro_batch eval_problems eval_samples context "
+                        "decode_rows")
     require_positive(c, "memory", zero=True)
     models = {c.size: MODELS[c.size]} if c.size else MODELS
     if c.init:
         models = {c.init: ModelConfig(**load_checkpoint(c.init)["config"])}
-    print(f"GiB on a GPU, with {CONTEXT:g} for CUDA and {SPARE - 1:.0%} of what comes and goes; computed, not"
-          f" measured.\nRL of {c.n_problems} x {c.rollouts} answers of up to {c.max_new} tokens, prompts of up"
-          f" to {c.prompt}, {c.micro_batch} tokens at once.")
+    print(f"GiB on a GPU, with {CONTEXT:g} for CUDA and {SPARE - 1:.0%} of what comes and goes; computed, "
+          f"not measured.\nRL: {c.n_problems} x {c.rollouts} answers of up to {c.max_new} tokens, prompts "
+          f"of up to {c.prompt}, {c.micro_batch} tokens at once.")
     for name, options in TIME.items():
         print(f"  {name}: {words(options)}")
     for name, m in models.items():
