@@ -37,7 +37,7 @@ SIZES = {"0.3M": (64, 5, 2, 192), "0.5M": (96, 4, 3, 256), "1M": (128, 5, 4, 352
 
 def mixed(function: Callable) -> Callable:
     """Decorator of f(model, ...): on a GPU (or if the weights are bf16) matrix products in bf16, the rest in
-    fp32, weights and their gradients too. Part of the model: all that samples, scores or trains agrees."""
+    fp32, weights and their gradients too. On the model itself, so that sampling and scoring agree."""
     @functools.wraps(function)
     def wrapped(model: "GPT", *args: object, **options: object) -> object:
         weight = model.head.weight
@@ -148,7 +148,7 @@ class Block(nn.Module):
         q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
         if cache is not None:
             k, v = cache.store(layer, k, v)
-        if cache is not None and T == 1:      # PyTorch's fused attention is slow for single queries on a CPU
+        if cache is not None and T == 1 and not x.is_cuda:       # fused: slow for one query on a CPU
             scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).unflatten(0, (B, -1))    # (B, H, 1, keys)
             weights = (scores * q.shape[-1] ** -.5).masked_fill(~mask, -torch.inf).softmax(-1)
             y = torch.bmm(weights.flatten(0, 1), v.flatten(0, 1)).unflatten(0, (B, -1))         # (B, H, 1, D)
@@ -196,10 +196,11 @@ class GPT(nn.Module):
             cache.length += T
         return rms_norm(x, self.norm)
 
-    @mixed
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., d_model) -> (..., n_vocab): rows that no token uses do not take part anywhere."""
-        return F.linear(hidden, self.head.weight[:self.config.n_vocab])
+        """(..., d_model) -> (..., n_vocab): rows that no token uses take no part. Always in fp32: sampled
+        and scored logits must agree, and bf16 numbers near 20 lie .125 apart."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden, self.head.weight[:self.config.n_vocab].float())
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.logits(self.hidden(ids))

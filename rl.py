@@ -63,8 +63,7 @@ def check(c: Config) -> None:
     require_positive(c, "n_problems steps updates lr grad_clip temperature max_new micro_batch eval_every "
                         "eval_problems eval_samples save_every")
     require_positive(c, "questions warmup weight_decay clip_low clip_high kl", zero=True)
-    require(c.n_problems % c.updates == 0,
-            f"--updates {c.updates}: does not divide --n-problems {c.n_problems}")
+    require(c.n_problems % c.updates == 0, f"--updates {c.updates}: must divide --n-problems {c.n_problems}")
     late = [s for s in c.checkpoints_at if not 0 < s <= c.steps]
     require(not late, f"--checkpoints-at {','.join(map(str, late))}: not within the run's {c.steps} steps")
 

@@ -5,10 +5,10 @@
     python scale.py --init olmo.pt --memory 24        the same for a checkpoint
 
 Everything here is computed from shapes; nobody has compared it with a GPU. On a GPU weights, gradients and
-AdamW's arithmetic are fp32 and matrix products bf16 (model.mixed). Weights in bf16 would be half as large,
-but a step of RL is far below their last bit (numbers in bf16 near .02 lie 1e-4 apart, a step is 1e-6): to
-nearest, nothing would ever change; at random, the noise of rounding would be ten times the step. Left out:
-moving anything to the CPU, 8-bit moments, low-rank adapters.
+AdamW's arithmetic are fp32, matrix products bf16, but for the head (model.mixed). Weights in bf16 would be
+half as large, but a step of RL is far below their last bit (numbers in bf16 near .02 lie 1e-4 apart, a step
+is 1e-6): to nearest, nothing would ever change; at random, the noise of rounding would be ten times the step.
+Left out: moving anything to the CPU, 8-bit moments, low-rank adapters.
 """
 import copy
 import itertools
@@ -55,11 +55,11 @@ class AdamW(torch.optim.Optimizer):
     def step(self) -> None:
         for group in self.param_groups:
             group["step"] += 1
-            lr, t, gens = group["lr"], group["step"], {}
+            lr, t = group["lr"], group["step"]
+            gen = torch.Generator(group["params"][0].device).manual_seed(t)
             for p in (p for p in group["params"] if p.grad is not None):
                 if not self.state[p]:
                     self.state[p] = {name: torch.zeros_like(p, dtype=self.dtype) for name in ("m", "v")}
-                gen = gens.setdefault(p.device, torch.Generator(p.device).manual_seed(t))
                 whole = (p.view(-1), p.grad.flatten(), *(x.view(-1) for x in self.state[p].values()))
                 for w, g, m, v in zip(*(x.split(SLICE) for x in whole)):
                     m_new = m.float().lerp_(g, 1 - .9)
@@ -143,15 +143,15 @@ def plan(m: ModelConfig, c: typing.Any, prompt: int, half: bool) -> dict[str, in
         "reference": {"none": 0, "bf16": 2 * weights + 2 * gains, "fp32": 4 * weights}[c.reference] * (G > 0),
         "snapshots": 2 * 4 * trained * (mode == "parallel"),
         "gradients": 4 * trained,
-        "newest gradient": 10 * matrix,          # on its way: in bf16, in fp32, padded to all rows
+        "newest gradient": 8 * matrix,           # before it is added: as it comes, and converted or padded
         # without checkpointing the graphs of prompts and of answers each hold a copy
-        "weights in bf16": 2 * (matrices + V * d) * half,
+        "weights in bf16": 2 * matrices * half,
         "for the prompts": 2 * matrices * (half and G > 0 and not c.checkpointing),
         "activations": activations + shared,
         "logits": max(12 * V * tokens, backward),        # log-softmax, two gradients: gone before a layer's
         "cache": rows * columns * 2 * L * d * b,
         "growing": rows * columns * L * d * b,   # the keys once more while they get longer, then the values
-        "distributions": max(20 * V * rows, 12 * scored),
+        "distributions": max(20 * V * rows, 12 * scored + 4 * V * d * (c.reference == "bf16" and G > 0)),
     }
 
 
@@ -206,12 +206,14 @@ def fit(c: typing.Any, model: GPT, prompt: int, device: torch.device) -> None:
     total = needed(parts) + CONTEXT * (cuda and c.memory > 0)            # else it is in use already
     room = c.memory or (torch.cuda.mem_get_info(device)[0] / GIB if cuda else float("inf"))
     if cuda or c.memory or total > 4:
-        print(f"memory, computed and not measured: {arithmetic(parts)}")
+        print(f"memory, computed and not measured: {arithmetic(parts)}; last.pt: "
+              f"{(parts['parameters'] + parts['moments']) / GIB:.2f} GiB")
     if total > room:
         saved = {words(x): needed(parts) - needed(plan(m, replace(c, **x), prompt, cuda)) for x in SAVINGS}
         options = ", ".join(f"{option} {gib:.2f}" for option, gib in saved.items() if gib > .005)
-        raise UserError(f"{room:.2f} GiB are not enough: {arithmetic(parts)}, CUDA {total - needed(parts):g} "
-                        f"more. Each alone would save: {options or 'nothing'}")
+        cuda_itself = f", {CONTEXT:g} more for CUDA" * (total > needed(parts))
+        raise UserError(f"{room:.2f} GiB are not enough: {arithmetic(parts)}{cuda_itself}. Each alone would "
+                        f"save: {options or 'nothing'}")
     model.checkpointing, model.decode_rows = c.checkpointing, c.decode_rows
     for weight in (model.embed.weight, model.head.weight):
         weight.requires_grad_(not c.freeze_embeddings)
