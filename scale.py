@@ -34,6 +34,7 @@ class Memory:
 
 
 GIB, CONTEXT, SPARE = 2 ** 30, 1.0, 1.1         # assumed: 1 GiB for CUDA itself, 10 % lost between tensors
+CARD = .97                                      # assumed: what a card has of the GiB that it is sold with
 SLICE = 2 ** 24                                 # weights that AdamW takes at once: temporaries of 64 MiB
 
 
@@ -136,7 +137,9 @@ def plan(m: ModelConfig, c: typing.Any, prompt: int, half: bool) -> dict[str, in
         activations, backward = L * 4 * d * (tokens + prompts), 2 * backward + keys
     shared = 3 * L * 2 * d * b * prompts         # SharedPrompts: keys and values, their gradient, parts of it
     matrix = max(2 * d * f, 0 if c.freeze_embeddings else m.vocab_size * d)          # the largest to train
-    scored = min(64 * c.max_new * V, max(2 ** 27, c.max_new * V)) if G else 0        # by rl.kl_to_start
+    cache = rows * columns * L * d * b           # keys; as much for values
+    # rl.kl_to_start, which has no cache: logits, log-softmax, and the head of a reference in bf16
+    scoring = 12 * min(64 * c.max_new * V, max(2 ** 27, c.max_new * V)) + 4 * V * d * (c.reference == "bf16")
     return {
         "parameters": 4 * weights,
         "moments": optimizers * 2 * trained * (2 if c.moments == "bf16" else 4),
@@ -149,9 +152,9 @@ def plan(m: ModelConfig, c: typing.Any, prompt: int, half: bool) -> dict[str, in
         "for the prompts": 2 * matrices * (half and G > 0 and not c.checkpointing),
         "activations": activations + shared,
         "logits": max(12 * V * tokens, backward),        # log-softmax, two gradients: gone before a layer's
-        "cache": rows * columns * 2 * L * d * b,
-        "growing": rows * columns * L * d * b,   # the keys once more while they get longer, then the values
-        "distributions": max(20 * V * rows, 12 * scored + 4 * V * d * (c.reference == "bf16" and G > 0)),
+        "cache": 2 * cache,
+        "growing": cache,                        # the keys once more while they get longer, then the values
+        "distributions": max(20 * V * rows, (scoring - 3 * cache) * (G > 0)),
     }
 
 
@@ -252,7 +255,7 @@ def gpu_plan(m: ModelConfig, c: Config, **changes: typing.Any) -> float:
 
 def pretraining(m: ModelConfig, c: Config, gpu: float) -> int:
     """The largest power of two of sequences that pretrain.py can take at once (--micro-batch), 0 if none."""
-    fits = [n for n in (2 ** i for i in range(11)) if gpu >= gpu_plan(
+    fits = [n for n in (2 ** i for i in range(11)) if CARD * gpu >= gpu_plan(
         m, c, rollouts=0, max_new=1, eval_problems=1, micro_batch=n * c.context, moments="fp32")]
     return max(fits, default=0)
 
@@ -281,7 +284,7 @@ def show(c: Config) -> None:
                 print("".join(f"{g:9.2f}" for g in gib) + f"  {words(x)}")
         for gpu in [c.memory] if c.memory else [8, 12, 24]:
             fits = [x | options for x in combinations() for options in TIME.values()
-                    if gpu_plan(m, c, **x | options) <= gpu]
+                    if gpu_plan(m, c, **x | options) <= CARD * gpu]
             best = f"{gpu_plan(m, c, **fits[0]):.2f} with {words(fits[0])}" if fits else "RL does not fit"
             print(f"  {gpu:g} GiB: {best}; pretraining: "
                   f"{pretraining(m, c, gpu)} sequences of {c.context} tokens at once")
