@@ -18,7 +18,7 @@ import sys
 import tempfile
 import typing
 import zipfile
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -73,8 +73,9 @@ class Parser(argparse.ArgumentParser):
 
 @functools.cache
 def help_texts(cls: type) -> dict[str, str]:
-    """Field -> the comment on its line."""
-    return dict(re.findall(r"^ +(\w+):.*?# *(.*)$", inspect.getsource(cls), re.MULTILINE))
+    """Field -> the comment on its line, inherited fields too."""
+    source = "".join(inspect.getsource(x) for x in reversed(cls.__mro__) if is_dataclass(x))
+    return dict(re.findall(r"^ +(\w+):.*?# *(.*)$", source, re.MULTILINE))
 
 
 def parse(cls: type, argv: list[str] | None = None) -> typing.Any:
@@ -85,7 +86,7 @@ def parse(cls: type, argv: list[str] | None = None) -> typing.Any:
     parser = Parser(description=description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     hints = typing.get_type_hints(cls)
-    for f in fields(cls):
+    for f in sorted(fields(cls), key=lambda f: f.kw_only):               # inherited ones last
         name, kind = "--" + f.name.replace("_", "-"), hints[f.name]
         text = help_texts(cls).get(f.name, "").replace("%", "%%")
         if f.default is MISSING:
@@ -208,7 +209,7 @@ def save_checkpoint(path: Path, model: GPT, tokenizer: Tokenizer, lineage: list[
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "model": weights, "config": asdict(model.config),
                 "tokenizer": tokenizer.spec, "lineage": lineage, **more}, buffer)
-    atomic_write(Path(path), buffer.getvalue())
+    atomic_write(Path(path), buffer.getbuffer())         # a view: no second copy in memory
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -302,8 +303,10 @@ class Run:
             there = dict(json.loads(path.read_text())) if path.exists() else self.config
         except (ValueError, TypeError):
             raise UserError(f"{path}: damaged; choose another --out") from None
+        # a run from before an option existed had its default
+        there = {f.name: f.default for f in fields(config) if f.kw_only} | there
         different = [f"{k}={there.get(k)} there, {v} asked" for k, v in self.config.items()
-                     if k not in ("device", "threads", "out") and there.get(k) != v]
+                     if k not in ("device", "threads", "out", "memory") and there.get(k) != v]
         require(not different, f"{path}: this folder holds a run with another configuration "
                                f"({'; '.join(different)}); choose another --out")
         if self.last:
@@ -408,7 +411,7 @@ class Run:
         """Sum the gradients of all ranks, clip to norm `grad_clip`, update, clear; returns the norm before
         clipping. A gradient that is not finite is not used; three in a row raise UserError, the last saved
         state being whole."""
-        ranks.sum_gradients(list(model.parameters()))
+        ranks.sum_gradients([p for p in model.parameters() if p.requires_grad])
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
         if math.isfinite(norm):
             optimizer.step()

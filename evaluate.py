@@ -31,6 +31,7 @@ from checkpoint import (
 from data.arithmetic import style_of
 from data.tokenizer import EOS, Tokenizer
 from model import GPT, micro_batches, pack, sample
+from scale import fit
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Config:
     temperature: float = 0.6        # of the sampling; the paper's value
     max_new: int = 80               # longest answer, tokens
     shots: int = 0                  # solved examples before each question
+    decode_rows: int = 1024         # rows sampled at once (one problem's at least): bounds keys and values
     benchmarks: bool = True         # general benchmarks and bits per byte too
     samples: bool = False           # only show graded answers to a few problems (5 of each difficulty)
     seed: int = 0                   # of the sampling, the examples and the bootstrap
@@ -58,7 +60,7 @@ def check(c: Config) -> None:
     require(bool(c.k) and 0 < min(c.k) and max(c.k) <= c.n_samples, f"--n-samples {c.n_samples}: "
             f"pass@{max(c.k, default=0)} needs at least that many (and k at least 1)")
     require(c.n_problems > 0 and c.max_new > 0, "--n-problems and --max-new must be positive")
-    require_positive(c, "temperature")
+    require_positive(c, "temperature decode_rows")
     require_positive(c, "seed", zero=True)
     require(c.shots >= 0, f"--shots {c.shots}: must not be negative")
 
@@ -192,11 +194,12 @@ def open_training(c: typing.Any, device: torch.device, solutions: bool = False
     require(all(p.get("split") not in ("val", "test") for p in problems),
             f"{path}: holds validation or test problems; training on them would make every number void")
     validation = load_problems(f"{c.data}/val.jsonl", c.difficulty)[:c.eval_problems]
-    model, tokenizer, content = load_model(c.init, device)
+    model, tokenizer, content = load_model(c.init)
     longest = max(len(prompt_ids(tokenizer, p)) for p in problems + validation)
     require(longest + c.max_new <= model.config.context, f"the longest prompt has {longest} tokens: with "
             f"--max-new {c.max_new} that exceeds the model's context of {model.config.context}")
-    return model, tokenizer, content["lineage"], problems, validation
+    fit(c, model, longest, device)
+    return model.to(device), tokenizer, content["lineage"], problems, validation
 
 
 def prompt_ids(tokenizer: Tokenizer, problem: dict) -> list[int]:
@@ -370,7 +373,7 @@ def bits_per_byte(model: GPT, tokenizer: Tokenizer, shard: np.ndarray, blocks: i
     require(blocks > 0, f"the validation shard has {len(shard)} tokens, fewer than one context of {size}")
     ids = torch.from_numpy(shard[:blocks * size].astype(np.int64)).view(blocks, size)
     total = 0.0
-    for part in ids.to(device).split(16):
+    for part in ids.to(device).split(max(1, min(16, 4096 // size))):
         logits: Tensor = model(part[:, :-1]).float()
         total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(),
                                                          reduction="sum"))
@@ -386,6 +389,7 @@ def evaluate(path: str, c: Config) -> dict:
     check(c)
     device = setup(c.device, c.threads)
     model, tokenizer, content = load_model(path, device)
+    model.decode_rows = c.decode_rows
     _, data_tokenizer, shards = open_data(c.data)
     require(data_tokenizer.sha256 == tokenizer.sha256,
             f"{path}: made with another tokenizer than {c.data} holds")
@@ -459,6 +463,7 @@ def show(c: Config, width: int = 110) -> None:
     tried = []
     for path in c.checkpoints:
         model, tokenizer, _ = load_model(path, device)
+        model.decode_rows = c.decode_rows
         tried.append(attempt(model, tokenizer, problems, n, c.temperature, c.max_new,
                              generator(c.seed, "evaluation"), solved_examples(tokenizer, c)))
     for i, p in enumerate(problems):

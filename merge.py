@@ -28,10 +28,11 @@ from checkpoint import (
     Run, batch_indices, file_sha256, generator, load_model, main, one_run, require,
     require_positive, save_checkpoint, setup)
 from evaluate import load_problems, open_training, validate
+from scale import Memory, keep_start, make_optimizer
 
 
 @dataclass
-class Config:
+class Config(Memory):                          # and the options of scale.Memory
     init: str = ""                  # checkpoint to start from
     data: str = "data/tiny"         # folder made by data/prepare.py
     problems: str = ""              # problem file to train on instead of DATA/train.jsonl
@@ -95,7 +96,7 @@ def parallel_round(model: torch.nn.Module, arms: list[Arm], weights: list[float]
     """Start every arm from the same snapshot, let it do `inner` updates, average the results (paper,
     "parallel averaging"). Moments stay with their arm; an arm that does no update contributes the snapshot.
     Whatever an arm raises passes on, with the snapshot back in the model and no gradient left."""
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
     snapshot, ends = [p.detach().clone() for p in parameters], []
 
     def put(values: list[Tensor]) -> None:
@@ -124,7 +125,7 @@ def train(c: Config) -> Path:
     model, tokenizer, earlier, problems, validation = open_training(c, device, solutions=True)
     examples = sft.make_examples(tokenizer, problems, c.gold, c.seed)
     sft.require_fit(examples, model.config.context)
-    reference = copy.deepcopy(model).requires_grad_(False)
+    reference = keep_start(model, c)
     run = Run(c, {c.init: file_sha256(c.init)})
     final = run.out / "final.pt"
     if run.finished(final, c.steps):
@@ -135,8 +136,7 @@ def train(c: Config) -> Path:
         lr = {"fused": math.hypot(share["rl"] * c.lr_rl, share["sft"] * c.lr_sft)}
     elif c.mode == "alternating":
         lr = {name: share[name] * lr[name] for name in lr}
-    optimizers = {name: torch.optim.AdamW(model.parameters(), lr=lr[name], weight_decay=c.weight_decay,
-                                          fused=True) for name in lr}
+    optimizers = {name: make_optimizer(model, c, lr[name]) for name in lr}
     step, counts = 0, {"tokens": 0, "updates": 0, "flops": 0, "seconds": 0.0}
     if run.last:
         run.restore(model, *optimizers.values())
@@ -161,7 +161,8 @@ def train(c: Config) -> Path:
                                     tokenizer.pad)
         figures.update(reward=float(batch.rewards.mean()), entropy=batch.entropy, truncated=batch.truncated,
                        signal=float((advantage != 0).float().mean()),
-                       kl=rl.kl_to_start(reference, batch, rl_config, tokenizer.pad))
+                       kl=rl.kl_to_start(reference, batch, rl_config, tokenizer.pad) if reference
+                       else float("nan"))
         counts["tokens"] += sum(map(len, batch.completions))
         counts["flops"] += rl.grpo_flops(model, batch, result["positions"] if result else 0, rl_config)
         if at % c.eval_every == 0:

@@ -6,6 +6,8 @@ Axes: B rows, T positions, V vocabulary, L layers, H heads, D head size, P promp
 Left out: dropout, biases, weight tying (OLMo-2 has none) and grouped-query attention (not needed at 1B).
 """
 import copy
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import ranks
 
@@ -32,6 +35,19 @@ class ModelConfig:
 # one dial: parameters at a vocabulary of 512                        d_model, n_layers, n_heads, d_ff
 SIZES = {"0.3M": (64, 5, 2, 192), "0.5M": (96, 4, 3, 256), "1M": (128, 5, 4, 352), "3M": (192, 6, 6, 512),
          "10M": (320, 8, 5, 864), "30M": (512, 9, 8, 1376), "124M": (768, 16, 12, 2304)}
+
+
+def mixed(function: Callable) -> Callable:
+    """Decorator of f(model, ...): on a GPU (or if the weights are bf16) matrix products in bf16, the rest in
+    fp32, weights and their gradients too. On the model itself, so that sampling and scoring agree."""
+    @functools.wraps(function)
+    def wrapped(model: "GPT", *args: object, **options: object) -> object:
+        weight = model.head.weight
+        if not weight.is_cuda and weight.dtype == torch.float32:
+            return function(model, *args, **options)
+        with torch.autocast(weight.device.type, torch.bfloat16):
+            return function(model, *args, **options)
+    return wrapped
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -58,12 +74,15 @@ class Cache:
     def room(self, columns: int) -> int:
         """Make room for so many further columns; returns the capacity."""
         missing = self.length + columns - self.k.shape[2]
-        if missing > 0:
-            self.k, self.v = (F.pad(x, (0, 0, 0, max(16, missing))) for x in (self.k, self.v))
+        if missing > 0:                          # one after the other: two copies of both are not needed
+            self.k = F.pad(self.k, (0, 0, 0, max(16, missing)))
+            self.v = F.pad(self.v, (0, 0, 0, max(16, missing)))
         return self.k.shape[2]
 
     def store(self, layer: int, *new: Tensor) -> list[Tensor]:
         """Append a layer's k, v (B, H, T, D); returns all of them (B, H, capacity, D). `length` stays."""
+        if self.k.dtype != new[0].dtype:         # the first ones say whether it is bf16
+            self.k, self.v = self.k.to(new[0].dtype), self.v.to(new[0].dtype)
         whole = [x[layer].unflatten(0, (-1, self.heads)) for x in (self.k, self.v)]
         for x, y in zip(whole, new):
             x[:, :, self.length:self.length + y.shape[2]] = y
@@ -72,8 +91,8 @@ class Cache:
     def select(self, rows: Tensor) -> None:
         """Keep (or repeat) these rows, in this order."""
         self.padding = self.padding[rows]
-        self.k, self.v = (x.unflatten(1, (-1, self.heads)).index_select(1, rows).flatten(1, 2)
-                          for x in (self.k, self.v))
+        self.k = self.k.unflatten(1, (-1, self.heads)).index_select(1, rows).flatten(1, 2)
+        self.v = self.v.unflatten(1, (-1, self.heads)).index_select(1, rows).flatten(1, 2)
 
 
 class SharedPrompts:
@@ -85,9 +104,10 @@ class SharedPrompts:
         ids = torch.tensor([[pad] * (width + 1 - len(p)) + p[:-1] for p in prompts], device=device)
         self.padding = torch.tensor([width + 1 - len(p) for p in prompts], device=device)
         self.last = [p[-1] for p in prompts]                             # the token each completion follows
-        self.length, self.rows, self.new = 0, None, []
+        self.length, self.rows, self.graph, self.new = 0, None, None, []
         model.hidden(ids, self)
         self.graph = torch.stack(self.new)                               # (L, 2, P, H, T, D)
+        self.new.clear()
         self.keys_values = self.graph.detach().requires_grad_()
 
     def of(self, rows: list[int]) -> "SharedPrompts":
@@ -101,7 +121,8 @@ class SharedPrompts:
 
     def store(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
         if self.rows is None:                                            # the prompts themselves
-            self.new.append(torch.stack(new))
+            if self.graph is None:               # else gradient checkpointing computes them once more
+                self.new.append(torch.stack(new))
             return new
         return tuple(torch.cat((old[self.rows], y), dim=2) for old, y in zip(self.keys_values[layer], new))
 
@@ -129,7 +150,7 @@ class Block(nn.Module):
         q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
         if cache is not None:
             k, v = cache.store(layer, k, v)
-        if cache is not None and T == 1:      # PyTorch's fused attention is slow for single queries on a CPU
+        if cache is not None and T == 1 and not x.is_cuda:       # fused: slow for one query on a CPU
             scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).unflatten(0, (B, -1))    # (B, H, 1, keys)
             weights = (scores * q.shape[-1] ** -.5).masked_fill(~mask, -torch.inf).softmax(-1)
             y = torch.bmm(weights.flatten(0, 1), v.flatten(0, 1)).unflatten(0, (B, -1))         # (B, H, 1, D)
@@ -143,7 +164,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     def __init__(self, c: ModelConfig, generator: torch.Generator | None = None):
         super().__init__()
-        self.config = c
+        self.config, self.checkpointing, self.decode_rows = c, False, 1024               # see scale.Memory
         self.embed = nn.Embedding(c.vocab_size, c.d_model)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layers))
         self.norm = nn.Parameter(torch.ones(c.d_model))
@@ -157,6 +178,7 @@ class GPT(nn.Module):
         self.register_buffer("cos", angles.cos(), persistent=False)      # (context, D/2), fp32
         self.register_buffer("sin", angles.sin(), persistent=False)
 
+    @mixed
     def hidden(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """Final hidden states (B, T, d_model) of ids (B, T), which follow what the cache holds. With a cache
         the mask is explicit, as PyTorch's causal flag aligns top-left; what is padding sees only itself."""
@@ -168,15 +190,19 @@ class GPT(nn.Module):
             known = key >= cache.padding[:, None, None, None]                    # (B, 1, 1, capacity)
             mask = (key <= query[:, None]) & known | (key == query[:, None])     # (B, 1, T, capacity)
         x = self.embed(ids)
+        call = (functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+                if self.checkpointing and torch.is_grad_enabled() else lambda block, *inputs: block(*inputs))
         for layer, block in enumerate(self.blocks):
-            x = block(x, self.cos[start:start + T], self.sin[start:start + T], mask, cache, layer)
+            x = call(block, x, self.cos[start:start + T], self.sin[start:start + T], mask, cache, layer)
         if cache is not None:
             cache.length += T
         return rms_norm(x, self.norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., d_model) -> (..., n_vocab): rows that no token uses do not take part anywhere."""
-        return F.linear(hidden, self.head.weight[:self.config.n_vocab])
+        """(..., d_model) -> (..., n_vocab): rows that no token uses take no part. Always in fp32: sampled
+        and scored logits must agree, and bf16 numbers near 20 lie .125 apart."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden, self.head.weight[:self.config.n_vocab].float())
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.logits(self.hidden(ids))
@@ -202,23 +228,24 @@ class Rollouts(NamedTuple):
         return [row[:n] for row, n in zip(self.tokens.tolist(), self.lengths.tolist())]
 
 
+@mixed                                          # weights are converted once, not at every token
 @torch.inference_mode()
 def sample(model: GPT, prompts: list[list[int]], group: int, max_new: int, eos: int, pad: int,
            generator: torch.Generator, temperature: float = 1.0, compact: bool = True,
-           block: int = 1024) -> Rollouts:
+           block: int = 0) -> Rollouts:
     """Sample `group` completions of every prompt from softmax(logits / temperature), 0: greedy; on the CPU.
-    Similar lengths are decoded together, `block` rows at a time to bound memory; the uniform numbers behind a
-    row do not depend on its company, nor on how many ranks share the work: each gets all the rows in the end.
-    ValueError if a prompt is empty or leaves no room for max_new tokens."""
+    Similar lengths are decoded together, `block` (0: model.decode_rows) rows at a time to bound memory. The
+    uniform numbers behind a row do not depend on its company, nor on how many ranks share the work; each rank
+    gets all rows. ValueError if a prompt is empty or leaves no room for max_new tokens."""
     longest, room = max(map(len, prompts)), model.config.context - max_new
     if min(map(len, prompts)) == 0 or longest > room:
         raise ValueError(f"prompts must have 1 to {room} tokens (context {model.config.context}, of which "
                          f"{max_new} are for the answer), found up to {longest}")
     u = torch.rand(len(prompts), group, max_new, generator=generator)    # on the CPU: same on every device
     mine = ranks.share(sorted(range(len(prompts)), key=lambda p: len(prompts[p])))
-    parts = []
-    for i in range(0, len(mine), max(1, block // group)):
-        chosen = mine[i:i + max(1, block // group)]
+    parts, at_once = [], max(1, (block or model.decode_rows) // group)
+    for i in range(0, len(mine), at_once):
+        chosen = mine[i:i + at_once]
         uniform = u[chosen].flatten(0, 1).to(model.head.weight.device)   # (rows of the block, max_new)
         parts.append(decode(model, [prompts[p] for p in chosen], group, eos, pad, uniform, temperature,
                             compact))

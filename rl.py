@@ -7,7 +7,6 @@ answer good or bad relative to its group (Shao et al. 2024), raise or lower the 
 No reference solution is ever seen. Left out: a value network (GRPO's point), a reward model (the reward is
 exact), length penalties, top-k and top-p sampling (sampled and scored distribution must be the same).
 """
-import copy
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +23,11 @@ from data.tokenizer import Tokenizer
 from evaluate import open_training, pass_at_k, prompt_ids, read_answer, validate
 from model import GPT, SharedPrompts, completion_logprobs, micro_batches, pack, sample, shared_logprobs
 from ranks import add_up, share
+from scale import Memory, keep_start, make_optimizer
 
 
 @dataclass
-class Config:
+class Config(Memory):                          # and the options of scale.Memory
     init: str = ""                  # checkpoint to start from
     data: str = "data/tiny"         # folder made by data/prepare.py
     problems: str = ""              # problem file to train on instead of DATA/train.jsonl
@@ -64,8 +64,7 @@ def check(c: Config) -> None:
     require_positive(c, "n_problems steps updates lr grad_clip temperature max_new micro_batch eval_every "
                         "eval_problems eval_samples save_every")
     require_positive(c, "questions warmup weight_decay clip_low clip_high kl", zero=True)
-    require(c.n_problems % c.updates == 0,
-            f"--updates {c.updates}: does not divide --n-problems {c.n_problems}")
+    require(c.n_problems % c.updates == 0, f"--updates {c.updates}: must divide --n-problems {c.n_problems}")
     late = [s for s in c.checkpoints_at if not 0 < s <= c.steps]
     require(not late, f"--checkpoints-at {','.join(map(str, late))}: not within the run's {c.steps} steps")
 
@@ -122,8 +121,8 @@ def collect(model: GPT, tokenizer: Tokenizer, problems: list[dict], group: int, 
                  1 - sum(finished) / len(finished))
 
 
-def policy_gradient(model: GPT, reference: GPT, batch: Batch, advantage: Tensor, rows: range, c: Config,
-                    pad: int) -> dict[str, float] | None:
+def policy_gradient(model: GPT, reference: GPT | None, batch: Batch, advantage: Tensor, rows: range,
+                    c: Config, pad: int) -> dict[str, float] | None:
     """Add the GRPO gradient of these rows to .grad; returns figures per token, None if no row has a signal.
     The loss is the mean over *all* completion tokens of the rows, truncated and signal-free ones included,
     whatever the micro-batches (Yu et al. 2025). Rows without advantage add 0 to it: they are not computed.
@@ -152,8 +151,7 @@ def policy_gradient(model: GPT, reference: GPT, batch: Batch, advantage: Tensor,
             loss = policy_loss(logp, old, token_advantage, c.clip_low, c.clip_high)
             if c.kl > 0:
                 ids, target = pack([batch.prompts[r // G] for r in part], texts, pad, device)
-                with torch.no_grad():
-                    reference_logp = completion_logprobs(reference, ids, target, c.temperature)
+                reference_logp = completion_logprobs(reference, ids, target, c.temperature).detach()
                 penalty = kl_k3(logp, reference_logp)
                 loss = loss + c.kl * penalty
                 sums["kl_penalty"] += float(penalty.detach().sum())
@@ -187,12 +185,14 @@ def signal_probability(n: int, right: int, group: int) -> float:
 @torch.inference_mode()
 def kl_to_start(reference: GPT, batch: Batch, c: Config, pad: int, rows: int = 64) -> float:
     """KL(policy || start), nats per token, from `rows` rollouts of the batch and their recorded logprobs."""
-    B, G = batch.rewards.numel(), batch.rewards.shape[1]
+    B, G, device = batch.rewards.numel(), batch.rewards.shape[1], reference.head.weight.device
     chosen = range(0, B, max(1, B // rows))
-    ids, target = pack([batch.prompts[r // G] for r in chosen], [batch.completions[r] for r in chosen], pad,
-                       reference.head.weight.device)
-    logp = torch.cat([batch.logprobs[r] for r in chosen])
-    return float(kl_k3(logp, completion_logprobs(reference, ids, target, c.temperature).cpu()).mean())
+    texts, logp = [(batch.prompts[r // G], batch.completions[r]) for r in chosen], []
+    at_once = max(1, 2 ** 27 // (c.max_new * reference.config.n_vocab))          # logits of half a GiB
+    for i in range(0, len(texts), at_once):
+        ids, target = pack(*zip(*texts[i:i + at_once]), pad, device)
+        logp.append(completion_logprobs(reference, ids, target, c.temperature).cpu())
+    return float(kl_k3(torch.cat([batch.logprobs[r] for r in chosen]), torch.cat(logp)).mean())
 
 
 def probe(model: GPT, tokenizer: Tokenizer, problems: list[dict], c: Config) -> None:
@@ -227,12 +227,12 @@ def train(c: Config) -> Path:
     """Run (or resume) RL; returns the path of the last checkpoint."""
     check(c)
     model, tokenizer, earlier, problems, validation = open_training(c, setup(c.device, c.threads))
-    reference = copy.deepcopy(model).requires_grad_(False)
+    reference = keep_start(model, c)
     run = Run(c, {c.init: file_sha256(c.init)})
     final = run.out / "final.pt"
     if run.finished(final, c.steps):
         return final
-    optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=c.weight_decay, fused=True)
+    optimizer = make_optimizer(model, c, c.lr)
     step, counts = 0, {"tokens": 0, "updates": 0, "flops": 0, "seconds": 0.0}
     if run.last:
         run.restore(model, optimizer)
@@ -261,7 +261,7 @@ def train(c: Config) -> Path:
         chosen = [problems[i] for i in batch_indices(len(problems), c.n_problems, step, c.seed, "rl")]
         batch = collect(model, tokenizer, chosen, c.rollouts, c, generator(c.seed, "rollouts", step))
         advantage = advantages(batch.rewards, c.std).flatten()                                    # (B,)
-        kl = kl_to_start(reference, batch, c, tokenizer.pad)
+        kl = kl_to_start(reference, batch, c, tokenizer.pad) if reference else float("nan")
         # ---- update
         rows, figures, skipped = len(advantage) // c.updates, [], run.skipped
         for i in range(c.updates):

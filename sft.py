@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from checkpoint import (
@@ -20,10 +19,11 @@ from data.tokenizer import Tokenizer
 from evaluate import open_training, prompt_ids, validate
 from model import GPT, completion_logprobs, micro_batches, pack
 from ranks import add_up, share
+from scale import Memory, make_optimizer
 
 
 @dataclass
-class Config:
+class Config(Memory):                          # and the options of scale.Memory
     init: str = ""                  # checkpoint to start from
     data: str = "data/tiny"         # folder made by data/prepare.py
     problems: str = ""              # problem file to train on instead of DATA/train.jsonl
@@ -107,7 +107,7 @@ def train(c: Config) -> Path:
     final = run.out / "final.pt"
     if run.finished(final, steps):
         return final
-    optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=c.weight_decay, fused=True)
+    optimizer = make_optimizer(model, c, c.lr)
     step, counts = 0, {"tokens": 0, "updates": 0, "flops": 0, "seconds": 0.0}
     if run.last:
         run.restore(model, optimizer)

@@ -209,7 +209,7 @@ def configuration(command: list[str]) -> dict:
     script = importlib.import_module(command[0].removesuffix(".py").replace("/", "."))
     weights = merges(command)
     config = parse(script.WeightsConfig if weights else script.Config, command[1 + weights:])
-    return {k: v for k, v in asdict(config).items() if k not in ("out", "device", "threads")}
+    return {k: v for k, v in asdict(config).items() if k not in ("out", "device", "threads", "memory")}
 
 
 def estimate(command: list[str], c: dict) -> float:

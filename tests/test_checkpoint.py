@@ -334,7 +334,8 @@ def test_every_option_is_explained(name):
         field = CONFIGS[name].__dataclass_fields__[option]
         explained = text.split("(default")[0].strip()
         assert len(explained) >= 8 and " " in explained, f"{option}: {text!r}"
-        comment = re.search(rf"^ +{option}:.*# *(.*)$", inspect.getsource(CONFIGS[name]), re.MULTILINE)
+        source = "".join(map(inspect.getsource, CONFIGS[name].__mro__[:-1]))     # all but object
+        comment = re.search(rf"^ +{option}:.*# *(.*)$", source, re.MULTILINE)
         assert explained == comment[1].strip()
         if field.default not in (MISSING, "", ()) and field.type not in (bool, "bool"):
             shown = field.default if isinstance(field.default, tuple) else (field.default,)

@@ -378,8 +378,7 @@ def test_a_greedy_answer_repeats():
 
 
 @pytest.mark.parametrize("command", ["data/prepare.py", "pretrain.py", "sft.py", "rl.py", "merge.py",
-                                     "merge.py weights", "evaluate.py",
-                                     "model.py"])
+                                     "merge.py weights", "evaluate.py", "model.py", "scale.py"])
 def test_help_is_printed(command):
     """Issue 2, Interface: every script has --help, which says what the script does and ends well."""
     outcome = worlds.run_here(*command.split(), "--help")
