@@ -1,7 +1,7 @@
 """The whole study by one command: a grid of the other scripts' commands, then tables, figures and verdicts.
 
     python study.py                           the quick study
-    python study.py --preset main             or long, composition, rollouts, controls, gpu
+    python study.py --preset main             or long, composition, rollouts, controls, gpu-8/12/24
     python study.py --preset main --list      only print every command and its estimated minutes
     python study.py --preset main --wave 3    what can run at once when waves 1 and 2 are done, for a queue
     python study.py --report results/main     redraw the report from results.jsonl, in seconds
@@ -75,15 +75,28 @@ class Study:
     seeds: tuple[int, ...] = (0, 1, 2)
     trace: dict[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
     shots: int = 2                               # the base is also evaluated with so many solved examples
+    more: dict[str, str] = field(default_factory=dict)   # script -> options that its commands get besides
 
 
+def gpu(size: str, width: int, millions: int, micro_batch: int) -> Study:
+    """For one consumer GPU, by scale.py's memory plan; nobody has measured it. The learning rates are those
+    of the default model, of width 96, times 96 / `width` (Yang et al. 2022), not searched."""
+    kept, slower = [f"{millions // part}M" for part in (4, 2, 1)], 96 / width
+    rl_options, sft_lr = f"{3e-4 * slower:.1e} --micro-batch {micro_batch}", f"{1e-3 * slower:.1e}"
+    pretraining = (f"--size {size} --batch 64 --micro-batch 64 --lr {3e-3 * slower:.1e} --tokens {millions}M "
+                   f"--checkpoints-at {','.join(kept)}")
+    return Study({"base": (f"--tokens {millions}M", pretraining, tuple(kept))}, PIPELINES,
+                 more={"rl.py": f"--lr {rl_options}", "sft.py": f"--lr {sft_lr}",
+                       "merge.py": f"--lr-sft {sft_lr} --lr-rl {rl_options}"})
+
+
+PIPELINES = ("RL", "SFT", "SFT-Gold", "SFT→RL", "SFT-Gold→RL", "parallel")
 EVALUATION = "--split test --n-problems 150"         # the same for every cell: 150 easy, 150 hard problems
 KEPT = "--checkpoints-at 1M,2M,3M,4M,5M,6M,8M"
 STUDIES = {
     "quick": Study({"base": ("--math-fraction 0.6", "--tokens 4M --checkpoints-at 1M,2M,3M,4M", ("4M",))},
                    ("RL", "SFT", "SFT→RL", "parallel"), seeds=(0,)),
-    "main": Study({"base": ("", KEPT, ("4M", "5M", "6M", "8M"))},
-                  ("RL", "SFT", "SFT-Gold", "SFT→RL", "SFT-Gold→RL", "parallel"),
+    "main": Study({"base": ("", KEPT, ("4M", "5M", "6M", "8M"))}, PIPELINES,
                   trace={(at, recipe): (10, 25) for at in ("6M",) for recipe in ("RL", "SFT→RL")}),
     "controls": Study({"base": ("", KEPT, ("6M",))},
                       ("RL", "SFT", "parallel", "SFT at RL's lr", "RL at lr/2", "SFT at lr/2", "fused",
@@ -96,10 +109,9 @@ STUDIES = {
                           "0.5M, 60 %": ("--math-fraction 0.6", "--checkpoints-at 8M", ("8M",)),
                           "1M, 30 %": ("", "--size 1M --checkpoints-at 3.8M,8M", ("3.8M", "8M"))},
                          ("RL on hard",)),
-    # for one consumer GPU: nobody has measured it yet
-    "gpu": Study({"base": ("--tokens 400M", "--size 10M --batch 64 --tokens 400M --checkpoints-at "
-                           "100M,200M,400M", ("100M", "200M", "400M"))},
-                 ("RL", "SFT", "SFT-Gold", "SFT→RL", "SFT-Gold→RL", "parallel")),
+    "gpu-8": gpu("10M", 320, 400, 16_384),               # 8, 12 and 24 GB
+    "gpu-12": gpu("30M", 512, 1_200, 16_384),
+    "gpu-24": gpu("124M", 768, 2_400, 8_192),
 }
 
 # ---- how it is judged (written before the runs) ----------------------------------------------------------
@@ -160,7 +172,7 @@ BRITTLE = (5, .03, 3)
 
 @dataclass
 class Config:
-    preset: str = "quick"           # quick, main, long, composition, rollouts, controls, gpu
+    preset: str = "quick"           # quick, main, long, composition, rollouts, controls, gpu-8/12/24
     runs: str = "runs"              # where data sets and runs go
     out: str = "results"            # results.jsonl, report.md and figures go into OUT/PRESET
     jobs: int = 0                   # cells at once, one thread each; 0 = one per core (per GPU on CUDA)
@@ -260,7 +272,8 @@ def grid(study: Study, c: Config) -> list[Cell]:
                     parents = [folder / f"{last}.pt" if name == "base" else made[name]
                                for name in re.findall(r"{(.+?)}", RECIPES[recipe])]
                     quoted = {name: shlex.quote(str(path)) for name, path in made.items()}
-                    command = f"{RECIPES[recipe].format(**quoted)} --seed {seed}"
+                    command = f"{RECIPES[recipe].format(**quoted)} --seed {seed} "
+                    command += study.more.get(command.split()[0], "")
                     command += "" if merges(command.split()) else f" {from_data}"
                     run = cell(base, at, recipe, seed, command, "final.pt", parents)
                     made[recipe] = run / "final.pt"

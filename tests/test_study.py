@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 import worlds
 
+import merge
+import rl
+import scale
 import study
-from checkpoint import UserError, load_checkpoint
+from checkpoint import UserError, load_checkpoint, parse
 
 ROOT = Path(study.__file__).parent
 STORED = sorted((ROOT / "results").glob("*/results.jsonl"))
@@ -314,3 +317,23 @@ def test_the_published_report_is_what_its_results_say(stored, tmp_path):
     easy = records[0]["problems"]["easy"]
     share = 100 * sum(easy["right_per_problem"]) / (easy["problems"] * easy["samples"])
     assert study.values(records[0], "easy pass@1").mean() == pytest.approx(share)
+
+
+# ---- one consumer GPU -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("gib", [8, 12, 24])
+def test_the_gpu_presets_fit_by_the_memory_plan(gib):
+    """RL, and parallel averaging with its two optimizers, as the grid calls them; a size more would not fit a
+    card of 8 GB, so that the plan decides something."""
+    cells = study.grid(study.STUDIES[f"gpu-{gib}"], study.Config())
+    base = next(x.command for x in cells if x.recipe == "base" and not x.evaluation)
+    size = base[base.index("--size") + 1]
+    for script in (rl, merge):
+        name = f"{script.__name__}.py"
+        config = parse(script.Config, next(x.command for x in cells if x.command[0] == name)[1:])
+        assert config.micro_batch >= 8192
+
+        def gpu(model: str, config=config) -> float:
+            return scale.needed(scale.plan(scale.MODELS[model], config, 64, True)) + scale.CONTEXT
+        assert gpu(size) <= scale.CARD * gib
+        assert gpu("124M") > scale.CARD * 8
