@@ -58,8 +58,8 @@ def require_positive(config: typing.Any, names: str, zero: bool = False) -> None
 
 def number(text: str) -> int:
     """An integer as people write it: 8000000, 8_000_000, 8e6, 8M, 500k."""
-    match = re.fullmatch(r"(-?[0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]{1,2})?)([kMG]?)", text, re.ASCII)
-    scale = {"": 1, "k": 10 ** 3, "M": 10 ** 6, "G": 10 ** 9}
+    match = re.fullmatch(r"(-?[0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]{1,2})?)([kKMG]?)", text, re.ASCII)
+    scale = {"": 1, "k": 10 ** 3, "K": 10 ** 3, "M": 10 ** 6, "G": 10 ** 9}
     value = Fraction(match[1].replace("_", "")) * scale[match[2]] if match else Fraction(1, 2)
     if value.denominator != 1 or abs(value) >= 2 ** 64:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number (such as 8000000, 8e6 or 8M)")
@@ -312,6 +312,9 @@ class Run:
         if self.last:
             require({"step", "done", "bytes", "skipped", "start", "optimizers"} <= self.last.keys(),
                     f"{self.out / 'last.pt'}: a checkpoint, but not the state of a run; choose another --out")
+        steps = ranks.gather([self.last["step"] if self.last else 0])
+        require(len(set(steps)) == 1, f"{self.out}: the processes see different states (steps {steps}); they "
+                                      "need one folder on a disk that they share")
         self.skipped = self.last["skipped"][0] if self.last else 0       # updates left out because of a NaN
         self.bad_in_a_row: dict[int, int] = {}                           # id of an optimizer -> how many
         self.sizes = self.last["bytes"] if self.last else {"log.jsonl": 0, "samples.txt": 0}

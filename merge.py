@@ -13,7 +13,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import evaluate
+import ranks
 import rl
 import sft
 from checkpoint import (
@@ -99,7 +100,7 @@ def parallel_round(model: torch.nn.Module, arms: list[Arm], weights: list[float]
     parameters = [p for p in model.parameters() if p.requires_grad]
     snapshot, ends = [p.detach().clone() for p in parameters], []
 
-    def put(values: list[Tensor]) -> None:
+    def put(values: Iterable[Tensor]) -> None:
         with torch.no_grad():
             for p, value in zip(parameters, values):
                 p.copy_(value)
@@ -113,7 +114,7 @@ def parallel_round(model: torch.nn.Module, arms: list[Arm], weights: list[float]
     except BaseException:
         put(snapshot)
         raise
-    put([sum(w * x for w, x in zip(weights, group)) for group in zip(*ends)])
+    put(sum(w * x for w, x in zip(weights, group)) for group in zip(*ends))
 
 
 @one_run
@@ -265,9 +266,11 @@ def merge_tensors(method: str, tensors: list[Tensor], weights: list[float], base
 
 
 def ancestors(digest: str, content: dict) -> set[str]:
-    """sha256 of a checkpoint's file (`digest`) and of all that it was trained or merged from."""
-    return {digest}.union(*([stage.get("parent"), *stage.get("merged", ())]
-                            for stage in content["lineage"])) - {None}
+    """sha256 of a checkpoint's file (`digest`) and of all that it was trained or merged from; and the options
+    of its pretraining: whatever comes from two moments of one run has the same initial weights behind it."""
+    first = {k: v for k, v in content["lineage"][0].items() if k in ("script", "config")}
+    return {digest, json.dumps(first, sort_keys=True)}.union(
+        *([stage.get("parent"), *stage.get("merged", ())] for stage in content["lineage"])) - {None}
 
 
 def merge_weights(c: WeightsConfig) -> list[Path]:
@@ -287,6 +290,7 @@ def merge_weights(c: WeightsConfig) -> list[Path]:
     inputs = {Path(path).resolve() for path in (*c.checkpoints, c.base)}
     require(Path(c.out).resolve() not in inputs, f"--out {c.out}: is one of the checkpoints to merge")
     setup(c.device, c.threads)
+    require(ranks.world_size() == 1, "merge.py weights runs in one process, without torchrun")
     paths = [*c.checkpoints, c.base] if c.base else list(c.checkpoints)
     loaded = [load_model(path) for path in paths]
     first, tokenizer, _ = loaded[0]

@@ -143,6 +143,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache | None,
                 layer: int) -> Tensor:
+        """x + norm(attention(x)), then x + norm(SwiGLU(x)): (B, T, d_model), norms after (OLMo-2). Queries
+        and keys are normed over the whole width, then split into heads and rotated by cos, sin (T, D/2). A
+        cache stores this layer's keys and values and returns all there are, which queries may see where
+        `mask` (B, 1, T, keys) is True; without a cache, attention is causal."""
         B, T, d = x.shape
         q, k, v = self.qkv(x).split(d, dim=-1)
         q, k = rms_norm(q, self.q_norm), rms_norm(k, self.k_norm)        # over all heads, before the split

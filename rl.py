@@ -72,8 +72,8 @@ def check(c: Config) -> None:
 # ---- the algorithm ---------------------------------------------------------------------------------------
 
 def advantages(rewards: Tensor, std: bool = True) -> Tensor:
-    """Rewards (P, G) minus their group's mean, over its unbiased deviation (Shao et al. 2024, section 4.1.2;
-    without: Liu et al. 2025). 0 where all are equal, even if the deviation of equal floats is not quite 0."""
+    """Rewards (P, G) minus their group's mean, over its unbiased deviation + 1e-6 (Shao et al. 2024, section
+    4.1.2; without: Liu et al. 2025). 0 where all are equal: their deviation in floats may be just above 0."""
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     if std:
         centred = centred / (rewards.std(dim=1, keepdim=True) + 1e-6)
@@ -82,15 +82,17 @@ def advantages(rewards: Tensor, std: bool = True) -> Tensor:
 
 
 def policy_loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
-    """Clipped loss of each token (N,), not yet averaged (Schulman et al. 2017, equation 7)."""
+    """Clipped loss of each token (N,), not yet averaged: minus the smaller of ratio · advantage and the same
+    with the ratio clipped to 1 − low ... 1 + high (Schulman et al. 2017, equation 7)."""
     ratio = (logp - old_logp).exp()
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
 
 
 def kl_k3(logp: Tensor, reference_logp: Tensor) -> Tensor:
-    """KL(policy || reference) estimated at each sampled token, never negative (Schulman 2020, 'k3')."""
+    """KL(policy || reference) estimated at each sampled token, never negative: exp(d) − 1 − d, d being the
+    reference's log-probability minus the policy's, exact for small d too (Schulman 2020, 'k3')."""
     d = reference_logp - logp
-    return torch.expm1(d) - d                    # exp(d) - d - 1, exact for small d too
+    return torch.expm1(d) - d
 
 
 @dataclass
@@ -186,7 +188,7 @@ def signal_probability(n: int, right: int, group: int) -> float:
 def kl_to_start(reference: GPT, batch: Batch, c: Config, pad: int, rows: int = 64) -> float:
     """KL(policy || start), nats per token, from `rows` rollouts of the batch and their recorded logprobs."""
     B, G, device = batch.rewards.numel(), batch.rewards.shape[1], reference.head.weight.device
-    chosen = range(0, B, max(1, B // rows))
+    chosen = range(0, B, -(-B // rows))
     texts, logp = [(batch.prompts[r // G], batch.completions[r]) for r in chosen], []
     at_once = max(1, 2 ** 27 // (c.max_new * reference.config.n_vocab))          # logits of half a GiB
     for i in range(0, len(texts), at_once):

@@ -43,6 +43,9 @@ RECIPES = {
     "SFT→RL": RL.replace("{base}", "{SFT}"),
     "SFT-Gold→RL": RL.replace("{base}", "{SFT-Gold}"),
     "parallel": "merge.py --init {base}",
+    # longer: does RL fall behind SFT, or do 50 steps of it?
+    "RL×4": "rl.py --init {base} --steps 200 --checkpoints-at 50,100",
+    "SFT→RL×4": "rl.py --init {SFT} --steps 200 --checkpoints-at 50,100",
     # controls: is it the averaging, or only the smaller step, the second data set, the second optimizer?
     "SFT at RL's lr": SFT_50 + " --lr 3e-4",
     "RL at lr/2": "rl.py --init {base} --lr 1.5e-4",
@@ -58,9 +61,6 @@ RECIPES = {
     "G=4": "rl.py --init {base} --rollouts 4 --steps 200 --eval-every 20 --checkpoints-at 13",
     "G=16": "rl.py --init {base} --rollouts 16 --steps 50 --eval-every 5",
     "G=64": "rl.py --init {base} --rollouts 64 --steps 13 --eval-every 1",
-    # longer: does RL fall behind SFT, or do 50 steps of it?
-    "RL×4": "rl.py --init {base} --steps 200 --checkpoints-at 50,100",
-    "SFT→RL×4": "rl.py --init {SFT} --steps 200 --checkpoints-at 50,100",
     # composition: judged on hard problems, so trained on hard ones
     "RL on hard": "rl.py --init {base} --difficulty hard",
 }
@@ -459,7 +459,7 @@ def judge(records: list[dict]) -> list[list[str]]:
 
     def row(claim: str, text: str, where: str, x: np.ndarray, margin: float, paper: str, *pairs: int) -> None:
         mean, low, high = bootstrap(x, *pairs)
-        seeds = "" if len(x) > 2 else f" ({len(x)} seed{'s' * (len(x) > 1)})"
+        seeds = "" if len(x) > 2 or claim == "C9" else f" ({len(x)} seed{'s' * (len(x) > 1)})"
         rows.append([claim, text, where, f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", f"{margin:+g}",
                      verdict(low, high, margin) + seeds, paper])
     for claim, text, a, b, metric, where, margin, paper in CLAIMS:
@@ -548,9 +548,9 @@ def markdown(header: str, rows: list[list]) -> str:
 
 def color(recipe: str) -> str:
     """The same colour for a recipe in every figure."""
-    names = ["RL", "SFT", "SFT-Gold", "SFT→RL", "SFT-Gold→RL", "parallel"]
-    names += [name for name in RECIPES if name not in names]
-    return "0.5" if recipe == "base" else f"C{names.index(recipe) % 10}"
+    import matplotlib
+    i = 2 * list(RECIPES).index(recipe) if recipe in RECIPES else 0      # 20 colours: the strong ones first
+    return "0.5" if recipe == "base" else matplotlib.colormaps["tab20"]((i + i // 20) % 20)
 
 
 def draw(out: Path, records: list[dict]) -> list[str]:

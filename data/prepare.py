@@ -23,6 +23,7 @@ import os
 import random
 import shutil
 import sys
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -30,7 +31,6 @@ from itertools import islice
 from pathlib import Path
 from zlib import crc32
 
-import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # so that this file also runs as a script
@@ -112,7 +112,7 @@ def write_shard(path: Path, c: Config, people: dict, tokenizer: Tokenizer, strea
     """Write a shard of `tokens` tokens, documents shuffled; returns kind -> {"documents", "tokens"}."""
     rng = random.Random(f"{c.seed} {stream}")
     made, counts = {"arithmetic": 0, "real": 0, "general": 0}, {}
-    documents, dtype = [], dtype_of(tokenizer)
+    flat, ends = array({"uint16": "H", "uint32": "I"}[dtype_of(tokenizer)]), array("q", [0])
     reals, share = real_texts(c, split), c.text_share if c.text else 0
     bar = tqdm(total=tokens, unit="tok", unit_scale=True, desc=path.name)
     while sum(made.values()) < tokens:
@@ -130,15 +130,19 @@ def write_shard(path: Path, c: Config, people: dict, tokenizer: Tokenizer, strea
         else:
             kind, texts = draw_texts(rng, people, group, split, c.hard_fraction)
         ids = [i for text in texts for i in [*tokenizer.encode(text), tokenizer.eos]]
-        documents.append(np.array(ids, dtype=dtype))
+        flat.extend(ids)
+        ends.append(len(flat))
         made[group] += len(ids)
         count = counts.setdefault(kind, {"documents": 0, "tokens": 0})
         count["documents"] += 1
         count["tokens"] += len(ids)
         bar.update(len(ids))
     bar.close()
-    rng.shuffle(documents)
-    atomic_write(path, np.concatenate(documents)[:tokens].data)
+    order, shuffled = array("q", range(len(ends) - 1)), array(flat.typecode)
+    rng.shuffle(order)
+    for i in order:
+        shuffled.extend(flat[ends[i]:ends[i + 1]])
+    atomic_write(path, memoryview(shuffled)[:tokens].cast("B"))
     return dict(sorted(counts.items()))
 
 

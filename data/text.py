@@ -87,7 +87,7 @@ def integer(text: str) -> str | None:
     text = text.strip()
     if re.fullmatch(r"-?[1-9][0-9]{0,2}(,[0-9]{3})+", text):
         text = text.replace(",", "")
-    return text if re.fullmatch(r"-?(0|[1-9][0-9]*)", text) else None
+    return text if re.fullmatch(r"0|-?[1-9][0-9]*", text) else None
 
 
 def read_problem(p: dict, annotations: bool) -> dict | None:

@@ -29,7 +29,7 @@ def options(script: str, out: Path, **more: object):
     """The config of a run of three updates; the state is saved after every second."""
     fewer = {"pretrain.py": dict(tokens=768, checkpoints_at=(256,), save_every=2),
              "sft.py": dict(questions=24, epochs=1, checkpoints_at=(1,)),
-             "rl.py": dict(n_problems=6, steps=3, updates=1, checkpoints_at=(1,)),
+             "rl.py": dict(n_problems=6, steps=3, checkpoints_at=(1,)),
              "merge.py": dict(n_problems=6, steps=3, inner=1, save_every=2, checkpoints_at=(1,))}[script]
     return dataclasses.replace(config_of(script, out), **fewer, **more)
 

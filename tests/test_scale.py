@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_leaves
 import model as model_module
 import rl
 import scale
-import study
 from checkpoint import Run, UserError, generator, load_checkpoint
 from model import GPT, Cache, ModelConfig, SharedPrompts, completion_logprobs, sample
 
@@ -426,14 +425,6 @@ def test_a_run_from_before_the_options_existed_goes_on(tmp_path):
     path.write_text(json.dumps(old))
     with pytest.raises(UserError, match="moments=fp32 there, bf16 asked"):
         run_rl(tmp_path, moments="bf16")
-
-
-def test_finished_studies_keep_their_folders():
-    """The hash that names a run's folder: without the options of scale.Memory, unless they are set."""
-    plain, frugal = (study.configuration(["rl.py", "--init", "a.pt", *more])
-                     for more in ([], ["--moments", "bf16"]))
-    assert frugal == plain | {"moments": "bf16"} and not plain.keys() & (FRUGAL.keys() | {"memory"})
-    assert plain == study.configuration(["rl.py", "--init", "a.pt", "--memory", "24"])
 
 
 # ---- the table ---------------------------------------------------------------------------------------------

@@ -303,7 +303,7 @@ def test_the_tokenizer_of_a_checkpoint(tmp_path):
     path = tmp_path / "base.pt"
     path.write_bytes(worlds.base().read_bytes())
     result = worlds.quietly(lambda c: evaluate.evaluate(str(path), c), evaluate.Config(
-        (str(path),), data=str(tmp_path / "d"), n_problems=2, samples=2, k=(1,), max_new=4, threads=1))
+        (str(path),), data=str(tmp_path / "d"), n_problems=2, n_samples=2, k=(1,), max_new=4, threads=1))
     assert result["bits_per_byte"] > 0
 
 
@@ -442,7 +442,7 @@ def test_the_whole_way_on_real_data(story_file, problem_file, tmp_path, capsys):
         init=str(base), out=str(tmp_path / "sft"), questions=8, epochs=1, batch=4, **few, **common))
     final = worlds.quietly(rl.train, rl.Config(
         init=str(tuned), out=str(tmp_path / "rl"), n_problems=2, rollouts=2, steps=1, **few, **common))
-    config = evaluate.Config((str(final), str(base)), split="test", n_problems=2, samples=2, k=(1,),
+    config = evaluate.Config((str(final), str(base)), split="test", n_problems=2, n_samples=2, k=(1,),
                              max_new=4, **common)
     capsys.readouterr()
     evaluate.run(config)
