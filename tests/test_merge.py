@@ -663,22 +663,24 @@ def test_merging_leaves_its_inputs_alone(method):
 BYTES = Tokenizer({"pattern": PATTERN, "merges": []})
 
 
-def stage(script: str, tokens: int, parent: Path | None = None) -> dict:
-    return {"script": script, "config": {"seed": 0}, "tokens": tokens, "updates": tokens // 10,
+def stage(script: str, tokens: int, seed: int, parent: Path | None = None) -> dict:
+    return {"script": script, "config": {"seed": seed}, "tokens": tokens, "updates": tokens // 10,
             "flops": 100 * tokens, "seconds": tokens / 2,
             "parent": hashlib.sha256(parent.read_bytes()).hexdigest() if parent else None}
 
 
 @pytest.fixture
 def family(make_gpt, tmp_path):
-    """Name -> path: a base, two models trained from it, a grandchild and a stranger."""
+    """Name -> path: a base, an earlier checkpoint of its run, two models trained from it, a grandchild and a
+    stranger."""
     paths, lineage = {}, {}
 
     def make(name, seed, script, tokens, parent=None):
-        lineage[name] = lineage.get(parent, []) + [stage(script, tokens, paths.get(parent))]
+        lineage[name] = lineage.get(parent, []) + [stage(script, tokens, seed, paths.get(parent))]
         paths[name] = tmp_path / f"{name}.pt"
         save_checkpoint(paths[name], make_gpt(seed, vocab_size=320, n_vocab=258), BYTES, lineage[name])
     make("base", 0, "pretrain.py", 1_000)
+    make("earlier", 0, "pretrain.py", 500)
     make("a", 1, "rl.py", 100, "base")
     make("b", 2, "sft.py", 30, "base")
     make("c", 3, "sft.py", 7, "a")
@@ -734,9 +736,11 @@ def test_the_lineage_of_a_merge(family, tmp_path):
 
 
 @pytest.mark.parametrize("names, base", [
-    ("a b", ""), ("a b", "base"), ("a c", ""), ("base c", ""), ("b c", "base"), ("a b c", "")])
+    ("a b", ""), ("a b", "base"), ("a c", ""), ("base c", ""), ("b c", "base"), ("a b c", ""),
+    ("earlier c", "")])
 def test_relatives_are_merged_without_a_warning(family, tmp_path, capsys, names, base):
-    """Issue 4: siblings, parent and child, uncle and nephew have a common ancestor."""
+    """Issue 4: siblings, parent and child, uncle and nephew have a common ancestor, and so has what comes
+    from two moments of one pretraining: its initial weights."""
     merged(family, names, tmp_path, base=base)
     assert capsys.readouterr().err == ""
 
