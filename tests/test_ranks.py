@@ -34,9 +34,9 @@ def options(script: str, out: Path, **more: object):
     return dataclasses.replace(config_of(script, out), **fewer, **more)
 
 
-def assert_same_weights(x: torch.Tensor, y: torch.Tensor) -> None:
-    assert ((x - y).abs() > 1e-6).float().mean() < 1e-3
-    torch.testing.assert_close(x, y, atol=5e-5, rtol=0)                  # learning rates: 3e-4 to 3e-3
+def assert_same_weights(a: dict, b: dict) -> None:
+    gaps = torch.cat([(x - b["model"][name]).abs().flatten() for name, x in a["model"].items()])
+    assert (gaps > 1e-6).float().mean() < 1e-3 and gaps.max() < 5e-5     # learning rates: 3e-4 to 3e-3
 
 
 @pytest.mark.parametrize("script", TRAINERS)
@@ -51,8 +51,7 @@ def test_two_ranks_make_the_updates_of_one_process(script, tmp_path):
     assert {p.name for p in alone.iterdir()} == {p.name for p in together.iterdir()}
     for name in (p.name for p in alone.glob("*.pt")):
         a, b = load_checkpoint(alone / name), load_checkpoint(together / name)
-        for weight, x in a["model"].items():
-            assert_same_weights(b["model"][weight], x)
+        assert_same_weights(a, b)
         for x, y in zip(a.get("optimizers", []), b.get("optimizers", [])):
             for i, state in x["state"].items():
                 torch.testing.assert_close(y["state"][i]["exp_avg"], state["exp_avg"], atol=1e-6, rtol=1e-5)
@@ -79,8 +78,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="power cut"):
         worlds.quietly(rl.train, options("rl.py", broken))
     assert "resuming after step 2 of 3" in run(2, "rl.py", *command_line(options("rl.py", broken)))
-    for weight, x in load_checkpoint(whole / "final.pt")["model"].items():
-        assert_same_weights(load_checkpoint(broken / "final.pt")["model"][weight], x)
+    assert_same_weights(load_checkpoint(whole / "final.pt"), load_checkpoint(broken / "final.pt"))
     steps = [line["step"] for line in worlds.lines(broken / "log.jsonl") if "reward" in line]
     assert steps == [1, 2, 3]
 
