@@ -361,8 +361,9 @@ def test_every_option_reaches_its_field(name):
         if isinstance(default, bool):
             given, expected = [option if not default else option.replace("--", "--no-", 1)], not default
         elif isinstance(default, tuple):
-            of_int = typing.get_args(typing.get_type_hints(cls)[f.name])[0] is int
-            given, expected = ([option, "3,4k"], (3, 4000)) if of_int else ([option, "3,1e-3"], (3., .001))
+            given, expected = {int: ([option, "3,4k"], (3, 4000)), float: ([option, "3,1e-3"], (3., .001)),
+                               str: ([option, "3,x y"], ("3", "x y"))}[
+                                   typing.get_args(typing.get_type_hints(cls)[f.name])[0]]
         else:
             given, expected = {int: ([option, "12k"], 12_000), float: ([option, "1.5e-3"], .0015),
                                str: ([option, "x y"], "x y")}[type(default)]
