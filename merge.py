@@ -162,8 +162,7 @@ def train(c: Config) -> Path:
                                     tokenizer.pad)
         figures.update(reward=float(batch.rewards.mean()), entropy=batch.entropy, truncated=batch.truncated,
                        signal=float((advantage != 0).float().mean()),
-                       kl=rl.kl_to_start(reference, batch, rl_config, tokenizer.pad) if reference
-                       else float("nan"))
+                       kl=rl.kl_to_start(reference, batch, rl_config, tokenizer.pad))
         counts["tokens"] += sum(map(len, batch.completions))
         counts["flops"] += rl.grpo_flops(model, batch, result["positions"] if result else 0, rl_config)
         if at % c.eval_every == 0:

@@ -185,8 +185,11 @@ def signal_probability(n: int, right: int, group: int) -> float:
 
 
 @torch.inference_mode()
-def kl_to_start(reference: GPT, batch: Batch, c: Config, pad: int, rows: int = 64) -> float:
-    """KL(policy || start), nats per token, from `rows` rollouts of the batch and their recorded logprobs."""
+def kl_to_start(reference: GPT | None, batch: Batch, c: Config, pad: int, rows: int = 64) -> float:
+    """KL(policy || start), nats per token, from `rows` rollouts of the batch and their recorded logprobs; NaN
+    without a reference (--reference none)."""
+    if reference is None:
+        return float("nan")
     B, G, device = batch.rewards.numel(), batch.rewards.shape[1], reference.head.weight.device
     chosen = range(0, B, -(-B // rows))
     texts, logp = [(batch.prompts[r // G], batch.completions[r]) for r in chosen], []
@@ -263,7 +266,7 @@ def train(c: Config) -> Path:
         chosen = [problems[i] for i in batch_indices(len(problems), c.n_problems, step, c.seed, "rl")]
         batch = collect(model, tokenizer, chosen, c.rollouts, c, generator(c.seed, "rollouts", step))
         advantage = advantages(batch.rewards, c.std).flatten()                                    # (B,)
-        kl = kl_to_start(reference, batch, c, tokenizer.pad) if reference else float("nan")
+        kl = kl_to_start(reference, batch, c, tokenizer.pad)
         # ---- update
         rows, figures, skipped = len(advantage) // c.updates, [], run.skipped
         for i in range(c.updates):
