@@ -1,7 +1,7 @@
 """The whole study by one command: a grid of the other scripts' commands, then tables, figures and verdicts.
 
     python study.py                           the quick study
-    python study.py --preset main             or long, composition, rollouts, controls, gpu-8/12/24
+    python study.py --preset main             or long, early, composition, rollouts, controls, gpu-8/12/24
     python study.py --preset main --list      only print every command and its estimated minutes
     python study.py --preset main --wave 3    what can run at once when waves 1 and 2 are done, for a queue
     python study.py --report results/main     redraw the report from results.jsonl, in seconds
@@ -46,6 +46,7 @@ RECIPES = {
     # longer: does RL fall behind SFT, or do 50 steps of it?
     "RL×4": "rl.py --init {base} --steps 200 --checkpoints-at 50,100",
     "SFT→RL×4": "rl.py --init {SFT} --steps 200 --checkpoints-at 50,100",
+    "RL wide": "rl.py --init {base} --rollouts 64 --checkpoints-at 10,25",       # as many rollouts as RL×4
     # controls: is it the averaging, or only the smaller step, the second data set, the second optimizer?
     "SFT at RL's lr": SFT_50 + " --lr 3e-4",
     "RL at lr/2": "rl.py --init {base} --lr 1.5e-4",
@@ -104,6 +105,8 @@ STUDIES = {
     "rollouts": Study({"base": ("", KEPT, ("6M",))}, ("G=4", "G=16", "G=64"), trace={("6M", "G=4"): (13,)}),
     "long": Study({"base": ("", KEPT, ("8M",))}, ("RL", "SFT", "SFT→RL", "RL×4", "SFT→RL×4"),
                   trace={("8M", recipe): (50, 100) for recipe in ("RL×4", "SFT→RL×4")}),
+    "early": Study({"base": ("", KEPT, ("4M", "5M"))}, ("RL×4", "RL wide"),
+                   trace={(at, "RL×4"): (50, 100) for at in ("4M", "5M")}),
     # 30 % arithmetic against 60 %, and 0.5M against 1M parameters: 2.1 times the FLOPs per token
     "composition": Study({"0.5M, 30 %": ("", KEPT, ("8M",)),
                           "0.5M, 60 %": ("--math-fraction 0.6", "--checkpoints-at 8M", ("8M",)),
@@ -123,8 +126,12 @@ STUDIES = {
 CLAIMS = (
     ("C1", "RL lifts pass@1 of early checkpoints", "RL", "base", "easy pass@1", "early", 10,
      "15.6 after 4B of 50B tokens, base about 2"),
+    ("C1", "the same after 200 steps of RL", "RL×4", "base", "easy pass@1", "early", 10, "the same"),
+    ("C1", "the same with 64 rollouts a problem", "RL wide", "base", "easy pass@1", "early", 10, "the same"),
     ("C1", "RL lifts pass@32 of early checkpoints", "RL", "base", "easy pass@32", "early", 0,
      "35.5 after 4B tokens, base about 14"),
+    ("C1", "the same after 200 steps of RL", "RL×4", "base", "easy pass@32", "early", 0, "the same"),
+    ("C1", "the same with 64 rollouts a problem", "RL wide", "base", "easy pass@32", "early", 0, "the same"),
     ("C2", "direct RL is at most 5 points below SFT→RL", "RL", "SFT→RL", "easy pass@1", "all", -5,
      "47.4 against 48.5"),
     ("C2", "the same after 200 steps of RL", "RL×4", "SFT→RL×4", "easy pass@1", "all", -5, "the same"),
@@ -172,7 +179,7 @@ BRITTLE = (5, .03, 3)
 
 @dataclass
 class Config:
-    preset: str = "quick"           # quick, main, long, composition, rollouts, controls, gpu-8/12/24
+    preset: str = "quick"           # quick main long early composition rollouts controls gpu-8/12/24
     runs: str = "runs"              # where data sets and runs go
     out: str = "results"            # results.jsonl, report.md and figures go into OUT/PRESET
     jobs: int = 0                   # cells at once, one thread each; 0 = one per core (per GPU on CUDA)
