@@ -47,6 +47,7 @@ class Config:
     max_new: int = 80               # longest answer, tokens
     shots: int = 0                  # solved examples before each question
     decode_rows: int = 1024         # rows sampled at once (one problem's at least): bounds keys and values
+    reference: str = ""             # checkpoint to which the KL is measured, such as the one RL started from
     benchmarks: bool = True         # general benchmarks and bits per byte too
     samples: bool = False           # only show graded answers to a few problems (5 of each difficulty)
     seed: int = 0                   # of the sampling, the examples and the bootstrap
@@ -305,6 +306,23 @@ def measure_problems(model: GPT, tokenizer: Tokenizer, problems: list[dict], c: 
     }
 
 
+@torch.inference_mode()
+def kl_divergence(model: GPT, reference: GPT, tokenizer: Tokenizer, problems: list[dict], c: Config,
+                  prefix: list[int]) -> float:
+    """KL(model || reference) in nats per token at temperature 1, over the whole vocabulary at every token of
+    one answer of the model to each problem."""
+    prompts = [[*prefix, *prompt_ids(tokenizer, p)] for p in problems]
+    answers = sample(model, prompts, 1, c.max_new, tokenizer.eos, tokenizer.pad, generator(c.seed, "kl"),
+                     c.temperature).completions()
+    total, device = 0.0, model.head.weight.device
+    for rows in micro_batches([len(a) + len(b) for a, b in zip(prompts, answers)], 8192):
+        ids, target = pack([prompts[r] for r in rows], [answers[r] for r in rows], tokenizer.pad, device)
+        logp, other = (m.logits(m.hidden(ids[:, :-1])[target[:, 1:]]).log_softmax(-1)
+                       for m in (model, reference))
+        total += float((logp.exp() * (logp - other)).sum())
+    return total / sum(map(len, answers))
+
+
 def entropy(values: list[str]) -> float:
     """Entropy, in nats, of the observed distribution of values."""
     p = np.array(list(Counter(values).values())) / len(values)
@@ -390,9 +408,11 @@ def evaluate(path: str, c: Config) -> dict:
     device = setup(c.device, c.threads)
     model, tokenizer, content = load_model(path, device)
     model.decode_rows = c.decode_rows
+    reference, *theirs = load_model(c.reference, device) if c.reference else (None, tokenizer)
     _, data_tokenizer, shards = open_data(c.data)
-    require(data_tokenizer.sha256 == tokenizer.sha256,
-            f"{path}: made with another tokenizer than {c.data} holds")
+    for name, used in ((path, tokenizer), (c.reference, theirs[0])):
+        require(used.sha256 == data_tokenizer.sha256,
+                f"{name}: made with another tokenizer than {c.data} holds")
     problems = load_problems(c.problems or f"{c.data}/{c.split}.jsonl")
     listed = Path(c.data, "benchmarks.jsonl")            # none where all general text is real
     items = [json.loads(line) for line in listed.read_text().splitlines()] if listed.exists() else []
@@ -401,8 +421,10 @@ def evaluate(path: str, c: Config) -> dict:
     config = {k: v for k, v in asdict(c).items() if k not in ("checkpoints", "samples")}
     result = {"checkpoint": str(path), "lineage": content["lineage"], "config": config, "problems": {}}
     for difficulty, chosen in by_difficulty(problems, c.n_problems).items():
-        result["problems"][difficulty] = measure_problems(model, tokenizer, chosen, c, prefix,
-                                                          f"{name} {difficulty}")
+        measured = measure_problems(model, tokenizer, chosen, c, prefix, f"{name} {difficulty}")
+        if reference:
+            measured["kl"] = kl_divergence(model, reference, tokenizer, chosen, c, prefix)
+        result["problems"][difficulty] = measured
     if c.benchmarks and items:
         result["benchmarks"] = measure_benchmarks(model, tokenizer, items)
         result["general_mean"] = float(np.mean([b["accuracy"] for b in result["benchmarks"].values()]))
@@ -427,6 +449,8 @@ def table(result: dict) -> str:
         lines.append(f"  {name:8s}greedy {d['greedy']:.1%}, unparsed {d['unparsed']:.1%}, "
                      f"truncated {d['truncated']:.1%}, answer entropy {d['answer_entropy']:.2f} nats, "
                      f"{d['distinct_completions']:.1f} distinct of {d['samples']}")
+        if "kl" in d:
+            lines.append(f"  {name:8s}KL to {c['reference']} {d['kl']:.4f} nats per token")
         lines.append(f"  {name:8s}styles " + ", ".join(f"{s} {v:.0%}" for s, v in d["styles"].items()))
     for task, b in result.get("benchmarks", {}).items():
         lines.append(f"  {task:10s}{b['accuracy']:6.1%} ± {b['stderr']:.1%}  (chance {b['chance']:.0%})")
@@ -485,7 +509,7 @@ def show(c: Config, width: int = 110) -> None:
 def run(c: Config) -> list[dict]:
     """Evaluate each checkpoint; for two, print the paired differences too."""
     check(c)
-    for path in c.checkpoints:
+    for path in filter(None, (*c.checkpoints, c.reference)):
         load_model(path)                         # a bad second file is found before the first is measured
     if c.samples:
         show(c)

@@ -75,8 +75,9 @@ class Cache:
         """Make room for so many further columns; returns the capacity."""
         missing = self.length + columns - self.k.shape[2]
         if missing > 0:                          # one after the other: two copies of both are not needed
-            self.k = F.pad(self.k, (0, 0, 0, max(16, missing)))
-            self.v = F.pad(self.v, (0, 0, 0, max(16, missing)))
+            new = self.k.new_zeros(*self.k.shape[:2], max(16, missing), self.k.shape[3])
+            self.k = torch.cat((self.k, new), dim=2)
+            self.v = torch.cat((self.v, new), dim=2)
         return self.k.shape[2]
 
     def store(self, layer: int, *new: Tensor) -> list[Tensor]:

@@ -260,6 +260,7 @@ def grid(study: Study, c: Config) -> list[Cell]:
     def evaluation(base: str, at: str, recipe: str, seed: int, made: Path, after: Path, shots: int = 0,
                    step: int = -1) -> None:
         command = ["evaluate.py", str(made), "--data", str(data), *EVALUATION.split(), "--shots", str(shots)]
+        command += ["--reference", str(folder / f"{at}.pt")] if recipe != "base" else []
         cells.append(Cell(base, at, recipe, seed, command, made.with_suffix(f".test.{shots}shot.json"),
                           [after], estimate(command, configuration(command)), True, step))
     for base, (prepare_options, pretrain_options, starts) in study.bases.items():
@@ -526,7 +527,8 @@ def solved(records: list[dict]) -> list[list[str]]:
             rows.append([r["base"], r["at"], r["recipe"], r["seed"], difficulty, before.sum(), after.sum(),
                          (after & ~before).sum(), (before & ~after).sum(), (moved > 50).sum(),
                          (moved < -50).sum(), f"{d['answer_entropy']:.2f}",
-                         f"{d['distinct_completions']:.0f}", f"{d['unparsed']:.1%}", styles])
+                         f"{d['distinct_completions']:.0f}", f"{d['unparsed']:.1%}",
+                         f"{d['kl']:.3f}" if "kl" in d else "", styles])
     return rows
 
 
@@ -641,16 +643,20 @@ def draw(out: Path, records: list[dict]) -> list[str]:
         axis.set_xticks(range(len(shown)), shown, rotation=35, ha="right", fontsize=8)
         axis.set_title(f"from {at}: {metric} (%), seeds as dashes")
     save(figure, "parallel")
-    # 4. forgetting against accuracy gained
-    figure, axis = plt.subplots(figsize=(6, 4.5))
+    # 4. forgetting against accuracy gained, and against the distance from the base
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
     for recipe in recipes:
-        pairs = [(values(r, m).mean() - values(find(here, "base", r["at"])[0], m).mean()) for r in here
-                 if r["recipe"] == recipe for m in ("easy pass@1", "general")]
-        axis.plot(pairs[::2], pairs[1::2], "o", color=color(recipe), label=recipe, ms=4)
-    axis.axhline(0, color="0.5", lw=1)
-    axis.set_xlabel("easy pass@1 gained over the base (points)")
-    axis.set_ylabel("general mean, change (points)")
-    axis.legend(fontsize=7)
+        runs = [r for r in here if r["recipe"] == recipe]
+        gained, forgotten = ([values(r, m).mean() - values(find(here, "base", r["at"])[0], m).mean()
+                              for r in runs] for m in ("easy pass@1", "general"))
+        for axis, x in zip(axes, (gained, [r["problems"]["easy"]["kl"] for r in runs])):
+            axis.plot(x, forgotten, "o", color=color(recipe), label=recipe, ms=4)
+    for axis, what in zip(axes, ("easy pass@1 gained over the base (points)",
+                                 "KL to the base on its own answers to easy problems (nats per token)")):
+        axis.axhline(0, color="0.5", lw=1)
+        axis.set_xlabel(what)
+    axes[0].set_ylabel("general mean, change (points)")
+    axes[0].legend(fontsize=7)
     save(figure, "forgetting")
     # 5. seeds: training reward and validation, a line each; by rollouts and by FLOPs
     rl_runs = [r for r in here if r["curve"] and r["at"] == (trained or ats)[0]]
@@ -717,9 +723,11 @@ def report(out: Path, records: list[dict], claims: str) -> str:
             "| base model | tokens | recipe | seed | easy pass@1 | pass@8 | pass@32 | hard pass@1 | pass@32 "
             "| general | bits per byte | FLOPs | minutes |", rows),
         "## Problem by problem: expansion or sharpening",
-        "Solved: at least one of 64 samples right. Jumped, dropped: pass@32 changed by more than 50 points.",
+        "Solved: at least one of 64 samples right. Jumped, dropped: pass@32 changed by more than 50 points. "
+        "KL: to the base, in nats per token of the model's own answers.",
         markdown("| base model | tokens | recipe | seed | problems | solved by the base | now | newly solved "
-                 "| newly lost | jumped | dropped | answer entropy | distinct of 64 | unparsed | styles |",
+                 "| newly lost | jumped | dropped | answer entropy | distinct of 64 | unparsed | KL "
+                 "| styles |",
                  solved(records))])
     atomic_write(out / "report.md", (text + "\n").encode())
     return text

@@ -1,6 +1,6 @@
 """Speed and memory of every stage beside what this machine can do. A script, not a timed test; Linux, CPU.
 
-    python tests/benchmark.py               every figure, on a quiet machine: about 6 minutes on two cores
+    python tests/benchmark.py               every figure, on a quiet machine: about 8 minutes on two cores
     python tests/benchmark.py --quick       tiny workloads: does it run at all? The figures mean nothing
 
 Writes results/benchmark/benchmark.json and, beside it, scaling.png: cost against rollouts and answer length.
@@ -10,10 +10,12 @@ vocabulary of 512, so every answer is as long as allowed. In the updates every g
 rollout takes part: the dearest case. Every workload is a process of its own: its peak memory is its own too.
 """
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
 import resource
+import shutil
 import sys
 import time
 from collections import Counter
@@ -54,7 +56,7 @@ class Config:
     lengths: tuple[int, ...] = (12, 24, 48, 96, 192)    # answer tokens in the figure
     matrix: int = 3072              # side of the big matrix product
     repeats: int = 3                # of each measurement, after a small warm-up; the median counts
-    patience: float = 10            # seconds after which a measurement is not repeated any more
+    patience: float = 15            # seconds after which a measurement is not repeated any more
     quick: bool = False             # tiny workloads instead of all these
     out: str = "results/benchmark/benchmark.json"       # file to write
 
@@ -167,19 +169,24 @@ def machine(c: Config, size: str) -> dict:
 
 
 def pretraining(c: Config, size: str) -> dict:
-    """Forward, backward, AdamW with the batches of pretrain.py; three updates at a time."""
-    (model, optimizer), p = build(size), pretrain.Config()
-    sequences = torch.tensor(random_ids(p.batch, p.context + 1))
+    """Forward, backward, AdamW with the batches of pretrain.py, three updates at a time; as it is and, where
+    there is a C++ compiler, with --compile."""
+    (model, optimizer), p, rows = build(size), pretrain.Config(), []
+    sequences, tokens = torch.tensor(random_ids(p.batch, p.context + 1)), 3 * p.batch * p.context
+    flops = tokens * 3 * model.flops_per_token(p.context)
 
-    def work(updates: int = 3) -> None:
+    def work(forward: Callable, updates: int = 3) -> None:
         for _ in range(updates):
             for part in sequences.split(p.micro_batch):
-                (pretrain.next_token_loss(model, part) * (len(part) / p.batch)).backward()
+                (pretrain.next_token_loss(forward, part) * (len(part) / p.batch)).backward()
             update(model, optimizer)
-    work(1)
-    seconds, tokens = repeat(work, c), 3 * p.batch * p.context
-    flops = tokens * 3 * model.flops_per_token(p.context)
-    return {"repeats": len(seconds), "rows": [("pretraining", tokens, "tokens", median(seconds), flops)]}
+    for name, wrap in (("pretraining", lambda m: m), ("the same, --compile", torch.compile)):
+        if name == "pretraining" or shutil.which(os.environ.get("CXX", "g++")):
+            forward = wrap(model)
+            work(forward, 1)
+            seconds = repeat(functools.partial(work, forward), c)
+            rows.append((name, tokens, "tokens", median(seconds), flops))
+    return {"repeats": len(seconds), "rows": rows}
 
 
 def learning(c: Config, size: str) -> dict:

@@ -511,6 +511,8 @@ ROWS = [
     ("evaluate.py", "{base} --shots 9999", "--shots"),
     ("evaluate.py", "{base} --seed -1", "--seed -1"),
     ("evaluate.py", "{base} --data {other}", "tokenizer"),
+    ("evaluate.py", "{base} --reference {bad}/half.pt", "half.pt"),
+    ("evaluate.py", "{base} --reference {bad}/nowhere.pt", "nowhere.pt"),
     ("evaluate.py", "{base} --data {bad}/nowhere", "nowhere"),
     ("evaluate.py", "{base} --data {bad}/d_flipped", "d_flipped/train.bin"),
     ("evaluate.py", "{base} --data {bad}/d_val_problem", "val.jsonl"),

@@ -278,6 +278,19 @@ def test_measuring_twice_gives_the_same(answering, answer_tokenizer):
     assert measure_problems(answering(), answer_tokenizer, problems, c, [], "test") == a
 
 
+@pytest.mark.parametrize("reference, expected", [(.75, 0.), (.5, .75 * math.log(1.5) + .25 * math.log(.5))])
+def test_kl_of_two_known_models(bigram, answer_tokenizer, reference, expected):
+    """KL(model || reference), in this order, of a first token that is "7" with .75 or "8" with .25; the
+    second is EOS under both and adds a token, but nothing to the sum. T = .6 is of the sampling alone."""
+    newline, seven, eight = answer_tokenizer.encode("\n78")
+    eos = {seven: {answer_tokenizer.eos: 1.}, eight: {answer_tokenizer.eos: 1.}}
+    models = [bigram({newline: {seven: p, eight: 1 - p}, **eos}, answer_tokenizer.n_vocab)
+              for p in (.75, reference)]
+    c = evaluate.Config(("x.pt",), temperature=.6, max_new=8)
+    kl = evaluate.kl_divergence(*models, answer_tokenizer, [{"question": "q"}] * 3, c, [])
+    assert abs(kl - expected / 2) < 1e-6
+
+
 @pytest.mark.parametrize("values, expected", [
     (["a"] * 5, 0.), (["a", "b"], math.log(2)), (list("abcd"), math.log(4)),
     (["7"] * 3 + ["8"], math.log(4) - .75 * math.log(3))])
