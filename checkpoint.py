@@ -239,6 +239,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[GP
     try:
         config = ModelConfig(**content["config"])
         require(config.d_model % (2 * config.n_heads) == 0, "n_heads does not divide d_model")
+        require(config.n_heads % config.n_kv_heads == 0, "n_kv_heads does not divide n_heads")
         model = GPT(config)
         model.load_state_dict(content["model"])
         tokenizer = Tokenizer(content["tokenizer"])

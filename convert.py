@@ -6,7 +6,7 @@
     python convert.py import allenai/OLMo-2-0425-1B --list-revisions
 
 Takes a second for a small model, memory for three copies of a large one in fp32. Needs safetensors; hub names
-need huggingface_hub too. Left out: other architectures, grouped-query attention (OLMo-2 32B), chat templates.
+need huggingface_hub too. Left out: other architectures, chat templates.
 A special token spelled out in a text is plain text here, but that token for the exported tokenizer.
 """
 import importlib
@@ -33,7 +33,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ARCHITECTURE = {"model_type": "olmo2", "rms_norm_eps": 1e-6, "hidden_act": "silu", "attention_bias": False,
                 "tie_word_embeddings": False, "rope_scaling": None}     # config.json of any model like ours
 SIZES = {"vocab_size": "vocab_size", "context": "max_position_embeddings", "d_model": "hidden_size",
-         "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads", "d_ff": "intermediate_size"}
+         "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads", "d_ff": "intermediate_size",
+         "n_kv_heads": "num_key_value_heads"}
 MODEL = {"embed.weight": "model.embed_tokens", "norm": "model.norm", "head.weight": "lm_head"}
 BLOCK = {"qkv.weight": "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "out.weight": "self_attn.o_proj",
          "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm",
@@ -48,6 +49,13 @@ def their_names(layers: int) -> dict[str, list[str]]:
     return {ours: [f"{name}.weight" for name in theirs.split()] for ours, theirs in table.items()}
 
 
+def part_rows(c: ModelConfig, ours: str) -> tuple[int, ...] | None:
+    """Rows of each of their tensors, where one of ours holds several."""
+    kv = c.d_model // c.n_heads * c.n_kv_heads
+    return next((rows for name, rows in (("qkv", (c.d_model, kv, kv)), ("gate_up", (c.d_ff, c.d_ff)))
+                 if name in ours), None)
+
+
 def need(package: str) -> typing.Any:
     try:
         return importlib.import_module(package)
@@ -60,7 +68,7 @@ def need(package: str) -> typing.Any:
 def their_config(c: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> dict:
     """config.json. transformers 4 reads rope_theta only, 5 reads rope_parameters."""
     return ARCHITECTURE | {theirs: getattr(c, ours) for ours, theirs in SIZES.items()} | {
-        "architectures": ["Olmo2ForCausalLM"], "num_key_value_heads": c.n_heads, "rope_theta": c.rope_theta,
+        "architectures": ["Olmo2ForCausalLM"], "rope_theta": c.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta}, "bos_token_id": None,
         "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad, "torch_dtype": str(dtype)[6:]}
 
@@ -73,7 +81,8 @@ def export_folder(checkpoint: str | Path, out: str | Path, dtype: torch.dtype = 
     config, theirs = model.config, {}
     del model                                    # a copy of the weights less
     for ours, names in their_names(config.n_layers).items():
-        parts = content["model"].pop(ours).chunk(len(names))
+        whole = content["model"].pop(ours)
+        parts = whole.split(part_rows(config, ours) or len(whole))
         theirs |= {name: part.to(dtype, copy=True) for name, part in zip(names, parts)}
     files = {"model.safetensors": safetensors.save(theirs, {"format": "pt"}),
              "tokenizer.json": to_huggingface(tokenizer.spec),
@@ -114,12 +123,14 @@ def read_config(path: Path, n_vocab: int) -> ModelConfig:
     for key, wanted in ARCHITECTURE.items():     # transformers leaves out what has its default value
         found = c.get(key, None if key in ("model_type", "rms_norm_eps") else wanted)
         require(found == wanted, f"{path}: {key} is {json.dumps(found)}; our model has {json.dumps(wanted)}")
+    if c.get("num_key_value_heads") is None:     # then as many as of queries
+        c["num_key_value_heads"] = c.get("num_attention_heads")
     sizes = {ours: c.get(theirs) for ours, theirs in SIZES.items()}
     bad = [SIZES[ours] for ours, size in sizes.items() if type(size) is not int or size < 1]
     require(not bad, f"{path}: {', '.join(bad)}: must be given, as positive whole numbers")
     heads, rope = sizes["n_heads"], c.get("rope_parameters") or {"rope_theta": c.get("rope_theta")}
-    require(c.get("num_key_value_heads") in (None, heads), f"{path}: fewer heads of keys and values than of "
-            "queries (num_key_value_heads): grouped-query attention is not in our model")
+    require(heads % sizes["n_kv_heads"] == 0, f"{path}: num_key_value_heads ({sizes['n_kv_heads']}) must "
+            f"divide num_attention_heads ({heads})")
     require(sizes["d_model"] % (2 * heads) == 0, f"{path}: {heads} heads in a width of {sizes['d_model']}")
     theta = rope.get("rope_theta") if isinstance(rope, dict) else None
     require(type(theta) in (int, float) and theta > 0 and c.get("rope_theta") in (None, theta)
@@ -182,8 +193,11 @@ def import_folder(source: str | Path, out: str | Path, dtype: torch.dtype = torc
     with torch.device("meta"):                   # shapes, without memory behind them
         model = GPT(config)
     try:
-        weights = {ours: torch.stack([theirs.pop(name).to(dtype) for name in names]).flatten(0, 1)
-                   for ours, names in their_names(config.n_layers).items()}
+        weights = {}
+        for ours, names in their_names(config.n_layers).items():
+            parts = [theirs.pop(name).to(dtype) for name in names]
+            require(part_rows(config, ours) in (None, tuple(map(len, parts))), f"rows of {', '.join(names)}")
+            weights[ours] = torch.cat(parts)
         require(not theirs, f"{', '.join(sorted(theirs)[:3])} left over")
         model.load_state_dict(weights, assign=True)
     except (KeyError, RuntimeError, UserError) as error:

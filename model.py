@@ -3,7 +3,7 @@
     python model.py runs/base/8M.pt          prints what the checkpoint is, then answers prompts that you type
 
 Axes: B rows, T positions, V vocabulary, L layers, H heads, D head size, P prompts, G rollouts per prompt.
-Left out: dropout, biases, weight tying (OLMo-2 has none) and grouped-query attention (not needed at 1B).
+Left out: dropout, biases and weight tying, as OLMo-2 has none of them.
 """
 import copy
 import functools
@@ -30,6 +30,10 @@ class ModelConfig:
     n_heads: int = 3
     d_ff: int = 256             # about 8/3 d_model: SwiGLU has three matrices where a plain MLP has two
     rope_theta: float = 10_000.0
+    n_kv_heads: int = 0         # of keys and values, 0 = n_heads; fewer: grouped-query attention (OLMo-2 32B)
+
+    def __post_init__(self) -> None:
+        self.n_kv_heads = self.n_kv_heads or self.n_heads
 
 
 # one dial: parameters at a vocabulary of 512                        d_model, n_layers, n_heads, d_ff
@@ -67,8 +71,8 @@ class Cache:
     masked: CPUs multiply contiguous tensors several times faster than slices. So it grows in small steps."""
 
     def __init__(self, c: ModelConfig, padding: Tensor, capacity: int = 0):
-        self.heads, self.length, self.padding = c.n_heads, 0, padding
-        shape = (c.n_layers, len(padding) * c.n_heads, capacity, c.d_model // c.n_heads)
+        self.heads, self.length, self.padding = c.n_kv_heads, 0, padding
+        shape = (c.n_layers, len(padding) * self.heads, capacity, c.d_model // c.n_heads)
         self.k, self.v = torch.zeros(shape, device=padding.device), torch.zeros(shape, device=padding.device)
 
     def room(self, columns: int) -> int:
@@ -134,13 +138,15 @@ class SharedPrompts:
 class Block(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.n_heads = c.n_heads
-        self.qkv = nn.Linear(c.d_model, 3 * c.d_model, bias=False)      # queries, keys, values in one product
+        self.head_size = c.d_model // c.n_heads
+        kv = self.head_size * c.n_kv_heads
+        self.widths = (c.d_model, kv, kv)        # of queries, keys, values, which are one product
+        self.qkv = nn.Linear(c.d_model, sum(self.widths), bias=False)
         self.out = nn.Linear(c.d_model, c.d_model, bias=False)
         self.gate_up = nn.Linear(c.d_model, 2 * c.d_ff, bias=False)
         self.down = nn.Linear(c.d_ff, c.d_model, bias=False)
         self.q_norm, self.k_norm, self.attention_norm, self.mlp_norm = (
-            nn.Parameter(torch.ones(c.d_model)) for _ in range(4))
+            nn.Parameter(torch.ones(width)) for width in (c.d_model, kv, c.d_model, c.d_model))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache | None,
                 layer: int) -> Tensor:
@@ -149,12 +155,14 @@ class Block(nn.Module):
         cache stores this layer's keys and values and returns all there are, which queries may see where
         `mask` (B, 1, T, keys) is True; without a cache, attention is causal."""
         B, T, d = x.shape
-        q, k, v = self.qkv(x).split(d, dim=-1)
+        q, k, v = self.qkv(x).split(self.widths, dim=-1)
         q, k = rms_norm(q, self.q_norm), rms_norm(k, self.k_norm)        # over all heads, before the split
-        q, k, v = (y.view(B, T, self.n_heads, -1).transpose(1, 2) for y in (q, k, v))           # (B, H, T, D)
+        q, k, v = (y.view(B, T, -1, self.head_size).transpose(1, 2) for y in (q, k, v))         # (B, H, T, D)
         q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
         if cache is not None:
             k, v = cache.store(layer, k, v)
+        if q.shape[1] > k.shape[1]:              # several heads of queries to a head of keys and values
+            k, v = (y.repeat_interleave(q.shape[1] // y.shape[1], dim=1) for y in (k, v))
         if cache is not None and T == 1 and not x.is_cuda:       # fused: slow for one query on a CPU
             scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).unflatten(0, (B, -1))    # (B, H, 1, keys)
             weights = (scores * q.shape[-1] ** -.5).masked_fill(~mask, -torch.inf).softmax(-1)
@@ -215,7 +223,9 @@ class GPT(nn.Module):
     def flops_per_token(self, length: int) -> int:
         """Forward FLOPs per token in a sequence of `length` (Kaplan et al. 2020); backward: twice that."""
         c = self.config
-        weights = c.n_layers * (4 * c.d_model ** 2 + 3 * c.d_model * c.d_ff) + c.d_model * c.n_vocab
+        keys = c.d_model * c.n_kv_heads // c.n_heads                     # width; as much for values
+        layer = 2 * c.d_model ** 2 + 2 * c.d_model * keys + 3 * c.d_model * c.d_ff
+        weights = c.n_layers * layer + c.d_model * c.n_vocab
         return 2 * weights + 2 * c.n_layers * c.d_model * length      # two products, length/2 keys on average
 
 

@@ -111,7 +111,9 @@ def plan(m: ModelConfig, c: typing.Any, prompt: int, half: bool) -> dict[str, in
     `half`: products in bf16, as on a GPU. Exact: parameters, moments, reference, gradients, cache. The others
     count what autograd keeps with PyTorch's unfused RMSNorm and fused attention, and large temporaries."""
     d, f, L, V, b = m.d_model, m.d_ff, m.n_layers, m.n_vocab, 2 if half else 4
-    embeddings, matrices, gains = 2 * m.vocab_size * d, L * (4 * d * d + 3 * d * f), (4 * L + 1) * d
+    kv = d // m.n_heads * m.n_kv_heads
+    embeddings, matrices, gains = (2 * m.vocab_size * d, L * (2 * d * d + 2 * d * kv + 3 * d * f),
+                                   L * (3 * d + kv) + d)
     weights = embeddings + matrices + gains
     trained, optimizers = weights - c.freeze_embeddings * embeddings, 1
     G, mode = getattr(c, "rollouts", 0), getattr(c, "mode", "")          # no rollouts: sft.py
@@ -137,7 +139,7 @@ def plan(m: ModelConfig, c: typing.Any, prompt: int, half: bool) -> dict[str, in
         activations, backward = L * 4 * d * (tokens + prompts), 2 * backward + keys
     shared = 3 * L * 2 * d * b * prompts         # SharedPrompts: keys and values, their gradient, parts of it
     matrix = max(2 * d * f, 0 if c.freeze_embeddings else m.vocab_size * d)          # the largest to train
-    cache = rows * columns * L * d * b           # keys; as much for values
+    cache = rows * columns * L * kv * b          # keys; as much for values
     # rl.kl_to_start, which has no cache: logits, log-softmax, and the head of a reference in bf16
     scoring = 12 * min(64 * c.max_new * V, max(2 ** 27, c.max_new * V)) + 4 * V * d * (c.reference == "bf16")
     return {

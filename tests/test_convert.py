@@ -51,7 +51,8 @@ def saved(make_gpt, abc, tmp_path):
 # ---- export ----------------------------------------------------------------------------------------------
 
 SHAPES = [dict(), dict(d_model=48, n_layers=3, n_heads=3, d_ff=40), dict(d_model=64, n_heads=1, rows=320),
-          dict(n_layers=1, n_heads=8, d_ff=200, rope_theta=5e5), dict(context=16, rope_theta=123.)]
+          dict(n_layers=1, n_heads=8, d_ff=200, rope_theta=5e5), dict(context=16, rope_theta=123.),
+          dict(n_heads=4, n_kv_heads=2), dict(d_model=48, n_heads=6, n_kv_heads=1)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -275,7 +276,7 @@ def published(tmp_path_factory) -> SimpleNamespace:
     (folder / "tokenizer.json").write_text(json.dumps(content))
     torch.manual_seed(1)
     model = transformers.Olmo2ForCausalLM(transformers.Olmo2Config(
-        vocab_size=640, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
+        vocab_size=640, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-6, initializer_range=.3,
         tie_word_embeddings=False, pad_token_id=n + 5, eos_token_id=n + 1, bos_token_id=None))
     model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="40KB")
@@ -402,7 +403,9 @@ Q, K = (f"model.layers.1.self_attn.{x}_proj.weight" for x in "qk")
 REFUSED = {
     "architecture": (lambda f: change(f, "config.json", model_type="llama"), "model_type"),
     "olmo3": (lambda f: change(f, "config.json", model_type="olmo3"), "olmo3"),
-    "grouped": (lambda f: change(f, "config.json", num_key_value_heads=1), "grouped-query"),
+    "grouped": (lambda f: change(f, "config.json", num_key_value_heads=1), "do not fit"),
+    "odd groups": (lambda f: change(f, "config.json", num_key_value_heads=3), "must divide"),
+    "text groups": (lambda f: change(f, "config.json", num_key_value_heads="2"), "num_key_value_heads"),
     "eps": (lambda f: change(f, "config.json", rms_norm_eps=1e-5), "rms_norm_eps"),
     "eps default": (lambda f: change(f, "config.json", rms_norm_eps=...), "rms_norm_eps"),   # theirs is 1e-5
     "tied": (lambda f: change(f, "config.json", tie_word_embeddings=True), "tie_word_embeddings"),

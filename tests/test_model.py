@@ -30,8 +30,9 @@ def naive_rope(x, position, theta):
     return out
 
 
-def naive_logits(w, ids, n_layers, n_heads, theta):
-    """Logits of every position, as lists; w maps the names in correctness.md to nested lists."""
+def naive_logits(w, ids, n_layers, n_heads, theta, n_kv_heads):
+    """Logits of every position, as lists; w maps the names in correctness.md to nested lists. Each head of
+    keys and values serves n_heads / n_kv_heads neighbouring heads of queries."""
     xs = [list(w["embed"][i]) for i in ids]
     for layer in range(n_layers):
         m = {name.removeprefix(f"{layer}."): value for name, value in w.items()}
@@ -42,8 +43,9 @@ def naive_logits(w, ids, n_layers, n_heads, theta):
         for t, x in enumerate(list(xs)):
             heads = []
             for h in range(n_heads):
-                part = slice(h * size, (h + 1) * size)
-                q = naive_rope(qs[t][part], t, theta)
+                q = naive_rope(qs[t][h * size:(h + 1) * size], t, theta)
+                at = h * n_kv_heads // n_heads * size
+                part = slice(at, at + size)
                 scores = [sum(a * b for a, b in zip(q, naive_rope(ks[s][part], s, theta))) / math.sqrt(size)
                           for s in range(t + 1)]
                 weights = [math.exp(score) for score in scores]
@@ -63,7 +65,8 @@ def named_weights(model):
     c = model.config
     w = {"embed": model.embed.weight, "head": model.head.weight[:c.n_vocab], "final": model.norm}
     for i, b in enumerate(model.blocks):
-        w |= {f"{i}.{n}": part for n, part in zip("qkv", b.qkv.weight.split(c.d_model))}
+        w |= {f"{i}.{n}": part for n, part in zip("qkv", b.qkv.weight.split(
+            (c.d_model, *[c.d_model // c.n_heads * c.n_kv_heads] * 2)))}
         w |= {f"{i}.{n}": part for n, part in zip(("gate", "up"), b.gate_up.weight.split(c.d_ff))}
         w |= {f"{i}.o": b.out.weight, f"{i}.down": b.down.weight, f"{i}.q_norm": b.q_norm,
               f"{i}.k_norm": b.k_norm, f"{i}.post_attention": b.attention_norm,
@@ -71,13 +74,15 @@ def named_weights(model):
     return {name: tensor.double().tolist() for name, tensor in w.items()}
 
 
-@pytest.mark.parametrize("changes", [{}, {"n_heads": 1, "rope_theta": 100.}, {"d_ff": 24, "n_layers": 1}])
+@pytest.mark.parametrize("changes", [{}, {"n_heads": 1, "rope_theta": 100.}, {"d_ff": 24, "n_layers": 1},
+                                     {"n_heads": 4, "n_kv_heads": 2}, {"n_heads": 2, "n_kv_heads": 1}])
 def test_logits_equal_the_equations(make_gpt, changes):
     """OLMo-2: the vectorised fp32 model equals the equations computed with loops in float64."""
     model = make_gpt(1, d_model=16, **changes)
     ids = [5, 60, 0, 5, 17, 33, 33, 2]
     c = model.config
-    expected = torch.tensor(naive_logits(named_weights(model), ids, c.n_layers, c.n_heads, c.rope_theta))
+    expected = torch.tensor(naive_logits(named_weights(model), ids, c.n_layers, c.n_heads, c.rope_theta,
+                                         c.n_kv_heads))
     with torch.inference_mode():
         assert torch.allclose(model(torch.tensor([ids]))[0], expected.float(), atol=1e-5)
 
@@ -179,14 +184,16 @@ def test_no_biases_and_no_tied_weights(gpt):
     assert sum(p.numel() for p in gpt.parameters()) == by_hand
 
 
-def test_flops_per_token_by_hand(make_gpt):
-    """V: 2 FLOPs per multiply-add of every product of one forward pass, counted product by product."""
-    model = make_gpt(n_layers=3)
+@pytest.mark.parametrize("n_kv_heads", [0, 1])
+def test_flops_per_token_by_hand(make_gpt, n_kv_heads):
+    """V: 2 FLOPs per multiply-add of every product of one forward pass, counted product by product. With one
+    head of keys and values for two of queries, k and v are half as wide."""
+    model = make_gpt(n_layers=3, n_kv_heads=n_kv_heads)
     d, ff, layers, vocabulary, length = 32, 64, 3, 61, 48
     flops = 0
     for t in range(length):
         for _ in range(layers):
-            flops += 4 * 2 * d * d                                       # q, k, v, o
+            flops += (3 if n_kv_heads else 4) * 2 * d * d                # q, k, v, o
             flops += 2 * (2 * d * (t + 1))               # t + 1 scores, sum of t + 1 values
             flops += 3 * 2 * d * ff
         flops += 2 * d * vocabulary

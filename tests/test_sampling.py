@@ -69,9 +69,11 @@ def run_in_parts(model, parts, padding):
         return torch.cat([model.logits(model.hidden(part, cache)) for part in parts], 1)
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 12])
-def test_prefill_in_chunks_equals_the_full_forward(gpt, chunk):
-    """S1: chunks into a cache give the logits of one full forward, which a top-left mask does not."""
+@pytest.mark.parametrize("chunk, n_kv_heads", [(1, 2), (2, 2), (3, 2), (12, 2), (3, 1)])
+def test_prefill_in_chunks_equals_the_full_forward(make_gpt, chunk, n_kv_heads):
+    """S1: chunks into a cache give the logits of one full forward, which a top-left mask does not. Two heads
+    of queries, which share one of keys and values in the last case."""
+    gpt = make_gpt(n_kv_heads=n_kv_heads)
     full = torch.randint(0, 61, (2, 36), generator=generator(0, "test"))
     for length in range(1, 13):                          # the prompt in chunks, then token by token
         parts = [*full[:, :length].split(chunk, dim=1), *full[:, length:].split(1, dim=1)]
@@ -285,10 +287,11 @@ def test_packed_logprobs_equal_single_rows(gpt, logprobs_of):
         assert torch.allclose(together, alone, atol=1e-5)
 
 
-@pytest.mark.parametrize("temperature", [1., .6])
-def test_shared_prompts_give_the_same_logprobs(gpt, temperature):
+@pytest.mark.parametrize("temperature, n_kv_heads", [(1., 2), (.6, 2), (.6, 1)])
+def test_shared_prompts_give_the_same_logprobs(make_gpt, temperature, n_kv_heads):
     """G8: completions that attend to prompts computed once, in any order and number per prompt, one-token
     prompts and one-token completions among them: the log-probabilities of whole rows."""
+    gpt = make_gpt(n_kv_heads=n_kv_heads)
     prompts = [[1], [2, 3, 4, 5, 6, 7], [8, 9], [0, 0, 0], [10]]
     rows = [1, 0, 4, 4, 2, 3, 1, 0]
     completions = [[7, 60], [8], [0, 0, 9, 60], [5, 4, 3, 2, 1, 0, 60], [60], [0], [1], [2, 60]]

@@ -19,6 +19,7 @@ from checkpoint import Run, UserError, generator, load_checkpoint
 from model import GPT, Cache, ModelConfig, SharedPrompts, completion_logprobs, sample
 
 SHAPE = ModelConfig(512, 509, 256, 64, 3, 2, 192)
+GROUPED = ModelConfig(512, 509, 256, 64, 3, 4, 192, n_kv_heads=2)        # two heads of queries share keys
 OPTIONS = dict(n_problems=4, rollouts=4, max_new=32, micro_batch=256, decode_rows=16, eval_problems=2)
 PROMPT = 24
 
@@ -81,12 +82,12 @@ def size(tensors) -> int:
 
 # ---- the plan ------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("freeze, moments, reference", list(itertools.product(
-    [False, True], ["fp32", "bf16"], ["fp32", "bf16", "none"])))
-def test_weights_gradients_moments_and_reference_are_exact(freeze, moments, reference):
+@pytest.mark.parametrize("freeze, moments, reference, shape", [*itertools.product(
+    [False, True], ["fp32", "bf16"], ["fp32", "bf16", "none"], [SHAPE]), (False, "fp32", "bf16", GROUPED)])
+def test_weights_gradients_moments_and_reference_are_exact(freeze, moments, reference, shape):
     """The plan's bytes are those of the tensors that are there after one step."""
     c = rl.Config(**OPTIONS, freeze_embeddings=freeze, moments=moments, reference=reference)
-    model, parts = make_model(c), scale.plan(SHAPE, c, PROMPT, False)
+    model, parts = make_model(c, shape), scale.plan(shape, c, PROMPT, False)
     start, optimizer = scale.keep_start(model, c), scale.make_optimizer(model, c, 1e-3)
     grads = gradients(model, c)
     optimizer.step()
@@ -98,15 +99,15 @@ def test_weights_gradients_moments_and_reference_are_exact(freeze, moments, refe
 
 
 @pytest.mark.parametrize("prompt, max_new", [(5, 4), (5, 40), (16, 1), (24, 32), (30, 17)])
-@pytest.mark.parametrize("half", [False, True])
-def test_the_cache_is_exact(prompt, max_new, half, monkeypatch):
+@pytest.mark.parametrize("half, shape", [(False, SHAPE), (True, SHAPE), (True, GROUPED)])
+def test_the_cache_is_exact(prompt, max_new, half, shape, monkeypatch):
     """The plan's bytes are those of the keys and values after the longest possible answers."""
     made = []
     monkeypatch.setattr(model_module, "Cache", lambda *args: made.append(Cache(*args)) or made[-1])
     c = rl.Config(**OPTIONS | dict(max_new=max_new, rollouts=2, eval_samples=4, decode_rows=8))
     with products(half):                         # id 510 is not in the vocabulary: no answer ever ends
-        sample(make_model(c), [[1] * prompt] * 4, 4, max_new, 510, 511, generator(0, "u"), block=8)
-    parts = scale.plan(SHAPE, c, prompt, half)
+        sample(make_model(c, shape), [[1] * prompt] * 4, 4, max_new, 510, 511, generator(0, "u"), block=8)
+    parts = scale.plan(shape, c, prompt, half)
     assert [size([x.k, x.v]) for x in made] == [parts["cache"]] * 2
     assert made[0].k.dtype == (torch.bfloat16 if half else torch.float32)
 
