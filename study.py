@@ -649,7 +649,7 @@ def draw(out: Path, records: list[dict]) -> list[str]:
         runs = [r for r in here if r["recipe"] == recipe]
         gained, forgotten = ([values(r, m).mean() - values(find(here, "base", r["at"])[0], m).mean()
                               for r in runs] for m in ("easy pass@1", "general"))
-        for axis, x in zip(axes, (gained, [r["problems"]["easy"]["kl"] for r in runs])):
+        for axis, x in zip(axes, (gained, [r["problems"]["easy"].get("kl", np.nan) for r in runs])):
             axis.plot(x, forgotten, "o", color=color(recipe), label=recipe, ms=4)
     for axis, what in zip(axes, ("easy pass@1 gained over the base (points)",
                                  "KL to the base on its own answers to easy problems (nats per token)")):

@@ -264,7 +264,7 @@ def write_all(folder: Path, c: Config) -> dict:
 
 def report(out: Path, manifest: dict, c: Config) -> None:
     """Print what was made: counts, mixture, tokens per document, samples, and how to go on."""
-    people, rng = world.population(c.seed), random.Random(f"{c.seed} report")
+    people, rng, context = world.population(c.seed), random.Random(f"{c.seed} report"), ""
     print(f"\n{out}: vocabulary {manifest['n_vocab']}, problems {manifest['problems']}, "
           f"benchmark items {manifest['benchmarks']}\n\n"
           "train.bin      documents     tokens   share  tokens/document")
@@ -276,16 +276,17 @@ def report(out: Path, manifest: dict, c: Config) -> None:
         print(f"left out of the problems: {', '.join(left_out)}; question and solution have up to "
               f"{longest['example']} tokens (pretrain.py --context), the solution alone up to "
               f"{longest['solution']} (--max-new of sft.py, rl.py, evaluate.py)")
+        context = f" --context {-(-longest['example'] // 64) * 64}" if longest["example"] > 256 else ""
     print("\nthree samples of each kind:")
     for text in islice(real_texts(c, "pretrain"), 3):
         print(f"  [real] {text[:300]!r}")
     for kind, (_, write) in world.KINDS.items() if generates(c) else ():
         for _ in range(3):
             print(f"  [{kind}] {write(rng, people) if kind == 'recall' else write(rng)}")
-    for _ in range(3):
+    for _ in range(3 if c.math_fraction else 0):
         print("  [arithmetic]",
               " <EOS> ".join(arithmetic.draw_document(rng, c.hard_fraction)).replace("\n", "\n      "))
-    print(f"\nnext: python pretrain.py --data {out} --out runs/base")
+    print(f"\nnext: python pretrain.py --data {out}{context} --out runs/base")
 
 
 if __name__ == "__main__":
