@@ -135,7 +135,7 @@ def setup(device: str, threads: int) -> torch.device:
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         # glibc hands every big temporary back to the system, and fresh pages are ten times slower to write:
-        # keep the memory (mallopt), in pages of 2 MB (PyTorch reads this before its first big tensor)
+        # keep the memory (mallopt), in pages of 2 MB (read by PyTorch before its first tensor, never later)
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         for option, value in ((-1, 1 << 30), (-2, 1 << 28), (-3, 1 << 30)):   # M_TRIM_THRESHOLD, TOP_PAD, ...
             libc.mallopt(option, value)

@@ -196,11 +196,12 @@ def import_folder(source: str | Path, out: str | Path, dtype: torch.dtype = torc
         weights = {}
         for ours, names in their_names(config.n_layers).items():
             parts = [theirs.pop(name).to(dtype) for name in names]
-            require(part_rows(config, ours) in (None, tuple(map(len, parts))), f"rows of {', '.join(names)}")
+            require(part_rows(config, ours) in (None, tuple(map(len, parts))), f"rows of {', '.join(names)}: "
+                    "other hidden_size, num_attention_heads, num_key_value_heads or intermediate_size?")
             weights[ours] = torch.cat(parts)
         require(not theirs, f"{', '.join(sorted(theirs)[:3])} left over")
         model.load_state_dict(weights, assign=True)
-    except (KeyError, RuntimeError, UserError) as error:
+    except (KeyError, TypeError, RuntimeError, UserError) as error:
         raise UserError(f"{folder}: weights and config.json do not fit together ({error})"[:400]) from None
     revision = "" if Path(source).is_dir() else folder.name      # the commit that a branch stands for today
     stage = {"script": "convert.py import",

@@ -309,17 +309,18 @@ def measure_problems(model: GPT, tokenizer: Tokenizer, problems: list[dict], c: 
 @torch.inference_mode()
 def kl_divergence(model: GPT, reference: GPT, tokenizer: Tokenizer, problems: list[dict], c: Config,
                   prefix: list[int]) -> float:
-    """KL(model || reference) in nats per token at temperature 1, over the whole vocabulary at every token of
-    one answer of the model to each problem."""
+    """KL(model || reference) of the next token at temperature 1, in nats, the mean over every token of one
+    answer of the model to each problem, sampled at --temperature."""
     prompts = [[*prefix, *prompt_ids(tokenizer, p)] for p in problems]
     answers = sample(model, prompts, 1, c.max_new, tokenizer.eos, tokenizer.pad, generator(c.seed, "kl"),
                      c.temperature).completions()
     total, device = 0.0, model.head.weight.device
-    for rows in micro_batches([len(a) + len(b) for a, b in zip(prompts, answers)], 8192):
+    at_once = min(8192, 2 ** 26 // model.config.n_vocab)                 # tokens: logits of a quarter GiB
+    for rows in micro_batches([len(a) + len(b) for a, b in zip(prompts, answers)], at_once):
         ids, target = pack([prompts[r] for r in rows], [answers[r] for r in rows], tokenizer.pad, device)
         logp, other = (m.logits(m.hidden(ids[:, :-1])[target[:, 1:]]).log_softmax(-1)
                        for m in (model, reference))
-        total += float((logp.exp() * (logp - other)).sum())
+        total += float(torch.nn.functional.kl_div(other, logp, log_target=True, reduction="sum"))
     return total / sum(map(len, answers))
 
 
@@ -408,11 +409,16 @@ def evaluate(path: str, c: Config) -> dict:
     device = setup(c.device, c.threads)
     model, tokenizer, content = load_model(path, device)
     model.decode_rows = c.decode_rows
-    reference, *theirs = load_model(c.reference, device) if c.reference else (None, tokenizer)
     _, data_tokenizer, shards = open_data(c.data)
-    for name, used in ((path, tokenizer), (c.reference, theirs[0])):
-        require(used.sha256 == data_tokenizer.sha256,
-                f"{name}: made with another tokenizer than {c.data} holds")
+    require(data_tokenizer.sha256 == tokenizer.sha256,
+            f"{path}: made with another tokenizer than {c.data} holds")
+    reference = None
+    if c.reference:
+        reference, other_tokenizer, _ = load_model(c.reference, device)
+        require(other_tokenizer.sha256 == tokenizer.sha256,
+                f"{c.reference}: has another tokenizer than {path}")
+        require(reference.config.context >= model.config.context,
+                f"{c.reference}: its context is shorter than that of {path}")
     problems = load_problems(c.problems or f"{c.data}/{c.split}.jsonl")
     listed = Path(c.data, "benchmarks.jsonl")            # none where all general text is real
     items = [json.loads(line) for line in listed.read_text().splitlines()] if listed.exists() else []
@@ -509,6 +515,7 @@ def show(c: Config, width: int = 110) -> None:
 def run(c: Config) -> list[dict]:
     """Evaluate each checkpoint; for two, print the paired differences too."""
     check(c)
+    setup(c.device, c.threads)                   # before the first tensor
     for path in filter(None, (*c.checkpoints, c.reference)):
         load_model(path)                         # a bad second file is found before the first is measured
     if c.samples:
@@ -548,8 +555,8 @@ def chat(c: ChatConfig) -> None:
     n = sum(p.numel() for p in model.parameters())
     core = n - 2 * m.vocab_size * m.d_model
     print(f"{c.checkpoint[0]}: {n:,} parameters, {core:,} without embedding and head\n"
-          f"  {m.n_layers} layers, width {m.d_model}, {m.n_heads} heads, feed-forward {m.d_ff}, "
-          f"context {m.context}, vocabulary {m.n_vocab}\n  lineage:")
+          f"  {m.n_layers} layers, width {m.d_model}, {m.n_heads} heads ({m.n_kv_heads} of keys and values), "
+          f"feed-forward {m.d_ff}, context {m.context}, vocabulary {m.n_vocab}\n  lineage:")
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
     for stage in content["lineage"]:

@@ -137,7 +137,7 @@ def plan(m: ModelConfig, c: typing.Any, prompt: int, half: bool) -> dict[str, in
     backward = max(tokens, prompts) * kept       # temporaries of a layer
     if c.checkpointing:                          # every block's input; one layer computed again
         activations, backward = L * 4 * d * (tokens + prompts), 2 * backward + keys
-    shared = 3 * L * 2 * d * b * prompts         # SharedPrompts: keys and values, their gradient, parts of it
+    shared = 3 * L * 2 * kv * b * prompts        # SharedPrompts: keys and values, their gradient, parts of it
     matrix = max(2 * d * f, 0 if c.freeze_embeddings else m.vocab_size * d)          # the largest to train
     cache = rows * columns * L * kv * b          # keys; as much for values
     # rl.kl_to_start, which has no cache: logits, log-softmax, and the head of a reference in bf16

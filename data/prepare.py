@@ -241,7 +241,8 @@ def write_all(folder: Path, c: Config) -> dict:
     if c.problems:
         sizes = [[len(tokenizer.encode(text)) + 1 for text in (p["question"] + "\n", s)]   # EOS is one more
                  for lines in problems.values() for p in lines for s in p["solutions"] or [""]]
-        more["longest"] = {"example": max(map(sum, sizes)), "solution": max(b for _, b in sizes)}
+        question, solution = map(max, zip(*sizes))
+        more["longest"] = {"example": question + solution, "solution": solution}
     shards = {
         "train.bin": write_shard(folder / "train.bin", c, people, tokenizer, "train", "pretrain", c.tokens,
                                  c.math_fraction),

@@ -252,6 +252,23 @@ def test_evaluating_with_examples_before_the_question(tmp_path):
     assert path.with_suffix(".val.1shot.json").is_file() and not path.with_suffix(".val.0shot.json").exists()
 
 
+def test_the_kl_is_from_the_evaluated_model_to_the_reference(tmp_path):
+    """--reference: 0 to itself; to another model, not the same as the other way round."""
+    rl_path, base_path = (str(shutil.copy(chain()[name], tmp_path / f"{name}.pt")) for name in ("rl", "base"))
+
+    def kl(path: str, reference: str) -> float:
+        config = evaluate.Config((path,), data=str(worlds.data()), threads=1, benchmarks=False,
+                                 reference=reference, **EVALUATE)
+        return worlds.quietly(evaluate.run, config)[0]["problems"]["easy"]["kl"]
+    models = [load_model(path)[:2] for path in (rl_path, base_path)]
+    problems = evaluate.load_problems(worlds.data() / "val.jsonl", "easy")[:2]
+    config = evaluate.Config((rl_path,), **EVALUATE)
+    expected = evaluate.kl_divergence(models[0][0], models[1][0], models[0][1], problems, config, [])
+    assert kl(rl_path, base_path) == pytest.approx(expected) and expected > 0
+    assert kl(base_path, rl_path) != pytest.approx(expected)
+    assert abs(kl(rl_path, rl_path)) < 1e-6
+
+
 @pytest.mark.parametrize("stage, module", [("base", pretrain), ("sft", sft), ("rl", rl), ("merge", merge)])
 def test_a_finished_run_says_so_and_changes_nothing(stage, module, capsys):
     """Issue 2, Interface: the second call with the same --out must not touch a finished run. (It cut the last

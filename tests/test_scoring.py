@@ -28,6 +28,7 @@ from evaluate import (
     pick,
     score_rows,
 )
+from model import sample
 
 # ---- A1, A2, A3: the verifier -------------------------------------------------------------------------
 
@@ -278,17 +279,37 @@ def test_measuring_twice_gives_the_same(answering, answer_tokenizer):
     assert measure_problems(answering(), answer_tokenizer, problems, c, [], "test") == a
 
 
-@pytest.mark.parametrize("reference, expected", [(.75, 0.), (.5, .75 * math.log(1.5) + .25 * math.log(.5))])
-def test_kl_of_two_known_models(bigram, answer_tokenizer, reference, expected):
+@pytest.mark.parametrize("share, expected", [(.75, 0.), (.5, .75 * math.log(1.5) + .25 * math.log(.5))])
+def test_kl_of_two_known_models(bigram, answer_tokenizer, share, expected):
     """KL(model || reference), in this order, of a first token that is "7" with .75 or "8" with .25; the
     second is EOS under both and adds a token, but nothing to the sum. T = .6 is of the sampling alone."""
     newline, seven, eight = answer_tokenizer.encode("\n78")
     eos = {seven: {answer_tokenizer.eos: 1.}, eight: {answer_tokenizer.eos: 1.}}
     models = [bigram({newline: {seven: p, eight: 1 - p}, **eos}, answer_tokenizer.n_vocab)
-              for p in (.75, reference)]
+              for p in (.75, share)]
     c = evaluate.Config(("x.pt",), temperature=.6, max_new=8)
     kl = evaluate.kl_divergence(*models, answer_tokenizer, [{"question": "q"}] * 3, c, [])
     assert abs(kl - expected / 2) < 1e-6
+
+
+def test_kl_is_the_mean_over_all_tokens_of_the_answers(make_gpt, answer_tokenizer):
+    """Prompts and answers of different lengths after a prefix: token by token, from rows without padding. The
+    answers are those of the generator that the config seeds, at its temperature."""
+    model, reference = (make_gpt(seed, vocab_size=320, n_vocab=answer_tokenizer.n_vocab) for seed in (0, 1))
+    with torch.no_grad():
+        model.head.weight[answer_tokenizer.eos] *= 8                     # so that some answers end early
+    problems, prefix = [{"question": q} for q in ("a", "bcdef", "7", "88 8")], [3, 4]
+    c = evaluate.Config(("x.pt",), temperature=1.5, max_new=12, seed=5)
+    kl = evaluate.kl_divergence(model, reference, answer_tokenizer, problems, c, prefix)
+    prompts = [prefix + evaluate.prompt_ids(answer_tokenizer, p) for p in problems]
+    answers = sample(model, prompts, 1, 12, answer_tokenizer.eos, answer_tokenizer.pad, generator(5, "kl"),
+                     1.5)
+    terms = []
+    for prompt, answer in zip(prompts, answers.completions()):
+        p, q = (m(torch.tensor([prompt + answer]))[0].softmax(-1).detach() for m in (model, reference))
+        terms += [float(p[t - 1] @ (p[t - 1] / q[t - 1]).log()) for t in range(len(prompt), len(p))]
+    assert len({len(x) for x in answers.completions()}) > 1
+    assert abs(kl - sum(terms) / len(terms)) < 1e-4
 
 
 @pytest.mark.parametrize("values, expected", [

@@ -181,13 +181,25 @@ def test_a_wave_that_is_not_there_is_refused(tiny, wave):
         study.study(study.Config(preset="tiny", wave=wave))
 
 
-@pytest.mark.parametrize("changed, expected", [({}, True), ({"n_samples": 64}, False), ({"seed": 1}, False)])
+@pytest.mark.parametrize("changed, expected", [
+    ({}, True), ({"n_samples": 64}, False), ({"seed": 1}, False), ({"reference": "other.pt"}, False)])
 def test_an_evaluation_with_other_options_is_not_done(tiny, tmp_path, changed, expected):
     """The file beside a checkpoint has the same name whatever the options were."""
     x = study.grid(study.STUDIES["tiny"], study.Config(runs=str(tmp_path)))[-1]
     config = {k: v for k, v in study.configuration(x.command).items() if k != "samples"}
     x.makes.parent.mkdir()
     x.makes.write_text(json.dumps({"config": config | changed}))
+    assert study.done(x) == expected
+
+
+@pytest.mark.parametrize("recipe, expected", [("base", True), ("SFT", False)])
+def test_an_evaluation_older_than_an_option_had_its_default(tiny, tmp_path, recipe, expected):
+    """--reference is younger than some evaluations: without it, those of the base are whole, others are not."""
+    x = next(x for x in study.grid(study.STUDIES["tiny"], study.Config(runs=str(tmp_path)))
+             if x.evaluation and x.recipe == recipe)
+    config = {k: v for k, v in study.configuration(x.command).items() if k not in ("samples", "reference")}
+    x.makes.parent.mkdir()
+    x.makes.write_text(json.dumps({"config": config}))
     assert study.done(x) == expected
 
 
