@@ -192,10 +192,10 @@ def test_an_evaluation_with_other_options_is_not_done(tiny, tmp_path, changed, e
     assert study.done(x) == expected
 
 
-@pytest.mark.parametrize("recipe, expected", [("base", True), ("SFT", False)])
-def test_an_evaluation_older_than_an_option_had_its_default(tiny, tmp_path, recipe, expected):
-    """--reference is younger than some evaluations: without it, those of the base are whole, others are not."""
-    x = next(x for x in study.grid(study.STUDIES["tiny"], study.Config(runs=str(tmp_path)))
+@pytest.mark.parametrize("recipe, expected", [("base", True), ("RL", False)])
+def test_an_evaluation_older_than_an_option_had_its_default(tmp_path, recipe, expected):
+    """--reference is younger than some evaluations: without it, those of the base are whole, no others."""
+    x = next(x for x in study.grid(study.STUDIES["quick"], study.Config(runs=str(tmp_path)))
              if x.evaluation and x.recipe == recipe)
     config = {k: v for k, v in study.configuration(x.command).items() if k not in ("samples", "reference")}
     x.makes.parent.mkdir()
