@@ -697,7 +697,7 @@ def draw(out: Path, records: list[dict]) -> list[str]:
                 bar(axis, x - .1, find(ends, "base", at, base), metric, "base", fmt="s")
                 bar(axis, x + .1, find(ends, "RL on hard", at, base), metric, "RL on hard", fmt="s")
             axis.set_xticks(range(len(places)), [f"{base}\n{at} tokens" for base, at in places], fontsize=8)
-            axis.set_title(f"{metric} (%): base (grey) and after RL on hard problems")
+            axis.set_title(f"{metric} (%), base (grey) and after RL on hard ones", fontsize=10)
         save(figure, "composition")
     return names
 
