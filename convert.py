@@ -51,9 +51,8 @@ def their_names(layers: int) -> dict[str, list[str]]:
 
 def part_rows(c: ModelConfig, ours: str) -> tuple[int, ...] | None:
     """Rows of each of their tensors, where one of ours holds several."""
-    kv = c.d_model // c.n_heads * c.n_kv_heads
-    return next((rows for name, rows in (("qkv", (c.d_model, kv, kv)), ("gate_up", (c.d_ff, c.d_ff)))
-                 if name in ours), None)
+    return next((rows for name, rows in (("qkv", (c.d_model, c.kv_width, c.kv_width)),
+                                         ("gate_up", (c.d_ff, c.d_ff))) if name in ours), None)
 
 
 def need(package: str) -> typing.Any:

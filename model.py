@@ -35,6 +35,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         self.n_kv_heads = self.n_kv_heads or self.n_heads
 
+    @property
+    def kv_width(self) -> int:
+        """Width of the keys of a position, and of its values."""
+        return self.d_model // self.n_heads * self.n_kv_heads
+
 
 # one dial: parameters at a vocabulary of 512                        d_model, n_layers, n_heads, d_ff
 SIZES = {"0.3M": (64, 5, 2, 192), "0.5M": (96, 4, 3, 256), "1M": (128, 5, 4, 352), "3M": (192, 6, 6, 512),
@@ -139,14 +144,13 @@ class Block(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.head_size = c.d_model // c.n_heads
-        kv = self.head_size * c.n_kv_heads
-        self.widths = (c.d_model, kv, kv)        # of queries, keys, values, which are one product
+        self.widths = (c.d_model, c.kv_width, c.kv_width)        # of queries, keys, values: one product
         self.qkv = nn.Linear(c.d_model, sum(self.widths), bias=False)
         self.out = nn.Linear(c.d_model, c.d_model, bias=False)
         self.gate_up = nn.Linear(c.d_model, 2 * c.d_ff, bias=False)
         self.down = nn.Linear(c.d_ff, c.d_model, bias=False)
         self.q_norm, self.k_norm, self.attention_norm, self.mlp_norm = (
-            nn.Parameter(torch.ones(width)) for width in (c.d_model, kv, c.d_model, c.d_model))
+            nn.Parameter(torch.ones(width)) for width in (c.d_model, c.kv_width, c.d_model, c.d_model))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache | None,
                 layer: int) -> Tensor:
@@ -223,8 +227,7 @@ class GPT(nn.Module):
     def flops_per_token(self, length: int) -> int:
         """Forward FLOPs per token in a sequence of `length` (Kaplan et al. 2020); backward: twice that."""
         c = self.config
-        keys = c.d_model * c.n_kv_heads // c.n_heads                     # width; as much for values
-        layer = 2 * c.d_model ** 2 + 2 * c.d_model * keys + 3 * c.d_model * c.d_ff
+        layer = 2 * c.d_model ** 2 + 2 * c.d_model * c.kv_width + 3 * c.d_model * c.d_ff
         weights = c.n_layers * layer + c.d_model * c.n_vocab
         return 2 * weights + 2 * c.n_layers * c.d_model * length      # two products, length/2 keys on average
 

@@ -111,7 +111,7 @@ def plan(m: ModelConfig, c: typing.Any, prompt: int, half: bool) -> dict[str, in
     `half`: products in bf16, as on a GPU. Exact: parameters, moments, reference, gradients, cache. The others
     count what autograd keeps with PyTorch's unfused RMSNorm and fused attention, and large temporaries."""
     d, f, L, V, b = m.d_model, m.d_ff, m.n_layers, m.n_vocab, 2 if half else 4
-    kv = d // m.n_heads * m.n_kv_heads
+    kv = m.kv_width
     embeddings, matrices, gains = (2 * m.vocab_size * d, L * (2 * d * d + 2 * d * kv + 3 * d * f),
                                    L * (3 * d + kv) + d)
     weights = embeddings + matrices + gains
