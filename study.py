@@ -11,6 +11,7 @@ its parents', so what is done is not done again, and what has other options is. 
 a change of code, name a new place for the runs (--runs). Ctrl-C, and the same command again, goes on. What is
 run and how it is judged stands below as data: change it.
 """
+import functools
 import importlib
 import json
 import os
@@ -443,12 +444,18 @@ def difference(records: list[dict], a: str, b: str, metric: str, ats: list[str],
     return np.stack([np.mean([part[seed] for part in parts], axis=0) for seed in seeds]) if seeds else None
 
 
+@functools.cache
+def resamples(S: int, N: int, replicates: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Numbers of seeds (S,) and of problems (N,) drawn with replacement: the same in every comparison."""
+    rng = np.random.default_rng(0)
+    return [(rng.integers(0, S, S), rng.integers(0, N, N)) for _ in range(replicates)]
+
+
 def bootstrap(x: np.ndarray, comparisons: int = 1, replicates: int = 2_000) -> tuple[float, float, float]:
     """(mean, low, high): 95 % interval of the mean of x (S, N), seeds and problems drawn with replacement; if
     it is the most striking of several comparisons, with their number Bonferroni's correction is made."""
-    rng, (S, N) = np.random.default_rng(0), x.shape
-    means = np.array([x[rng.integers(0, S, S)].mean(0)[rng.integers(0, N, N)].mean()
-                      for _ in range(replicates)])
+    means = np.array([x[seeds].mean(0)[problems].mean()
+                      for seeds, problems in resamples(*x.shape, replicates)])
     low, high = np.percentile(means, (2.5 / comparisons, 100 - 2.5 / comparisons))
     return float(x.mean()), float(low), float(high)
 
