@@ -64,6 +64,7 @@ def check(c: Config) -> None:
     require_positive(c, "temperature decode_rows")
     require_positive(c, "seed", zero=True)
     require(c.shots >= 0, f"--shots {c.shots}: must not be negative")
+    require(not (c.samples and c.reference), "--reference: --samples measures nothing; leave one of them out")
 
 
 # ---- the scorer ------------------------------------------------------------------------------------------

@@ -116,14 +116,14 @@ class SharedPrompts:
         self.last = [p[-1] for p in prompts]                             # the token each completion follows
         self.length, self.rows, self.graph, self.new = 0, None, None, []
         model.hidden(ids, self)
-        self.graph = torch.stack(self.new)                               # (L, 2, P, H, T, D)
+        self.graph = [*self.new]                                         # L times keys, values (P, H, T, D)
         self.new.clear()
-        self.keys_values = self.graph.detach().requires_grad_()
+        self.keys_values = [x.detach().requires_grad_() for x in self.graph]
 
     def of(self, rows: list[int]) -> "SharedPrompts":
         """What row i of a batch attends to: prompt number rows[i]."""
         view = copy.copy(self)
-        view.rows, view.padding = rows, self.padding[rows]
+        view.rows, view.padding = torch.tensor(rows, device=self.padding.device), self.padding[rows]
         return view
 
     def room(self, columns: int) -> int:
@@ -132,12 +132,13 @@ class SharedPrompts:
     def store(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
         if self.rows is None:                                            # the prompts themselves
             if self.graph is None:               # else gradient checkpointing computes them once more
-                self.new.append(torch.stack(new))
+                self.new += new
             return new
-        return tuple(torch.cat((old[self.rows], y), dim=2) for old, y in zip(self.keys_values[layer], new))
+        prompts = self.keys_values[2 * layer:2 * layer + 2]
+        return tuple(torch.cat((old.index_select(0, self.rows), y), dim=2) for old, y in zip(prompts, new))
 
     def backward(self) -> None:
-        self.graph.backward(self.keys_values.grad)
+        torch.autograd.backward(self.graph, [x.grad for x in self.keys_values])
 
 
 class Block(nn.Module):
@@ -297,7 +298,7 @@ def decode(model: GPT, prompts: list[list[int]], group: int, eos: int, pad: int,
     lengths, finished = (torch.full((B,), max_new, device=device),
                          torch.zeros(B, dtype=torch.bool, device=device))
     for t in range(max_new):
-        logp = (model.logits(hidden).float() / (temperature or 1.0)).log_softmax(-1)              # (B, V)
+        logp = model.logits(hidden / (temperature or 1.0)).log_softmax(-1)                        # (B, V)
         p = logp.exp()
         token = logp.argmax(-1) if temperature == 0 else inverse_cdf(p, u[alive, t])
         tokens[alive, t] = token
@@ -335,7 +336,7 @@ def completion_logprobs(model: GPT, ids: Tensor, target: Tensor, temperature: fl
                         cache: SharedPrompts | None = None) -> Tensor:
     """Log-probabilities (N,) of `pack`'s N targets, row after row, under softmax(logits / temperature)."""
     hidden = model.hidden(ids[:, :-1], cache)[target[:, 1:]]             # (N, d_model): t-1 predicts token t
-    logits = model.logits(hidden).float() / temperature
+    logits = model.logits(hidden / temperature)                          # the same, with fewer divisions
     return -F.cross_entropy(logits, ids[:, 1:][target[:, 1:]], reduction="none")
 
 

@@ -58,11 +58,17 @@ def add_up(*numbers: float) -> list[float]:
 
 
 def sum_gradients(parameters: list[Tensor]) -> None:
-    """Replace each .grad by its sum over the ranks. A rank that had no rows adds nothing."""
+    """Replace each .grad by its sum over the ranks. A rank that had no rows adds nothing. Small gradients
+    travel as one: a message costs more than what is in it."""
     if world_size() == 1:
         return
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    for work in [dist.all_reduce(p.grad, async_op=True) for p in parameters]:
+    large = [p.grad for p in parameters if p.numel() >= 1 << 20]
+    small = [p.grad for p in parameters if p.numel() < 1 << 20]
+    together = torch.cat([g.flatten() for g in small])
+    for work in [dist.all_reduce(g, async_op=True) for g in (*large, together)]:
         work.wait()
+    for g, part in zip(small, together.split([g.numel() for g in small])):
+        g.copy_(part.view_as(g))

@@ -1,6 +1,6 @@
 """Speed and memory of every stage beside what this machine can do. A script, not a timed test; Linux, CPU.
 
-    python tests/benchmark.py               every figure, on a quiet machine: about 8 minutes on two cores
+    python tests/benchmark.py               every figure, on a quiet machine: about 11 minutes on two cores
     python tests/benchmark.py --quick       tiny workloads: does it run at all? The figures mean nothing
 
 Writes results/benchmark/benchmark.json and, beside it, scaling.png: cost against rollouts and answer length.
@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import resource
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -33,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 import merge
 import pretrain
+import ranks
 import rl
 import sft
 from checkpoint import atomic_write, generator, main, require, require_positive, setup
@@ -43,7 +46,8 @@ from model import GPT, SIZES, Cache, ModelConfig, completion_logprobs, micro_bat
 @dataclass
 class Config:
     sizes: tuple[str, ...] = ("0.5M", "3M")     # names from model.SIZES: d 96 x 4 layers, d 192 x 6 layers
-    threads: tuple[int, ...] = (1, 0)           # CPU threads, 0 = all cores
+    threads: tuple[int, ...] = (1, 0)           # CPU threads of one process, 0 = all cores
+    processes: int = 0              # then so many of one thread, as torchrun starts them, 0 = all cores
     n_problems: int = 64            # P, problems per GRPO step, with prompts of 24 tokens on average
     rollouts: int = 16              # G, sampled answers per problem
     max_new: int = 48               # tokens of each answer
@@ -86,6 +90,7 @@ def make_advantages(n: int, group: int) -> torch.Tensor:
 
 
 def update(model: GPT, optimizer: torch.optim.Optimizer) -> None:
+    ranks.sum_gradients(list(model.parameters()))
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -109,9 +114,9 @@ def sampling_flops(model: GPT, problems: int, group: int, new: int) -> int:
 # ---- repeated, in a process of its own -------------------------------------------------------------------
 
 def repeat(work: Callable[[], object], c: Config) -> list[float]:
-    """Seconds of each call."""
+    """Seconds of each call. All processes make as many calls."""
     seconds: list[float] = []
-    while len(seconds) < c.repeats and sum(seconds) < c.patience:
+    while len(seconds) < c.repeats and max(ranks.gather([sum(seconds)])) < c.patience:
         started = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - started)
@@ -128,19 +133,26 @@ def watched(clock: Counter, label: Callable[..., str], function: Callable) -> Ca
     return timed
 
 
-def in_child(function: Callable, threads: int, *args: object) -> tuple[object, float, float]:
+def in_child(function: Callable, rank: int, processes: int, threads: int, folder: str,
+             *args: object) -> tuple[object, float, float]:
     def peak() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     setup("cpu", threads)
+    if processes > 1:
+        dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=processes)
     imports = peak()
     return function(*args), peak(), peak() - imports
 
 
-def alone(function: Callable, threads: int, *args: object) -> tuple[object, float, float]:
-    """(result, peak MB, MB beyond the imports) of function(*args) in a fork of this process, which itself
-    must not compute anything: OpenMP's threads do not survive a fork."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as executor:
-        return executor.submit(in_child, function, threads, *args).result()
+def alone(function: Callable, processes: int, threads: int, *args: object) -> tuple[object, float, float]:
+    """(result of the first, peak MB of all, MB beyond the imports) of function(*args) in forks of this
+    process, which itself must not compute anything: OpenMP's threads do not survive a fork."""
+    with (tempfile.TemporaryDirectory() as folder,
+          ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as executor):
+        futures = [executor.submit(in_child, function, rank, processes, threads, folder, *args)
+                   for rank in range(processes)]
+        results, peaks, added = zip(*(f.result() for f in futures))
+    return results[0], sum(peaks), sum(added)
 
 
 # ---- workloads: rows are (what, amount, unit of the amount, seconds, FLOPs) ------------------------------
@@ -174,7 +186,7 @@ def pretraining(c: Config, size: str, compiled: bool = False) -> dict:
 
     def work(updates: int = 3) -> None:
         for _ in range(updates):
-            for part in sequences.split(p.micro_batch):
+            for part in ranks.share(sequences).split(p.micro_batch):
                 (pretrain.next_token_loss(forward, part) * (len(part) / p.batch)).backward()
             update(model, optimizer)
     work(1)
@@ -292,6 +304,7 @@ def draw(series: dict[str, list[dict]], path: Path) -> None:
 def run(c: Config) -> None:
     c = dataclasses.replace(c, **QUICK) if c.quick else c
     require_positive(c, "n_problems rollouts max_new eval_problems eval_samples eval_new repeats patience")
+    require_positive(c, "processes", zero=True)
     require(set(c.sizes) <= set(SIZES), f"--sizes {','.join(c.sizes)}: must be from {' '.join(SIZES)}")
     require(all((c.sizes, c.threads, c.scale)), "--sizes, --threads and --scale must not be empty")
     started, out, cores = time.perf_counter(), Path(c.out), torch.get_num_threads()
@@ -302,15 +315,21 @@ def run(c: Config) -> None:
     print(", ".join(f"{k} {v}" for k, v in about.items())
           + ("\nWARNING: the machine is busy; the figures say little about it" if about["load"] > .5 else ""))
     result = {"machine": about, "config": dataclasses.asdict(c), "limits": [], "figures": [], "breakdown": []}
-    for threads, size in product(dict.fromkeys(n or cores for n in c.threads), c.sizes):
-        where = {"size": size, "threads": threads}
-        limit, *_ = alone(machine, threads, c, size)
+    processes, threads = c.processes or cores, max(n or cores for n in c.threads)
+    ways = [(1, n or cores) for n in c.threads] + [(processes, 1)]       # processes, threads of each
+    for way, size in product(dict.fromkeys(ways), c.sizes):
+        where = {"size": size, "processes": way[0], "threads": way[1]}
+        limit, *_ = alone(machine, *way, c, size)
+        limit = {name: way[0] * rate for name, rate in limit.items()}
         result["limits"].append(where | limit)
-        print(f"\n{size}, threads: {threads}. Matrix products: {limit['own_gflops']:.0f} GFLOP/s at its "
-              f"shapes, {limit['matmul_gflops']:.0f} at {c.matrix}³; copying: "
-              f"{limit['copy_gb_per_s']:.1f} GB/s\n{'':44s} seconds  GFLOP/s  of limit  peak MB  repeats")
+        print(f"\n{size}, {way[0]} process(es) of {way[1]} thread(s). Matrix products: "
+              f"{limit['own_gflops']:.0f} GFLOP/s at its shapes, "
+              f"{limit['matmul_gflops']:.0f} at {c.matrix}³; copying: {limit['copy_gb_per_s']:.1f} GB/s\n"
+              f"{'':44s} seconds  GFLOP/s  of limit  peak MB  repeats")
         for workload in (pretraining, pretraining_compiled, learning, plain_update, evaluation):
-            done, peak_mb, _ = alone(workload, threads, c, size)
+            if workload is plain_update and way[0] > 1:
+                continue                         # it is not split between processes
+            done, peak_mb, _ = alone(workload, *way, c, size)
             for what, amount, unit, seconds, flops in done["rows"]:
                 gflops = flops / seconds / 1e9
                 share = gflops / limit["own_gflops"]
@@ -329,7 +348,7 @@ def run(c: Config) -> None:
     for x, n, new in ([("rollouts", n, c.max_new // 2) for n in c.scale]
                       + [("answer tokens", c.scale[0], new) for new in c.lengths]):
         changed = dataclasses.replace(c, n_problems=n, max_new=new)
-        done, peak_mb, added_mb = alone(learning, threads, changed, c.sizes[0])
+        done, peak_mb, added_mb = alone(learning, 1, threads, changed, c.sizes[0])
         _, B, _, seconds, _ = done["rows"][2]
         series[x].append({"rollouts": B, "answer tokens": new, "seconds": seconds, "peak_mb": peak_mb,
                           "added_mb": added_mb})

@@ -514,6 +514,7 @@ ROWS = [
     ("evaluate.py", "{base} --reference {bad}/half.pt", "half.pt"),
     ("evaluate.py", "{base} --reference {bad}/nowhere.pt", "nowhere.pt"),
     ("evaluate.py", "{base} --reference {bad}/context.pt", "context.pt: its context is shorter"),
+    ("evaluate.py", "{base} --samples --reference {base}", "--reference"),
     ("evaluate.py", "{base} --data {bad}/nowhere", "nowhere"),
     ("evaluate.py", "{base} --data {bad}/d_flipped", "d_flipped/train.bin"),
     ("evaluate.py", "{base} --data {bad}/d_val_problem", "val.jsonl"),

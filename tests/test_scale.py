@@ -314,8 +314,9 @@ def test_prompts_are_stored_once():
     c = rl.Config(**OPTIONS, checkpointing=True)
     model = make_model(c)
     shared = SharedPrompts(model, [[1, 2, 3], [4, 5]], 511)
-    assert shared.graph.shape[0] == SHAPE.n_layers
-    shared.keys_values.grad = torch.ones_like(shared.keys_values)
+    assert len(shared.graph) == 2 * SHAPE.n_layers
+    for x in shared.keys_values:
+        x.grad = torch.ones_like(x)
     shared.backward()
     assert len(shared.new) == 0 and model.blocks[0].qkv.weight.grad is not None
 
