@@ -114,10 +114,9 @@ class SharedPrompts:
         ids = torch.tensor([[pad] * (width + 1 - len(p)) + p[:-1] for p in prompts], device=device)
         self.padding = torch.tensor([width + 1 - len(p) for p in prompts], device=device)
         self.last = [p[-1] for p in prompts]                             # the token each completion follows
-        self.length, self.rows, self.graph, self.new = 0, None, None, []
+        self.length, self.rows, self.keys_values = 0, None, None
+        self.graph: list[Tensor] = []            # keys, values of layer 0, of layer 1, ...: (P, H, T, D)
         model.hidden(ids, self)
-        self.graph = [*self.new]                                         # L times keys, values (P, H, T, D)
-        self.new.clear()
         self.keys_values = [x.detach().requires_grad_() for x in self.graph]
 
     def of(self, rows: list[int]) -> "SharedPrompts":
@@ -131,8 +130,8 @@ class SharedPrompts:
 
     def store(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
         if self.rows is None:                                            # the prompts themselves
-            if self.graph is None:               # else gradient checkpointing computes them once more
-                self.new += new
+            if self.keys_values is None:         # else gradient checkpointing computes them once more
+                self.graph += new
             return new
         prompts = self.keys_values[2 * layer:2 * layer + 2]
         return tuple(torch.cat((old.index_select(0, self.rows), y), dim=2) for old, y in zip(prompts, new))

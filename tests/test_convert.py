@@ -110,6 +110,29 @@ def test_generation_equals_our_greedy_decoding(saved, tmp_path):
     assert 0 < ended < 8
 
 
+def test_vllm_answers_alike(saved, tmp_path):
+    """vLLM (if it is installed) reads an export with grouped queries, splits texts as we do, and answers
+    greedily with the same tokens and log-probabilities; some answers end, some are cut."""
+    vllm = pytest.importorskip("vllm")
+    path, model = saved(d_model=64, n_heads=2, n_kv_heads=1)             # its heads: 32 numbers at least
+    with torch.no_grad():
+        model.head.weight[model.config.n_vocab - 2] *= 8                 # EOS
+    tokenizer = load_model(path)[1]
+    save_checkpoint(path, model, tokenizer, [])
+    theirs = vllm.LLM(str(convert.export_folder(path, tmp_path / "out")), dtype="float32", enforce_eager=True,
+                      max_model_len=64)
+    prompts = ["a", "ab b", "1", "c\nc", "bab", "1 é", "aab", "cc"]
+    answers = theirs.generate(prompts, vllm.SamplingParams(temperature=0, max_tokens=20, logprobs=0))
+    ours = sample(model, [tokenizer.encode(p) for p in prompts], 1, 20, tokenizer.eos, tokenizer.pad,
+                  torch.Generator().manual_seed(0), 0.)
+    assert 0 < ours.finished.sum() < 8
+    for answer, tokens, logprobs in zip(answers, ours.completions(), ours.logprobs):
+        got = answer.outputs[0]
+        assert list(got.token_ids) == tokens
+        found = [at[token].logprob for at, token in zip(got.logprobs, tokens)]
+        torch.testing.assert_close(torch.tensor(found), logprobs[:len(tokens)], atol=1e-4, rtol=0)
+
+
 # ---- the tokenizer ---------------------------------------------------------------------------------------
 
 LOOK_ALIKES = [EOS, PAD, "<|endoftext", "endoftext|>", "<|endoftext|>>", "< |endoftext|>", "<|pad|><|pad|>",
