@@ -290,7 +290,7 @@ def decode(model: GPT, prompts: list[list[int]], group: int, eos: int, pad: int,
     cache = Cache(model.config, padding)
     rows = torch.arange(len(prompts), device=device).repeat_interleave(group)
     hidden = model.hidden(ids, cache)[rows, -1]                          # (B, d_model)
-    cache.room(1)                                # while a prompt is one row: a smaller copy
+    cache.room(int(max_new > 1))                 # while a prompt is one row: a smaller copy
     cache.select(rows)
     alive = torch.arange(B, device=device)                               # output row of each row in the batch
     tokens = torch.full((B, max_new), pad, device=device)
