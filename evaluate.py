@@ -351,7 +351,7 @@ def score_rows(model: GPT, contexts: list[list[int]], continuations: list[list[i
     sums, exact = [0.0] * len(contexts), [False] * len(contexts)
     for rows in micro_batches([len(a) + len(b) for a, b in zip(contexts, continuations)], tokens):
         ids, target = pack([contexts[r] for r in rows], [continuations[r] for r in rows], pad, device)
-        logits = model.logits(model.hidden(ids[:, :-1])[target[:, 1:]]).float()
+        logits = model.logits(model.hidden(ids[:, :-1])[target[:, 1:]])
         wanted = ids[:, 1:][target[:, 1:]]
         logp = logits.log_softmax(-1).gather(-1, wanted[:, None]).squeeze(-1)
         hit = logits.argmax(-1) == wanted

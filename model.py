@@ -122,7 +122,8 @@ class SharedPrompts:
     def of(self, rows: list[int]) -> "SharedPrompts":
         """What row i of a batch attends to: prompt number rows[i]."""
         view = copy.copy(self)
-        view.rows, view.padding = torch.tensor(rows, device=self.padding.device), self.padding[rows]
+        view.rows = torch.tensor(rows, device=self.padding.device)
+        view.padding = self.padding[view.rows]
         return view
 
     def room(self, columns: int) -> int:
@@ -290,7 +291,6 @@ def decode(model: GPT, prompts: list[list[int]], group: int, eos: int, pad: int,
     cache = Cache(model.config, padding)
     rows = torch.arange(len(prompts), device=device).repeat_interleave(group)
     hidden = model.hidden(ids, cache)[rows, -1]                          # (B, d_model)
-    cache.room(int(max_new > 1))                 # while a prompt is one row: a smaller copy
     cache.select(rows)
     alive = torch.arange(B, device=device)                               # output row of each row in the batch
     tokens = torch.full((B, max_new), pad, device=device)

@@ -1,6 +1,6 @@
 """Speed and memory of every stage beside what this machine can do. A script, not a timed test; Linux, CPU.
 
-    python tests/benchmark.py               every figure, on a quiet machine: about 11 minutes on two cores
+    python tests/benchmark.py               every figure, on a quiet machine: about 12 minutes on two cores
     python tests/benchmark.py --quick       tiny workloads: does it run at all? The figures mean nothing
 
 Writes results/benchmark/benchmark.json and, beside it, scaling.png: cost against rollouts and answer length.
@@ -250,7 +250,8 @@ def learning(c: Config, size: str) -> dict:
 def plain_update(c: Config, size: str) -> dict:
     """The same gradient, but each row with its prompt; measured on 16 problems, given for them all."""
     (model, _), n = build(size), min(16, c.n_problems)
-    prompts = [evaluate.prompt_ids(TOKENIZER, p) for p in make_problems(n) for _ in range(c.rollouts)]
+    prompts = ranks.share([evaluate.prompt_ids(TOKENIZER, p) for p in make_problems(n)
+                           for _ in range(c.rollouts)])
     answers, advantage = random_ids(len(prompts), c.max_new), make_advantages(n, c.rollouts)
 
     def work() -> None:
@@ -315,21 +316,18 @@ def run(c: Config) -> None:
     print(", ".join(f"{k} {v}" for k, v in about.items())
           + ("\nWARNING: the machine is busy; the figures say little about it" if about["load"] > .5 else ""))
     result = {"machine": about, "config": dataclasses.asdict(c), "limits": [], "figures": [], "breakdown": []}
-    processes, threads = c.processes or cores, max(n or cores for n in c.threads)
-    ways = [(1, n or cores) for n in c.threads] + [(processes, 1)]       # processes, threads of each
-    for way, size in product(dict.fromkeys(ways), c.sizes):
-        where = {"size": size, "processes": way[0], "threads": way[1]}
-        limit, *_ = alone(machine, *way, c, size)
-        limit = {name: way[0] * rate for name, rate in limit.items()}
+    ways = dict.fromkeys([*((1, n or cores) for n in c.threads), (c.processes or cores, 1)])
+    for (processes, threads), size in product(ways, c.sizes):
+        where = {"size": size, "processes": processes, "threads": threads}
+        limit, *_ = alone(machine, processes, threads, c, size)
+        limit = {name: processes * rate for name, rate in limit.items()}
         result["limits"].append(where | limit)
-        print(f"\n{size}, {way[0]} process(es) of {way[1]} thread(s). Matrix products: "
+        print(f"\n{size}, {processes} process(es) of {threads} thread(s). Matrix products: "
               f"{limit['own_gflops']:.0f} GFLOP/s at its shapes, "
               f"{limit['matmul_gflops']:.0f} at {c.matrix}³; copying: {limit['copy_gb_per_s']:.1f} GB/s\n"
               f"{'':44s} seconds  GFLOP/s  of limit  peak MB  repeats")
         for workload in (pretraining, pretraining_compiled, learning, plain_update, evaluation):
-            if workload is plain_update and way[0] > 1:
-                continue                         # it is not split between processes
-            done, peak_mb, _ = alone(workload, *way, c, size)
+            done, peak_mb, _ = alone(workload, processes, threads, c, size)
             for what, amount, unit, seconds, flops in done["rows"]:
                 gflops = flops / seconds / 1e9
                 share = gflops / limit["own_gflops"]
@@ -343,6 +341,7 @@ def run(c: Config) -> None:
             if "breakdown" in done:
                 result["breakdown"].append(where | done["breakdown"])
                 print("    " + ", ".join(f"{k} {v:.3f}" for k, v in done["breakdown"].items()))
+    threads = max(n or cores for n in c.threads)
     print(f"\na GRPO step of {c.sizes[0]}, threads: {threads}")
     series = result["scaling"] = {"rollouts": [], "answer tokens": []}
     for x, n, new in ([("rollouts", n, c.max_new // 2) for n in c.scale]

@@ -83,14 +83,23 @@ def test_config_names_theta_in_both_ways(saved, tmp_path):
     assert (other(ids) - model(ids)).abs().max() > 1e-2
 
 
+PROMPTS = ("a", "ab b", "1", "c\nc", "bab", "1 é", "aab", "cc")
+
+
+def with_likelier_end(saved, times: float, **shape) -> tuple[Path, GPT, Tokenizer]:
+    """A checkpoint whose head has EOS's row `times` as large, so that some greedy answers to PROMPTS end."""
+    path, model = saved(**shape)
+    tokenizer = load_model(path)[1]
+    with torch.no_grad():
+        model.head.weight[tokenizer.eos] *= times
+    save_checkpoint(path, model, tokenizer, [])
+    return path, model, tokenizer
+
+
 def test_generation_equals_our_greedy_decoding(saved, tmp_path):
     """generation_config.json: transformers' generate() stops at EOS as we do, and takes the tokenizer's
     output as it is (no token_type_ids, which the model would refuse)."""
-    path, model = saved()
-    with torch.no_grad():
-        model.head.weight[model.config.n_vocab - 2] *= 8                 # EOS: so that some answers end
-    tokenizer = load_model(path)[1]
-    save_checkpoint(path, model, tokenizer, [])
+    path, model, tokenizer = with_likelier_end(saved, 8)
     folder = convert.export_folder(path, tmp_path / "out")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -99,7 +108,7 @@ def test_generation_equals_our_greedy_decoding(saved, tmp_path):
     wanted = json.loads((folder / "tokenizer_config.json").read_text())["model_input_names"]
     assert "token_type_ids" not in wanted                                # 4.57 makes them if not told
     ended = 0
-    for prompt in ("a", "ab b", "1", "c\nc", "bab", "1 é", "aab", "cc"):
+    for prompt in PROMPTS:
         out = sample(model, [tokenizer.encode(prompt)], 1, 20, tokenizer.eos, tokenizer.pad,
                      torch.Generator().manual_seed(0), 0.)
         inputs = their_tokenizer(prompt, return_tensors="pt")
@@ -114,16 +123,12 @@ def test_vllm_answers_alike(saved, tmp_path):
     """vLLM (if it is installed) reads an export with grouped queries, splits texts as we do, and answers
     greedily with the same tokens and log-probabilities; some answers end, some are cut."""
     vllm = pytest.importorskip("vllm")
-    path, model = saved(d_model=64, n_heads=2, n_kv_heads=1)             # its heads: 32 numbers at least
-    with torch.no_grad():
-        model.head.weight[model.config.n_vocab - 2] *= 3                 # EOS
-    tokenizer = load_model(path)[1]
-    save_checkpoint(path, model, tokenizer, [])
+    # its heads: 32 numbers at least
+    path, model, tokenizer = with_likelier_end(saved, 3, d_model=64, n_heads=2, n_kv_heads=1)
     theirs = vllm.LLM(str(convert.export_folder(path, tmp_path / "out")), dtype="float32", enforce_eager=True,
                       max_model_len=64)
-    prompts = ["a", "ab b", "1", "c\nc", "bab", "1 é", "aab", "cc"]
-    answers = theirs.generate(prompts, vllm.SamplingParams(temperature=0, max_tokens=20, logprobs=0))
-    ours = sample(model, [tokenizer.encode(p) for p in prompts], 1, 20, tokenizer.eos, tokenizer.pad,
+    answers = theirs.generate(list(PROMPTS), vllm.SamplingParams(temperature=0, max_tokens=20, logprobs=0))
+    ours = sample(model, [tokenizer.encode(p) for p in PROMPTS], 1, 20, tokenizer.eos, tokenizer.pad,
                   torch.Generator().manual_seed(0), 0.)
     assert 0 < ours.finished.sum() < 8
     for answer, tokens, logprobs in zip(answers, ours.completions(), ours.logprobs):
