@@ -65,9 +65,9 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE, half-split form (Su et al. 2021). x (B, H, T, D); cos, sin (T, D/2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    """RoPE, half-split form (Su et al. 2021): element i turns with i + D/2. x (B, H, T, D); cos, sin (T, D),
+    the first half of the sines negative."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 class Cache:
@@ -156,7 +156,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache | None,
                 layer: int) -> Tensor:
         """x + norm(attention(x)), then x + norm(SwiGLU(x)): (B, T, d_model), norms after (OLMo-2). Queries
-        and keys are normed over the whole width, then split into heads and rotated by cos, sin (T, D/2). A
+        and keys are normed over the whole width, then split into heads and rotated by cos, sin (T, D). A
         cache stores this layer's keys and values and returns all there are, which queries may see where
         `mask` (B, 1, T, keys) is True; without a cache, attention is causal."""
         B, T, d = x.shape
@@ -193,8 +193,9 @@ class GPT(nn.Module):
         size = c.d_model // c.n_heads
         angles = torch.outer(torch.arange(c.context),
                              c.rope_theta ** -(torch.arange(0, size, 2).float() / size))
-        self.register_buffer("cos", angles.cos(), persistent=False)      # (context, D/2), fp32
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        cos, sin = angles.cos(), angles.sin()                            # (context, D/2), fp32
+        self.register_buffer("cos", torch.cat((cos, cos), dim=1), persistent=False)
+        self.register_buffer("sin", torch.cat((-sin, sin), dim=1), persistent=False)
 
     @mixed
     def hidden(self, ids: Tensor, cache: Cache | None = None) -> Tensor:

@@ -138,7 +138,8 @@ def test_rope_scores_depend_on_the_distance_only():
 
 def test_rope_turns_an_element_with_the_one_half_a_head_further():
     """OLMo-2, half-split: a quarter turn of the pair (x, y) is (-y, x); the pairs here are (1, 3), (2, 4)."""
-    cos, sin = torch.tensor([[1., 1.], [0., 0.], [1., 0.]]), torch.tensor([[0., 0.], [1., 1.], [0., 1.]])
+    cos = torch.tensor([[1., 1., 1., 1.], [0., 0., 0., 0.], [1., 0., 1., 0.]])
+    sin = torch.tensor([[0., 0., 0., 0.], [-1., -1., 1., 1.], [0., -1., 0., 1.]])
     turned = rotate(torch.tensor([1., 2., 3., 4.]).expand(1, 1, 3, 4), cos, sin)
     assert turned[0, 0].tolist() == [[1, 2, 3, 4], [-3, -4, 1, 2], [1, -4, 3, 2]]
 
@@ -146,12 +147,13 @@ def test_rope_turns_an_element_with_the_one_half_a_head_further():
 def test_rope_tables_are_fp32_and_turn_at_the_listed_rates():
     """OLMo-2: inv_freq = theta^(-2i/head_dim), tables in fp32; an angle near 255 errs by 3e-5."""
     model = GPT(ModelConfig(d_model=16, n_heads=2, context=256, rope_theta=500.))
-    assert model.cos.dtype == model.sin.dtype == torch.float32 and model.cos.shape == (256, 4)
+    assert model.cos.dtype == model.sin.dtype == torch.float32 and model.cos.shape == (256, 8)
     for position in (0, 1, 3, 100, 255):
         for i in range(4):
             angle = position * 500. ** (-2 * i / 8)
-            assert abs(float(model.cos[position, i]) - math.cos(angle)) < 3e-5
-            assert abs(float(model.sin[position, i]) - math.sin(angle)) < 3e-5
+            for column, sign in ((i, -1), (i + 4, 1)):
+                assert abs(float(model.cos[position, column]) - math.cos(angle)) < 3e-5
+                assert abs(float(model.sin[position, column]) - sign * math.sin(angle)) < 3e-5
 
 
 def test_initialisation_is_a_truncated_normal():
