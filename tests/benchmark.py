@@ -58,7 +58,7 @@ class Config:
     lengths: tuple[int, ...] = (12, 24, 48, 96, 192)    # answer tokens in the figure
     matrix: int = 3072              # side of the big matrix product
     repeats: int = 3                # of each measurement, after a small warm-up; the median counts
-    patience: float = 15            # seconds after which a measurement is not repeated any more
+    patience: float = 20            # seconds after which a measurement is not repeated any more
     quick: bool = False             # tiny workloads instead of all these
     out: str = "results/benchmark/benchmark.json"       # file to write
 
