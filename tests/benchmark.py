@@ -231,11 +231,12 @@ def learning(c: Config, size: str) -> dict:
     work(4)
     parts.clear()
     seconds = repeat(work, c)
-    t = {k: median(part[k] for part in parts) for k in parts[0]}
-    breakdown = {"prefill": t["prefill"], "decode": t["sample"] - t["prefill"],
-                 "grading": t["collect"] - t["sample"], "scoring": t["kl_to_start"],
-                 "forward": t["policy_gradient"] - t["backward"], "backward": t["backward"],
-                 "optimizer": t["step"] - t["collect"] - t["kl_to_start"] - t["policy_gradient"]}
+    breakdowns = [
+        {"prefill": t["prefill"], "decode": t["sample"] - t["prefill"], "grading": t["collect"] - t["sample"],
+         "scoring": t["kl_to_start"], "forward": t["policy_gradient"] - t["backward"],
+         "backward": t["backward"],
+         "optimizer": t["step"] - t["collect"] - t["kl_to_start"] - t["policy_gradient"]} for t in parts]
+    breakdown, t = ({k: median(part[k] for part in every) for k in every[0]} for every in (breakdowns, parts))
     B, length = c.n_problems * c.rollouts, PROMPT + c.max_new
     row, sampled = (length * model.flops_per_token(length),
                     sampling_flops(model, c.n_problems, c.rollouts, c.max_new))
