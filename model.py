@@ -75,9 +75,9 @@ class Cache:
     the first `padding` (B,) columns of a row. Decoding attends over the whole capacity, unfilled columns
     masked: CPUs multiply contiguous tensors several times faster than slices. So it grows in small steps."""
 
-    def __init__(self, c: ModelConfig, padding: Tensor, capacity: int = 0):
+    def __init__(self, c: ModelConfig, padding: Tensor):
         self.heads, self.length, self.padding = c.n_kv_heads, 0, padding
-        shape = (c.n_layers, len(padding) * self.heads, capacity, c.d_model // c.n_heads)
+        shape = (c.n_layers, len(padding) * self.heads, 0, c.d_model // c.n_heads)
         self.k, self.v = torch.zeros(shape, device=padding.device), torch.zeros(shape, device=padding.device)
 
     def room(self, columns: int) -> int:
