@@ -27,16 +27,16 @@ study.EVALUATION = "--split test --n-problems 2 --n-samples 32 --max-new 8"
 small = " --eval-problems 2 --eval-samples 2 --max-new 8"
 data = ("--tokens 40000 --val-tokens 5000 --train-problems 60 --eval-problems 4 --benchmark-items 4 "
         "--vocab-size 300")
-pretraining = "--tokens 32k --size 0.3M --context 192 --batch 8 --micro-batch 8 --checkpoints-at 32k"
+pretraining = "--tokens 32k --size 0.3M --context 192 --batch 8 --micro-batch 8 --checkpoints-at 16k,32k"
 for name, command in study.RECIPES.items():
     size = " --epochs 1 --batch 4 --questions 8" if command.startswith("sft") else (
         " --steps 2 --n-problems 2 --rollouts 2 --questions 8")
     command = command.replace(" --checkpoints-at 10,25", " --checkpoints-at 1")
     study.RECIPES[name] = command + size + small
 study.STUDIES["mini"] = study.Study(
-    {"base": (data, pretraining, ("0.032M",))},
+    {"base": (data, pretraining, ("0.016M", "0.032M"))},
     ("RL", "SFT", "SFT-Gold", "SFT→RL", "SFT-Gold→RL", "parallel"), seeds=(0,), shots=0,
-    trace={("0.032M", "RL"): (1,)})
+    trace={("0.016M", "RL"): (1,)})
 study.main(study.study, study.Config)
 """
 
@@ -59,7 +59,7 @@ def results(folder: Path) -> list[dict]:
 
 
 def test_a_miniature_study_interrupted_and_continued_gives_the_same_results(tmp_path):
-    """One checkpoint, all recipes, two steps each; Ctrl-C after the first recipes, and the command again."""
+    """Two checkpoints, all recipes, two steps each; Ctrl-C after the first recipes, and the command again."""
     for name in ("whole", "broken"):
         (tmp_path / name).mkdir()
         for script in ("data", *(p.name for p in ROOT.glob("*.py"))):
@@ -75,7 +75,7 @@ def test_a_miniature_study_interrupted_and_continued_gives_the_same_results(tmp_
         output = process.communicate()[0]
         assert process.returncode == 0, output
     assert "SFT→RL" in (tmp_path / "broken/results/mini/report.md").read_text()
-    assert len(results(tmp_path / "whole")) == 7 + 1
+    assert len(results(tmp_path / "whole")) == 2 * 7 + 1
     assert results(tmp_path / "whole") == results(tmp_path / "broken")
 
 
