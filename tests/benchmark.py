@@ -1,4 +1,4 @@
-"""Speed and memory of every stage beside what this machine can do. A script, not a timed test; Linux, CPU.
+"""Speed and memory of every stage beside the limits of this machine. A script, not a timed test; Linux, CPU.
 
     python tests/benchmark.py               every figure, on a quiet machine: about 12 minutes on two cores
     python tests/benchmark.py --quick       tiny workloads: does it run at all? The figures mean nothing
@@ -47,7 +47,7 @@ from model import GPT, SIZES, Cache, ModelConfig, completion_logprobs, micro_bat
 class Config:
     sizes: tuple[str, ...] = ("0.5M", "3M")     # names from model.SIZES: d 96 x 4 layers, d 192 x 6 layers
     threads: tuple[int, ...] = (1, 0)           # CPU threads of one process, 0 = all cores
-    processes: int = 0              # then so many of one thread, as torchrun starts them, 0 = all cores
+    processes: int = 0              # then this many of one thread, as torchrun starts them, 0 = all cores
     n_problems: int = 64            # P, problems per GRPO step, with prompts of 24 tokens on average
     rollouts: int = 16              # G, sampled answers per problem
     max_new: int = 48               # tokens of each answer

@@ -50,10 +50,10 @@ def small_gpt(make_gpt) -> GPT:
 
 @pytest.fixture
 def bigram():
-    """bigram({a: {b: p}}, n_vocab) -> GPT with P(b follows a) = p; what is not listed has exactly 0.
+    """bigram({a: {b: p}}, n_vocab) -> GPT with P(b follows a) = p; unlisted pairs have exactly 0.
 
     Attention and MLP have zero weights, so x stays the embedding: one axis per listed token, which the final
-    norm scales to sqrt(d_model) and the head turns into the log-probabilities of what follows that token."""
+    norm scales to sqrt(d_model) and the head turns into the log-probabilities of that token's successors."""
     def make(table: dict[int, dict[int, float]], n_vocab: int, context: int = 64) -> GPT:
         d = 2 * -(-(len(table) + 1) // 2)
         model = GPT(ModelConfig(-(-n_vocab // 64) * 64, n_vocab, context, d, 1, 1, 4))

@@ -34,7 +34,7 @@ def table() -> dict[str, list[str]]:
 
 def blank(source: str, function: str) -> str:
     """Python source with `raise NotImplementedError` for the body of a function ('advantages',
-    'Block.forward'); what stands above its first statement stays."""
+    'Block.forward'); everything above its first statement stays."""
     node = ast.parse(source)
     for name in function.split("."):
         found = [x for x in node.body if getattr(x, "name", None) == name]

@@ -3,8 +3,8 @@
     python tests/fingerprint.py > before.txt        then change the code, and on the same machine:
     python tests/fingerprint.py | diff before.txt -
 
-A change that only tidies the code prints the same lines. One thread, two data seeds, about two minutes. Across
-machines the lines differ: rounding does.
+A change that only tidies the code prints the same lines. One thread, two data seeds, about two minutes.
+Across machines the lines differ: rounding does.
 """
 import dataclasses
 import hashlib
@@ -47,7 +47,7 @@ def quietly(function, config):
 
 
 def sevens(path: Path) -> Path:
-    """A problem file in which every answer is 7: what a model learns in seconds, so that RL has a signal."""
+    """A problem file in which every answer is 7, learned by a model in seconds, so that RL has a signal."""
     path.write_text("".join(json.dumps({
         "id": f"seven-{i}", "question": f"Nora has {i + 2} shells. How many are seven?", "answer": "7",
         "solutions": ["#### 7"], "difficulty": "easy", "split": "train"}) + "\n" for i in range(64)))
@@ -90,13 +90,14 @@ def fingerprint(folder: Path, seed: int) -> None:
                                                          method=method, out=str(out), threads=1))
         print(f"seed {seed} merge {method:14s} {weights(out)}")
     for path in (base, first):
-        config = evaluate.Config((str(path),), data=str(data), n_problems=10, n_samples=8, k=(1, 8), max_new=16,
-                                 reference=str(parrot), threads=1)
+        config = evaluate.Config((str(path),), data=str(data), n_problems=10, n_samples=8, k=(1, 8),
+                                 max_new=16, reference=str(parrot), threads=1)
         result = quietly(evaluate.run, config)[0]
         numbers = {k: result[k] for k in ("problems", "benchmarks", "general_mean", "bits_per_byte")}
         digest = hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:16]
-        print(f"seed {seed} evaluate {path.parent.name:11s} {digest} bits per byte {result['bits_per_byte']!r}, "
-              f"general {result['general_mean']!r}, kl {numbers['problems']['easy']['kl']!r}", flush=True)
+        print(f"seed {seed} evaluate {path.parent.name:11s} {digest} bits per byte "
+              f"{result['bits_per_byte']!r}, general {result['general_mean']!r}, "
+              f"kl {numbers['problems']['easy']['kl']!r}", flush=True)
 
 
 def first_questions(n: int) -> dict[str, int]:

@@ -1,6 +1,5 @@
 """Bad input: one clear line that names the file or the option, a non-zero exit, and nothing lost or
-half-written (issue 2, Bad input; issue 3, Faults). The table holds (command, arguments, what the line must
-say)."""
+half-written. The table holds (command, arguments, text that the line must contain)."""
 import errno
 import gzip
 import io
@@ -565,8 +564,8 @@ def run(command: str, arguments: str, bad: Path, tmp_path: Path) -> worlds.Outco
 @pytest.mark.parametrize("command, arguments, expected", ROWS,
                          ids=[f"{command} {arguments[:60]}" for command, arguments, _ in ROWS])
 def test_bad_input_is_refused_in_one_line(command, arguments, expected, bad, tmp_path):
-    """Issue 3, Faults: the message is one line that names the culprit, the exit status is not zero, no code
-    of the input ran, and no folder has a file more, less or changed."""
+    """The message is one line that names the culprit, the exit status is not zero, no code of the input ran,
+    and no folder has a file more, less or changed."""
     watched = [bad, worlds.base().parent, worlds.data(), tmp_path]
     before = [listing(path) for path in watched]
     outcome = run(command, arguments, bad, tmp_path)
@@ -584,7 +583,7 @@ def listing(folder: Path) -> dict:
 
 
 def test_the_table_is_long_enough():
-    """Issue 3 asks for at least 60 bad inputs, over every script."""
+    """The table has at least 60 bad inputs, over every script."""
     assert len(set(ROWS)) == len(ROWS) >= 60
     assert {command for command, _, _ in ROWS} == set(QUICK)
 
@@ -604,7 +603,7 @@ def test_the_table_starts_from_good_input(command, bad, tmp_path):
 @pytest.mark.parametrize("command", ["data/prepare.py", "pretrain.py", "sft.py", "rl.py", "merge.py",
                                      "merge.py weights"])
 def test_an_out_folder_that_cannot_be_made(command, bad, tmp_path):
-    """Issue 3: one line naming the folder."""
+    """The error is one line naming the folder."""
     checkpoints = "{base} {base}" if command == "merge.py weights" else ""
     outcome = run(command, f"--out /sys/earlybird/out {checkpoints}", bad, tmp_path)
     assert outcome.status != 0 and len(outcome.errors) == 1, outcome.errors
@@ -615,7 +614,7 @@ def test_an_out_folder_that_cannot_be_made(command, bad, tmp_path):
 @pytest.mark.parametrize("script", ["data/prepare.py", "pretrain.py", "sft.py", "rl.py", "merge.py",
                                     "evaluate.py"])
 def test_a_read_only_folder(script, bad, tmp_path):
-    """Issue 3: a read-only place is named in one line, and nothing in it changes."""
+    """A read-only place is named in one line, and nothing in it changes."""
     place = tmp_path / "read_only"
     place.mkdir()
     path = shutil.copy(worlds.base(), place)
@@ -630,8 +629,7 @@ def test_a_read_only_folder(script, bad, tmp_path):
 
 @contextmanager
 def full_disk(monkeypatch, after: int):
-    """The disk is full once `after` files were put in place: what is written then cannot be brought to the
-    disk."""
+    """The disk is full once `after` files were put in place: no later write can be brought to the disk."""
     done, real_fsync, real_replace = [], os.fsync, os.replace
 
     def replace(a, b):
@@ -656,9 +654,9 @@ STEPS = {"pretrain.py": "--tokens 256 --checkpoints-at 256 --save-every 1",
 
 @pytest.mark.parametrize("script", STEPS)
 def test_a_full_disk_costs_no_checkpoint(script, bad, tmp_path, monkeypatch):
-    """Issue 2 and 3: the disk fills up at the third checkpoint: one line names the file that could not be
-    written, the second one is whole, there is no litter; and when there is room again the same command
-    finishes the run."""
+    """The disk fills up at the third checkpoint: one line names the file that could not be written, the
+    second one is whole, there is no litter; and when there is room again the same command finishes the
+    run."""
     options = STEPS[script] + f" --problems {worlds.sevens()}" * (script == "sft.py")
     with full_disk(monkeypatch, after=2):
         outcome = run(script, options, bad, tmp_path)
@@ -673,7 +671,7 @@ def test_a_full_disk_costs_no_checkpoint(script, bad, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_leaves_the_old_merge(bad, tmp_path, monkeypatch):
-    """Issue 3: merged weights that do not fit leave the file of that name as it was, and no litter."""
+    """Merged weights that do not fit leave the file of that name as it was, and no litter."""
     path = Path(shutil.copy(worlds.base(), tmp_path / "merged.pt"))
     with full_disk(monkeypatch, after=0):
         outcome = run("merge.py weights", f"{{base}} {{base}} --out {path}", bad, tmp_path)
@@ -683,8 +681,8 @@ def test_a_full_disk_leaves_the_old_merge(bad, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_leaves_no_half_data_set(tmp_path):
-    """Issue 2: a write that fails half-way (here at a limit on the size of files) leaves neither the folder
-    nor a partial one, and the line says which file did not fit."""
+    """A write that fails half-way (here at a limit on the size of files) leaves neither the folder nor a
+    partial one, and the line says which file did not fit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
@@ -698,8 +696,8 @@ def test_a_full_disk_leaves_no_half_data_set(tmp_path):
 
 
 def test_a_full_disk_does_not_cost_the_evaluation(bad, tmp_path, monkeypatch):
-    """Issue 2, nothing lost: minutes of measuring are on the screen before the JSON is written, and the line
-    names the file that could not be."""
+    """Nothing is lost: minutes of measuring are on the screen before the JSON is written, and the line names
+    the file that could not be."""
     path = Path(shutil.copy(worlds.base(), tmp_path))
     argv = [a.format(**where(bad, tmp_path)) for a in QUICK["evaluate.py"].split()]
     with full_disk(monkeypatch, after=0):
@@ -716,8 +714,8 @@ LINES = {"pretrain.py": "--tokens 2k --checkpoints-at 2000", "sft.py": "--batch 
 
 @pytest.mark.parametrize("script", LINES)
 def test_a_log_that_outgrows_the_disk(script, bad, tmp_path):
-    """Issue 3: a limit on the size of files, reached by the log between two checkpoints: one line names the
-    log, which is cut to whole lines and goes on when there is room again."""
+    """A limit on the size of files is reached by the log between two checkpoints: one line names the log,
+    which is cut to whole lines and continues when there is room again."""
     options = f"{LINES[script]} --save-every 1000".replace("{sevens}", str(worlds.sevens()))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_500, hard))
@@ -733,8 +731,8 @@ def test_a_log_that_outgrows_the_disk(script, bad, tmp_path):
 
 
 def test_a_log_that_cannot_be_written(bad, tmp_path):
-    """Issue 3: the log outgrows the disk between two checkpoints: one line naming it, in a process of its own
-    as the interpreter would report the unwritten rest once more at its end."""
+    """The log outgrows the disk between two checkpoints: one line naming it, in a process of its own as the
+    interpreter would report the unwritten rest once more at its end."""
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_500, 1_500))
     argv = [a.format(**where(bad, tmp_path)) for a in QUICK["sft.py"].split()]
@@ -746,7 +744,7 @@ def test_a_log_that_cannot_be_written(bad, tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_output_that_cannot_be_written():
-    """A table sent to a full disk must not end in success: the caller's script would go on without it."""
+    """A table sent to a full disk must not end in success: the caller's script would continue without it."""
     with open("/dev/full", "w") as full:
         outcome = worlds.run_process("model.py", worlds.base(), "--threads", 1, stdout=full)
     assert outcome.status != 0
@@ -770,7 +768,7 @@ def test_real_processes_do_the_same(script, arguments, expected, tmp_path):
 
 
 def test_an_interrupted_evaluation(bad, tmp_path, monkeypatch):
-    """Issue 2, Ctrl-C: status 130, no traceback, no half-written result."""
+    """Ctrl-C gives status 130, no traceback and no half-written result."""
     import model
 
     def interrupt(*args):
@@ -794,8 +792,8 @@ def test_a_typed_line_that_is_not_utf8():
 
 
 def test_models_text_stays_text(bad, tmp_path):
-    """Issue 3: text from a model never reaches an interpreter, a shell or a path: a vocabulary of nothing but
-    shell and Python code is sampled, graded and shown as text."""
+    """Text from a model never reaches an interpreter, a shell or a path: a vocabulary of nothing but shell
+    and Python code is sampled, graded and shown as text."""
     ran = tmp_path / "ran"
     evil = f"__import__('pathlib').Path('{ran}').touch() $(touch {ran}) `touch {ran}`; touch {ran}"
     from data.arithmetic import style_of
@@ -807,7 +805,7 @@ def test_models_text_stays_text(bad, tmp_path):
 
 
 def test_the_evil_checkpoints_did_not_run(bad):
-    """Issue 3: after the whole table no pickle was executed. The instrument works: unpickling it does run."""
+    """After the whole table no pickle was executed. The instrument works: unpickling it does run."""
     assert not (bad / "evil-ran").exists()
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         torch.load(bad / "old_evil.pt", weights_only=False).close()

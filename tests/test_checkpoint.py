@@ -1,5 +1,5 @@
-"""Checkpoints, options, seeded generators and the run folder: what must hold so that no run is lost and every
-run can be repeated (correctness.md R1-R8)."""
+"""Checkpoints, options, seeded generators and the run folder: the properties by which no run is lost and
+every run can be repeated."""
 import argparse
 import contextlib
 import copy
@@ -70,7 +70,7 @@ def log_lines(folder: Path) -> list[dict]:
 # ---- the file ----------------------------------------------------------------------------------------------
 
 def test_what_is_saved_comes_back(gpt, byte_tokenizer, tmp_path):
-    """R1: weights bitwise, config, tokenizer, lineage, optimizer and generator state, under
+    """Weights (bitwise), config, tokenizer, lineage, optimizer and generator state come back under
     weights_only=True."""
     optimizer = torch.optim.AdamW(gpt.parameters(), lr=.01)
     gpt(torch.tensor([[1, 2, 3]])).sum().backward()
@@ -88,8 +88,7 @@ def test_what_is_saved_comes_back(gpt, byte_tokenizer, tmp_path):
 
 
 def test_a_loaded_model_computes_the_same(make_gpt, tmp_path):
-    """R1: the checkpoint is self-contained; model and tokenizer rebuilt from it give the same logits,
-    bitwise."""
+    """The checkpoint is self-contained; model and tokenizer rebuilt from it give the same logits, bitwise."""
     gpt, tokenizer = make_gpt(vocab_size=320, n_vocab=258), Tokenizer({"pattern": PATTERN, "merges": []})
     save_checkpoint(tmp_path / "a.pt", gpt, tokenizer, [])
     again, tokenizer_again, _ = load_model(tmp_path / "a.pt")
@@ -99,7 +98,7 @@ def test_a_loaded_model_computes_the_same(make_gpt, tmp_path):
 
 
 def test_a_view_does_not_save_its_whole_storage(gpt, byte_tokenizer, tmp_path):
-    """R2: a weight that is a slice of a large tensor takes the slice's bytes on disk."""
+    """A weight that is a slice of a large tensor takes the slice's bytes on disk."""
     save_checkpoint(tmp_path / "plain.pt", gpt, byte_tokenizer, [])
     big = torch.zeros(100_000, 32)
     big[:64] = gpt.head.weight.detach()
@@ -109,14 +108,14 @@ def test_a_view_does_not_save_its_whole_storage(gpt, byte_tokenizer, tmp_path):
 
 
 def test_compiled_names_are_stripped(gpt, byte_tokenizer, tmp_path):
-    """R2: torch.compile prefixes every name with _orig_mod.; the checkpoint must not depend on --compile."""
+    """The checkpoint must not depend on --compile; torch.compile prefixes every name with _orig_mod."""
     save_checkpoint(tmp_path / "a.pt", torch.compile(gpt), byte_tokenizer, [])
     assert weights(tmp_path / "a.pt").keys() == gpt.state_dict().keys()
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
 def test_mode_follows_umask(mask, tmp_path):
-    """R3: others can read a checkpoint as they can any file (mkstemp alone leaves 0600)."""
+    """Others can read a checkpoint as they can any file (mkstemp alone leaves 0600)."""
     before = os.umask(mask)
     try:
         atomic_write(tmp_path / "a", b"x")
@@ -130,7 +129,7 @@ def test_mode_follows_umask(mask, tmp_path):
 @pytest.mark.parametrize("where", ["fsync", "replace", "chmod"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), KeyboardInterrupt(), MemoryError()])
 def test_an_exception_while_writing_leaves_the_old_file_whole(where, error, tmp_path, monkeypatch):
-    """R3: whatever is raised at whatever point of the write, the old content stays and no litter is left."""
+    """Whatever is raised at whatever point of the write, the old content stays and no litter is left."""
     path = tmp_path / "last.pt"
     path.write_bytes(b"old")
 
@@ -144,7 +143,7 @@ def test_an_exception_while_writing_leaves_the_old_file_whole(where, error, tmp_
 
 
 def test_the_new_file_is_on_disk_before_it_replaces_the_old(tmp_path, monkeypatch):
-    """R3: write, fsync the file, rename, fsync the folder, in this order: a power cut shows old or new."""
+    """Write, fsync the file, rename, fsync the folder, in this order: a power cut shows old or new."""
     calls, real_fsync, real_replace = [], os.fsync, os.replace
 
     def fsync(handle):
@@ -164,7 +163,7 @@ def test_the_new_file_is_on_disk_before_it_replaces_the_old(tmp_path, monkeypatc
 
 
 def test_every_truncation_is_refused(tmp_path):
-    """R4: a file cut anywhere gives one line with its name, not a traceback."""
+    """A file cut anywhere gives one line with its name, not a traceback."""
     whole, path, rng = worlds.base().read_bytes(), tmp_path / "cut.pt", random.Random(0)
     for size in [0, 1, 100, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(15))]:
         path.write_bytes(whole[:size])
@@ -173,8 +172,7 @@ def test_every_truncation_is_refused(tmp_path):
 
 
 def test_a_flipped_byte_is_detected(tmp_path):
-    """R4: a flipped byte anywhere is named and refused, or lies where nothing is stored (padding of the
-    zip)."""
+    """A flipped byte anywhere is named and refused, or lies where nothing is stored (padding of the zip)."""
     whole, path, rng = worlds.base().read_bytes(), tmp_path / "flipped.pt", random.Random(0)
     good, refused = load_checkpoint(worlds.base()), 0
     for _ in range(40):
@@ -194,8 +192,7 @@ def test_a_flipped_byte_is_detected(tmp_path):
 
 
 def test_code_in_a_checkpoint_is_not_executed(tmp_path):
-    """R1: a pickle that would run code on loading is refused without running it, zipped or in the old
-    format."""
+    """A pickle that would run code on loading is refused without running it, zipped or in the old format."""
     class Evil:
         def __reduce__(self):
             return open, (str(tmp_path / "ran"), "w")
@@ -209,7 +206,7 @@ def test_code_in_a_checkpoint_is_not_executed(tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_weights_that_are_not_finite_are_refused(value, gpt, tmp_path):
-    """Issue 3: one NaN weight makes every number NaN; the line names the file and the weight."""
+    """One NaN weight makes every number NaN; the line names the file and the weight."""
     tokenizer = Tokenizer({"pattern": PATTERN, "merges": []})
     big = model.GPT(model.ModelConfig(320, 258, 64, 32, 2, 2, 64))
     with torch.no_grad():
@@ -222,8 +219,7 @@ def test_weights_that_are_not_finite_are_refused(value, gpt, tmp_path):
 # ---- randomness --------------------------------------------------------------------------------------------
 
 def test_generators_are_functions_of_seed_stream_and_step():
-    """R6: the same triple gives the same numbers, any other triple others; using one leaves the others
-    alone."""
+    """The same triple gives the same numbers, any other triple others; using one leaves the others alone."""
     triples = [(s, stream, step) for s in (0, 1, 10) for stream in ("data", "rollouts", "evaluation")
                for step in (0, 1, 10)]
     first = {t: tuple(torch.rand(4, generator=generator(*t)).tolist()) for t in triples}
@@ -234,7 +230,7 @@ def test_generators_are_functions_of_seed_stream_and_step():
 
 
 def test_generators_leave_the_global_generators_alone():
-    """R6: nothing draws from torch's global generator, which user code may own."""
+    """Nothing draws from torch's global generator, which user code may own."""
     torch.manual_seed(3)
     before = torch.get_rng_state()
     torch.rand(9, generator=generator(0, "data"))
@@ -244,8 +240,7 @@ def test_generators_leave_the_global_generators_alone():
 
 @pytest.mark.parametrize("n, batch", [(10, 5), (10, 4), (7, 3), (3, 8), (1, 2)])
 def test_every_epoch_visits_every_example_once(n, batch):
-    """R5: the data position is a function of the step alone; n consecutive draws are a permutation of the
-    n."""
+    """The data position is a function of the step alone; n consecutive draws are a permutation of the n."""
     order = [i for step in range(5 * n) for i in batch_indices(n, batch, step, 3, "text")]
     epochs = [order[i:i + n] for i in range(0, len(order) - n + 1, n)]
     assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
@@ -255,7 +250,7 @@ def test_every_epoch_visits_every_example_once(n, batch):
 
 
 def test_every_stream_has_its_own_order():
-    """R6: RL and SFT on the same questions with the same seed do not see them in the same order, nor does
+    """RL and SFT on the same questions with the same seed do not see them in the same order, nor does
     pretraining; each order is the same again whatever was asked in between (the last few are remembered)."""
     orders = {(stream, seed): tuple(batch_indices(50, 50, epoch, seed, stream) for epoch in range(3))
               for stream in ("text", "sft", "rl") for seed in (0, 1)}
@@ -281,8 +276,7 @@ def short_run(kind: str, out: Path, **changes) -> Path:
 
 @pytest.mark.parametrize("kind", ["pretrain", "sft", "rl", "merge"])
 def test_evaluation_never_changes_training(kind, tmp_path):
-    """R6: evaluating at every step and (almost) never gives the same weights, bitwise. R7: so does
-    repeating."""
+    """Evaluating at every step and (almost) never gives the same weights, bitwise, and so does repeating."""
     often = short_run(kind, tmp_path / "often", eval_every=1)
     never = short_run(kind, tmp_path / "never", eval_every=1_000)
     again = short_run(kind, tmp_path / "again", eval_every=1_000)
@@ -297,7 +291,7 @@ def test_evaluation_never_changes_training(kind, tmp_path):
 # ---- options -----------------------------------------------------------------------------------------------
 
 def help_of(cls) -> dict[str, str]:
-    """Option or positional -> its help text, read from what --help prints."""
+    """Option or positional -> its help text, read from the output of --help."""
     printed, columns = io.StringIO(), os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "1000"
     try:
@@ -323,13 +317,13 @@ def help_of(cls) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_option_is_a_field_and_the_other_way_round(name):
-    """Issue 2, Interface: train(Config(...)) can do what the command line does, and the reverse."""
+    """Everything the command line does, train(Config(...)) can do, and the reverse."""
     assert help_of(CONFIGS[name]).keys() == {f.name for f in fields(CONFIGS[name])}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_option_is_explained(name):
-    """style.md 2: every hyperparameter has a reason or a unit, and --help shows it beside the default."""
+    """Every hyperparameter has a reason or a unit, and --help shows it beside the default."""
     for option, text in help_of(CONFIGS[name]).items():
         field = CONFIGS[name].__dataclass_fields__[option]
         explained = text.split("(default")[0].strip()
@@ -344,7 +338,7 @@ def test_every_option_is_explained(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_no_option_means_the_default(name):
-    """style.md: there are no two defaults for one option."""
+    """There are no two defaults for one option."""
     cls = CONFIGS[name]
     positional = {f.name: ("a.pt",) for f in fields(cls) if f.default is MISSING}
     assert parse(cls, ["a.pt"] if positional else []) == cls(**positional)
@@ -352,7 +346,7 @@ def test_no_option_means_the_default(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_option_reaches_its_field(name):
-    """Issue 2, Interface: an option sets its own field, with its own type, and no other."""
+    """An option sets its own field, with its own type, and no other."""
     cls = CONFIGS[name]
     positional = ["a.pt"] if any(f.default is MISSING for f in fields(cls)) else []
     plain = parse(cls, positional)
@@ -375,7 +369,7 @@ def test_every_option_reaches_its_field(name):
 
 @pytest.mark.parametrize("name", CONFIGS.keys() - {"prepare"})
 def test_common_options_exist_everywhere(name):
-    """Issue 2, Interface: every script takes --seed, --device and --threads."""
+    """Every script takes --seed, --device and --threads."""
     assert {"seed", "device", "threads"} <= {f.name for f in fields(CONFIGS[name])}
 
 
@@ -413,7 +407,7 @@ def test_tuples_are_written_with_commas():
 
 
 def test_options_are_not_abbreviated(capsys):
-    """--step is not --steps: a later option of that name would change what a script means."""
+    """--step is not --steps: a later option of that name would change the meaning of a script."""
     with pytest.raises((SystemExit, UserError)) as error:
         parse(rl.Config, ["--step", "3"])
     assert "--step" in capsys.readouterr().err + str(error.value)
@@ -445,8 +439,7 @@ def test_training_gives_the_signal_handlers_back(tmp_path):
 
 
 def test_another_configuration_is_refused(tmp_path):
-    """Issue 2, Interface: resuming with another option would be neither run; the line names option and
-    values."""
+    """Resuming with another option would be neither run; the line names option and values."""
     free(Run(Config(str(tmp_path / "run"))))
     with pytest.raises(UserError) as error:
         Run(Config(str(tmp_path / "run"), lr=.25))
@@ -458,16 +451,15 @@ def test_another_configuration_is_refused(tmp_path):
 
 
 def test_device_and_threads_may_differ_when_resuming(tmp_path):
-    """A run may go on with other threads or on another device, and a folder may have been moved."""
+    """A run may be resumed with other threads or on another device, and a folder may have been moved."""
     free(Run(Config(str(tmp_path / "run"))))
     shutil.move(tmp_path / "run", tmp_path / "moved")
     Run(Config(str(tmp_path / "moved"), threads=2, device="auto"))
 
 
 def test_log_sizes_are_true_after_resuming(gpt, byte_tokenizer, tmp_path):
-    """R5, the story: lines logged after the last state are cut off on resuming. The next state recorded the
-    old, longer size of a file that nothing had been written to since, and resuming from it appended NUL
-    bytes."""
+    """Lines logged after the last state are cut off on resuming. (The next state once recorded the old,
+    longer size of a file that nothing had been written to since, and resuming from it appended NUL bytes.)"""
     optimizer = torch.optim.SGD(gpt.parameters(), lr=.1)
     run = Run(Config(str(tmp_path)))
     run.log(step=1)
@@ -484,8 +476,8 @@ def test_log_sizes_are_true_after_resuming(gpt, byte_tokenizer, tmp_path):
 
 
 def test_each_optimizer_gets_its_own_state_back(gpt, byte_tokenizer, tmp_path):
-    """R5: two AdamW over the same weights, as merge.py has: one has done three updates and one none; after a
-    resume each goes on exactly where it was, on the weights that were saved."""
+    """Two AdamW over the same weights, as merge.py has: one has done three updates and one none; after a
+    resume each continues exactly where it was, on the weights that were saved."""
     def optimizers() -> list[torch.optim.Optimizer]:
         return [torch.optim.AdamW(gpt.parameters(), lr=lr) for lr in (.1, .2)]
     run, before = Run(Config(str(tmp_path))), optimizers()
@@ -506,7 +498,7 @@ def test_each_optimizer_gets_its_own_state_back(gpt, byte_tokenizer, tmp_path):
 
 
 def free(run: Run) -> None:
-    """What the end of a process does: the files are closed and the lock is free."""
+    """Like the end of a process: the files are closed and the lock is free."""
     for f in run.files.values():
         f.close()
     run.lock.close()
@@ -542,7 +534,7 @@ def test_a_step_clips_updates_and_clears(gpt, tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(value, gpt, tmp_path, capsys):
-    """Issue 3: neither weights nor moments change, the skip is counted and reported, the run goes on."""
+    """Neither weights nor moments change, the skip is counted and reported, the run continues."""
     run, optimizer = Run(Config(str(tmp_path))), torch.optim.AdamW(gpt.parameters(), lr=.1, weight_decay=.1)
     give_gradient(gpt.parameters(), 1.)
     run.step(gpt, optimizer, 1.)
@@ -559,7 +551,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(value, gpt, tmp_pa
 
 
 def test_three_bad_gradients_in_a_row_end_the_run(gpt, tmp_path):
-    """Issue 3: two are forgiven when a good one follows; the third in a row ends the run, weights
+    """Two bad gradients are forgiven when a good one follows; the third in a row ends the run, weights
     untouched."""
     run, optimizer = Run(Config(str(tmp_path))), torch.optim.SGD(gpt.parameters(), lr=.1)
 
@@ -577,7 +569,7 @@ def test_three_bad_gradients_in_a_row_end_the_run(gpt, tmp_path):
 
 
 def test_bad_gradients_are_counted_across_a_resume(gpt, byte_tokenizer, tmp_path):
-    """Issue 3: killing and resuming a run must not forgive it: two bad ones, a resume, a third: the end."""
+    """Killing and resuming a run forgives nothing: two bad gradients, a resume and a third one end it."""
     run, optimizer = Run(Config(str(tmp_path))), torch.optim.SGD(gpt.parameters(), lr=.1)
     for _ in range(2):
         give_gradient(gpt.parameters(), float("nan"))

@@ -1,6 +1,5 @@
-"""The data set: what is right, what is held out from what, and that the same seed writes the same bytes. The
-texts are read back from the written files with parsers of this file's own, not with the code that wrote
-them."""
+"""The data set: right answers, disjoint splits, and the same bytes from the same seed. The texts are read
+back from the written files with parsers of this file's own, not with the code that wrote them."""
 import functools
 import hashlib
 import itertools
@@ -77,7 +76,7 @@ TASKS = ("recall", "tracking", "ending", "sequence", "agreement", "order", "dial
 
 
 def test_the_same_seed_writes_the_same_bytes(tmp_path):
-    """design.md: same options, same bytes, in another process with another hash seed, from the command
+    """The same options write the same bytes, in another process with another hash seed, by the command
     line."""
     argv = [f"--{k.replace('_', '-')}={v}" for k, v in (worlds.TINY_OPTIONS | {"seed": 5}).items()]
     out = tmp_path / "again"
@@ -97,8 +96,7 @@ def test_another_seed_writes_other_bytes(tmp_path):
 
 
 def test_the_manifest_is_true():
-    """design.md: the manifest has the options and the sha256 of every file, and counts that can be
-    recounted."""
+    """The manifest has the options and the sha256 of every file, and counts that can be recounted."""
     folder = worlds.data()
     manifest = json.loads((folder / "manifest.json").read_text())
     files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
@@ -120,7 +118,7 @@ def test_a_second_call_changes_nothing(capsys):
 
 
 def test_an_interrupted_call_leaves_nothing(tmp_path, monkeypatch):
-    """Issue 2, Bad input: the folder appears when it is whole; a crash half-way leaves nothing behind."""
+    """The folder appears when it is whole; a crash half-way leaves nothing behind."""
     def crash(*args):
         raise KeyboardInterrupt
     monkeypatch.setattr(world, "draw_benchmark", crash)
@@ -129,11 +127,11 @@ def test_an_interrupted_call_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-# ---- P5: what is held out from what ------------------------------------------------------------------------
+# ---- held-out problems -------------------------------------------------------------------------------------
 
 def test_every_arithmetic_text_is_read():
-    """P5 rests on the parser of this file: it reads every question of the shards, and there are enough of
-    them."""
+    """The tests of held-out problems rest on the parser of this file: it reads every question of the shards,
+    and there are enough of them."""
     for shard, least in (("train.bin", 600), ("val_arithmetic.bin", 80)):
         questions = [question for question, _ in arithmetic_texts(shard)]
         assert len(questions) >= least
@@ -142,8 +140,7 @@ def test_every_arithmetic_text_is_read():
 
 
 def test_problem_sets_are_disjoint():
-    """P5: pretraining, train, val and test share no problem, by numbers and signs, whatever order or
-    wording."""
+    """Pretraining, train, val and test share no problem, by numbers and signs, whatever order or wording."""
     sets = {split: {canonical(p["question"]) for p in problems(split)} for split in SPLITS}
     sets["pretraining"] = {canonical(question) for question, _ in arithmetic_texts("train.bin")}
     for a, b in itertools.combinations(sets, 2):
@@ -151,7 +148,7 @@ def test_problem_sets_are_disjoint():
 
 
 def test_the_validation_shard_is_disjoint_from_training_and_test():
-    """P5: val_arithmetic.bin may share problems with val.jsonl, but with nothing else."""
+    """The shard val_arithmetic.bin may share problems with val.jsonl, but with nothing else."""
     shard = {canonical(question) for question, _ in arithmetic_texts("val_arithmetic.bin")}
     others = {canonical(question) for question, _ in arithmetic_texts("train.bin")}
     others |= {canonical(p["question"]) for split in ("train", "test") for p in problems(split)}
@@ -159,8 +156,8 @@ def test_the_validation_shard_is_disjoint_from_training_and_test():
 
 
 def test_splits_are_disjoint_beyond_these_files():
-    """P5 for any seed and size: 1,500 fresh problems of each split share no problem. With about 4,900 sums
-    and 4,900 differences of one operation alone, a leak between splits would show in dozens of common
+    """For any seed and size 1,500 fresh problems of each split share no problem. With about 4,900 sums and
+    4,900 differences of one operation alone, a leak between splits would show in dozens of common
     problems."""
     rng, drawn = random.Random(3), {}
     for split in ("pretrain", *SPLITS):
@@ -171,7 +168,7 @@ def test_splits_are_disjoint_beyond_these_files():
 
 
 def test_a_problem_stands_in_a_file_once():
-    """Issue 2, data: train, val and test hold different problems, as the interval over problems assumes."""
+    """Train, val and test hold different problems, as the interval over problems assumes."""
     for split in SPLITS:
         assert len({canonical(p["question"]) for p in problems(split)}) == len(problems(split))
         assert len({p["id"] for p in problems(split)}) == len(problems(split))
@@ -192,8 +189,8 @@ def test_the_reader_of_steps_reads_steps():
 
 
 def test_no_solution_spells_out_a_held_out_problem():
-    """P5: a step '37+48=85' of a longer solution is the problem 37+48 solved; none of val or test is given
-    away in pretraining or in train.jsonl."""
+    """A step '37+48=85' of a longer solution is the problem 37+48 solved; none of val or test is given away
+    in pretraining or in train.jsonl."""
     held_out = {canonical(p["question"]) for split in ("val", "test") for p in problems(split)}
     held_out = {c for c in held_out if len(c) == 2}
     assert len(held_out) > 30
@@ -217,9 +214,9 @@ def test_the_reader_of_beginnings_reads_beginnings():
 
 
 def test_no_training_problem_begins_with_a_held_out_problem():
-    """P5: whoever solves 9+5-3 step by step has solved 9+5. No problem of train.bin or train.jsonl begins
-    with one of val, test or the validation shard. (Longer beginnings were not looked at: 9+5-3+2 was drawn
-    though 9+5-3 was a test problem.)"""
+    """Whoever solves 9+5-3 step by step has solved 9+5. No problem of train.bin or train.jsonl begins with
+    one of val, test or the validation shard. (Longer beginnings were not looked at: 9+5-3+2 was drawn though
+    9+5-3 was a test problem.)"""
     held_out = {canonical(p["question"]) for split in ("val", "test") for p in problems(split)}
     held_out |= {canonical(question) for question, _ in arithmetic_texts("val_arithmetic.bin")}
     assert min(Counter(map(len, held_out))[n] for n in (2, 3, 4)) > 30
@@ -232,7 +229,7 @@ def test_no_training_problem_begins_with_a_held_out_problem():
 
 @pytest.mark.parametrize("split", ["pretrain", "train"])
 def test_no_problem_of_any_size_begins_with_a_held_out_one(split):
-    """P5 for any seed and size: every beginning of 400 fresh hard problems, asked for its own split, says
+    """For any seed and size every beginning of 400 fresh hard problems, asked for its own split, says
     pretrain or train; of problems drawn blindly one in five would begin with a held-out one."""
     rng, own = random.Random(4), {"pretrain": 0, "train": 0, "val": 0, "test": 0}
     for _ in range(400):
@@ -244,14 +241,14 @@ def test_no_problem_of_any_size_begins_with_a_held_out_one(split):
 
 
 def test_general_text_spells_out_no_arithmetic():
-    """P5: the general documents hold no sum that could give a problem away."""
+    """The general documents hold no sum that could give a problem away."""
     for shard in ("train.bin", "val_general.bin"):
         general = [text.replace(" -", " ") for text in texts(shard) if "How many" not in text]
         assert general and not [text for text in general if spelled_out(text)]   # counting '5 0 -5' is no sum
 
 
 def test_general_validation_documents_are_not_in_training():
-    """Held-out text (B2) is held out: no document of val_general.bin is in train.bin."""
+    """Held-out text is held out: no document of val_general.bin is in train.bin."""
     train, val = set(texts("train.bin")), texts("val_general.bin")
     assert len(val) > 50
     assert not [text for text in val if text in train]
@@ -260,7 +257,7 @@ def test_general_validation_documents_are_not_in_training():
 # ---- arithmetic --------------------------------------------------------------------------------------------
 
 def test_numbers_are_in_their_ranges():
-    """Issue 2, data: easy has 1-2 operations, hard 3-4; operands 2 to 99, every result from 0 to 199."""
+    """Easy has 1-2 operations, hard 3-4; operands 2 to 99, every result from 0 to 199."""
     for split in SPLITS:
         for p in problems(split):
             start, changes = parse(p["question"])
@@ -272,8 +269,7 @@ def test_numbers_are_in_their_ranges():
 
 
 def test_every_number_of_operations_occurs():
-    """Issue 2, data: both lengths of each difficulty are there, gains and losses too, in a share worth the
-    name."""
+    """Both lengths of each difficulty are there, gains and losses too, in a share worth the name."""
     for split in SPLITS:
         lengths = Counter(len(parse(p["question"])[1]) for p in problems(split))
         assert set(lengths) == {1, 2, 3, 4} and min(lengths.values()) > .05 * len(problems(split))
@@ -319,8 +315,8 @@ def test_the_reader_of_equations_sees_mistakes():
 
 
 def test_every_solution_is_right():
-    """Issue 2, data: every equation of every solution is true and ends in the answer recomputed from the
-    question, in the problem files and in the decoded shards."""
+    """Every equation of every solution is true and ends in the answer recomputed from the question, in the
+    problem files and in the decoded shards."""
     for split in SPLITS:
         for p in problems(split):
             for solution in p["solutions"]:
@@ -331,8 +327,7 @@ def test_every_solution_is_right():
 
 
 def test_at_least_four_styles_differ_as_text():
-    """Issue 2, data: every problem has four or more solutions, no two equal; together with SFT --gold these
-    are what pass@k can stay diverse on."""
+    """Every problem has four or more solutions, no two equal; with SFT --gold they keep pass@k diverse."""
     for split in SPLITS:
         for p in problems(split):
             assert len(p["solutions"]) >= 4
@@ -340,7 +335,7 @@ def test_at_least_four_styles_differ_as_text():
 
 
 def test_style_of_inverts_solve():
-    """Evaluation counts the styles a model uses; every solution is recognized as what it was written as."""
+    """Evaluation counts the styles a model uses; every solution is recognized as the style of its writing."""
     rng = random.Random(0)
     for _ in range(300):
         p = arithmetic.draw_problem(rng, rng.choice(("easy", "hard")), "train")
@@ -352,8 +347,7 @@ def test_style_of_inverts_solve():
 
 
 def test_bare_answers_occur_in_pretraining_only():
-    """Issue 2, data: an answer without steps is in the training distribution of the base model, not in
-    SFT."""
+    """An answer without steps is in the training distribution of the base model, not in SFT."""
     bare = [not solution.startswith("####") for _, solution in arithmetic_texts("train.bin")]
     assert .05 < bare.count(False) / len(bare) < .3
     solutions = [s for split in SPLITS for p in problems(split) for s in p["solutions"]]
@@ -368,9 +362,8 @@ def test_all_styles_occur_in_pretraining():
 
 
 def test_documents_with_several_questions_occur():
-    """Issue 2, data: few-shot prompts are in the training distribution. There are more questions than
-    documents, and neighbours agree in style far more often than strangers would (about .22 of the .26 that
-    are arithmetic)."""
+    """Few-shot prompts are in the training distribution. There are more questions than documents, and
+    neighbours agree in style far more often than strangers would (about .22 of the .26 in arithmetic)."""
     manifest = json.loads((worlds.data() / "manifest.json").read_text())
     documents = manifest["shards"]["train.bin"]["arithmetic"]["documents"]
     assert len(arithmetic_texts("train.bin")) > 1.3 * documents
@@ -389,9 +382,9 @@ def test_between_two_texts_there_is_eos_alone():
 
 
 def test_a_few_shot_prompt_looks_like_pretraining():
-    """evaluate --shots: EOS, text, EOS, text, EOS, question: id for id what a document of several questions
-    has after the EOS of the document before, although prompt and solution are encoded apart. All examples
-    are in one style."""
+    """The prompt of evaluate --shots is EOS, text, EOS, text, EOS, question: id for id as in a document of
+    several questions after the EOS of the document before, although prompt and solution are encoded apart.
+    All examples are in one style."""
     problem, styles = problems("val")[0], set()
     for seed in range(8):
         ids = few_shot_prefix(tokenizer(), problems("train"), 3, seed) + prompt_ids(tokenizer(), problem)
@@ -424,7 +417,7 @@ def test_the_mixture_is_as_asked(fraction, tmp_path):
 
 
 def test_every_general_kind_has_its_share():
-    """Issue 2, data: no kind of general text is missing from training; the manifest counts what was drawn."""
+    """No kind of general text is missing from training; the manifest counts the documents drawn."""
     shares = json.loads((worlds.data() / "manifest.json").read_text())["shards"]["train.bin"]
     total = sum(kind["tokens"] for kind in shares.values())
     assert shares.keys() == {*TASKS, "arithmetic"}
@@ -435,7 +428,7 @@ def test_every_general_kind_has_its_share():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_benchmarks_are_well_formed(task):
-    """Issue 2, data: at least 200 different items, choices that differ, chance = what guessing scores, and a
+    """Every task has at least 200 different items, choices that differ, chance = the score of guessing, and a
     right answer that stands at every place about equally often, so that a fixed place scores chance (5
     standard errors)."""
     items = benchmarks(task)
@@ -583,7 +576,7 @@ MONTHS = ("January February March April May June July August September October N
 
 
 def next_element(elements: list[str]) -> str:
-    """What follows, by the simplest rule that fits: count on, go round the calendar, repeat."""
+    """The next element by the simplest rule that fits: count on, go round the calendar, repeat."""
     if all(re.fullmatch(r"-?\d+", e) for e in elements):
         numbers = [int(e) for e in elements]
         steps = {b - a for a, b in zip(numbers, numbers[1:])}
@@ -625,14 +618,14 @@ def test_agreement_follows_the_first_noun():
 
 
 def test_order_agrees_with_what_training_reveals():
-    """Order: training compares some pairs, all in keeping with one order; what follows from them (a > b > c)
-    settles every benchmark pair, in favour of the right choice. No benchmark pair is compared in training.
+    """Order: training compares some pairs, all in keeping with one order; its consequences (a > b > c) settle
+    every benchmark pair, in favour of the right choice. No benchmark pair is compared in training.
     (Neighbours were asked too, of which no other pair could tell which one is bigger.)"""
     bigger, told = defaultdict(set), set()
 
     def add(a: str, relation: str, b: str) -> tuple[str, str]:
         return (a, b) if relation == "bigger" else (b, a)
-    rng = random.Random(2)                       # what twelve million tokens tell takes more than this shard
+    rng = random.Random(2)                       # twelve million tokens tell more than this shard does
     for text in texts("train.bin") + [world.order(rng) for _ in range(1_000)]:
         for a, relation, b in re.findall(r"A (\w+) is (bigger|smaller) than a (\w+)\.", text):
             large, small = add(a, relation, b)
@@ -653,8 +646,8 @@ def test_order_agrees_with_what_training_reveals():
 
 
 def test_dialogue_answers_stand_in_the_context():
-    """Dialogue: the last word is what was seen at the place asked for, or where the animal asked for was; the
-    other sentence says otherwise, so that copying the nearer word does not do."""
+    """Dialogue: the last word is the one seen at the place asked for, or the place of the animal asked for;
+    the other sentence says otherwise, so that copying the nearer word does not do."""
     kinds, nearer = Counter(), 0
     for item in benchmarks("dialogue"):
         seen = re.findall(r"(\w+): I saw a (\w+) by the (\w+)\.", item["context"])
@@ -672,7 +665,7 @@ def test_dialogue_answers_stand_in_the_context():
 
 
 def test_a_document_is_not_repeated_often():
-    """Issue 2, data: 12 M tokens without repeating, so the texts are rich: among these 150 k tokens hardly a
+    """Training takes 12 M tokens without repeating, so the texts are rich: among these 150 k tokens hardly a
     long document occurs twice."""
     long = [text for text in texts("train.bin") if len(text) > 60]
     assert len(set(long)) > .97 * len(long)

@@ -16,7 +16,7 @@ NAMES = list(TABLE)
 
 
 def run_tests(folder: Path, tests: list[str]) -> dict[str, set[str]]:
-    """Test -> what its cases came to, and why they failed."""
+    """Test -> the outcome of its cases, and why they failed."""
     command = [sys.executable, "-m", "pytest", "-rfEp", "-q", "--tb=line", "-p", "no:cacheprovider", *tests]
     out = subprocess.run(command, cwd=folder, env=worlds.environment(COLUMNS="500"), text=True,
                          capture_output=True, timeout=300).stdout

@@ -1,6 +1,6 @@
-"""Whatever happens to a run, it is not lost (issue 3, Faults): kills at random moments, Ctrl-C, flipped
-bytes, gradients that are not finite, two processes in one folder, each for all four trainers. Writes that
-fail and bad inputs are in test_bad_input.py, exceptions inside a write in test_checkpoint.py.
+"""Whatever happens to a run, it is not lost: kills at random moments, Ctrl-C, flipped bytes, gradients that
+are not finite, two processes in one folder, each for all four trainers. Writes that fail and bad inputs are
+in test_bad_input.py, exceptions inside a write in test_checkpoint.py.
 
 EARLYBIRD_LONG=1 kills each trainer 25 times instead of twice."""
 import functools
@@ -145,8 +145,8 @@ def started(log: Path, before: tuple, pid: int) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork") or not Path("/proc").exists(), reason="needs fork and /proc")
 @pytest.mark.parametrize("script", TRAINERS)
 def test_a_killed_run_ends_in_the_same_bits(script, server, tmp_path):
-    """R5, issue 3: SIGKILL at random moments; weights, moments, kept checkpoints, log and transcripts are
-    equal to the uninterrupted run's; R3: no half-written file at any kill, no litter at the end."""
+    """After SIGKILL at random moments weights, moments, kept checkpoints, log and transcripts are equal to
+    the uninterrupted run's; no kill leaves a half-written file, and there is no litter at the end."""
     reference = uninterrupted(script)
     rng, out, kills, moments = random.Random(f"kill {script}"), tmp_path / "run", 0, []
     length = max(line.get("seconds", 0) for line in worlds.lines(reference / "log.jsonl"))
@@ -175,8 +175,8 @@ def test_a_killed_run_ends_in_the_same_bits(script, server, tmp_path):
                                           ("rl.py", signal.SIGINT), ("rl.py", signal.SIGTERM),
                                           ("merge.py", signal.SIGINT)])
 def test_ctrl_c_saves_and_says_how_to_go_on(script, sign, server, tmp_path):
-    """Issue 2, Bad input: Ctrl-C (and a queue's SIGTERM) ends after the step at hand with status 130, the
-    state is saved, the way to resume is printed, and the resumed run has the same bits."""
+    """Ctrl-C (and a queue's SIGTERM) ends after the step at hand with status 130, the state is saved, the way
+    to resume is printed, and the resumed run has the same bits."""
     out = tmp_path / "run"
     argv = command_line(config_of(script, out))
     server.out.write_text("")
@@ -197,7 +197,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(script, sign, server, tmp_path):
 
 
 def test_a_second_ctrl_c_stops_at_once(server, tmp_path):
-    """Whoever presses Ctrl-C twice does not wait for the step; what was saved before is whole."""
+    """Whoever presses Ctrl-C twice does not wait for the step; the state saved before is whole."""
     out = tmp_path / "run"
     argv = command_line(config_of("rl.py", out)) + ["--n-problems=8", "--rollouts=48", "--eval-every=99"]
     server.out.write_text("")
@@ -215,8 +215,8 @@ def test_a_second_ctrl_c_stops_at_once(server, tmp_path):
 
 @pytest.mark.parametrize("script", TRAINERS)
 def test_what_a_killed_write_left_is_removed(script, tmp_path):
-    """R3: a kill in the middle of a write leaves a temporary file that nobody will ever use (4 MB here,
-    gigabytes for a large model). The next call removes it; other hidden files are not ours to touch."""
+    """A kill in the middle of a write leaves a temporary file that nobody will ever use (4 MB here, gigabytes
+    for a large model). The next call removes it; other hidden files are not ours to touch."""
     out = tmp_path / "run"
     shutil.copytree(uninterrupted(script), out)
     for path in out.glob("*.pt"):
@@ -230,8 +230,8 @@ def test_what_a_killed_write_left_is_removed(script, tmp_path):
 
 @pytest.mark.parametrize("script", TRAINERS)
 def test_a_run_killed_before_its_last_file_is_completed(script, tmp_path):
-    """R5: the state says that all steps are done, but the final checkpoint was not written: the next call
-    writes it instead of claiming to be finished, and the log has its last lines once."""
+    """The state says that all steps are done, but the final checkpoint was not written: the next call writes
+    it instead of claiming to be finished, and the log has its last lines once."""
     reference, out = uninterrupted(script), tmp_path / "run"
     shutil.copytree(reference, out)
     (out / final_of(script)).unlink()
@@ -241,8 +241,8 @@ def test_a_run_killed_before_its_last_file_is_completed(script, tmp_path):
 
 @pytest.mark.parametrize("script", ["sft.py", "rl.py", "merge.py"])
 def test_resuming_from_a_changed_start_is_refused(script, tmp_path):
-    """R5: an --init that was overwritten since is another start: the KL reference and the lineage would be
-    those of a model that this run never saw. The line names the file."""
+    """An --init that was overwritten since is another start: the KL reference and the lineage would be those
+    of a model that this run never saw. The line names the file."""
     start, out = tmp_path / "start.pt", tmp_path / "run"
     shutil.copy(worlds.base(), start)
     module = TRAINERS[script][0]
@@ -256,7 +256,7 @@ def test_resuming_from_a_changed_start_is_refused(script, tmp_path):
 
 
 def test_resuming_with_changed_data_is_refused(tmp_path):
-    """R5: the data folder was made anew with another seed under the same name: going on would mix two data
+    """The data folder was made anew with another seed under the same name: resuming would mix two data
     sets."""
     data, out = tmp_path / "data", tmp_path / "run"
     shutil.copytree(worlds.data(), data)
@@ -278,8 +278,8 @@ READ = {"pretrain.py": ("train.bin", "val_general.bin", "val_arithmetic.bin", "l
 
 @pytest.mark.parametrize("script, name", [(script, name) for script, names in READ.items() for name in names])
 def test_a_flipped_byte_is_detected(script, name, tmp_path):
-    """Issue 3: one bit of a shard, a problems file or a checkpoint that a run reads, at three random places:
-    one line names the file, and nothing in the run's folder changes."""
+    """One bit is flipped in a shard, a problems file or a checkpoint that a run reads, at three random
+    places: one line names the file, and nothing in the run's folder changes."""
     data, out, rng = tmp_path / "data", tmp_path / "run", random.Random(f"{script} {name}")
     shutil.copytree(worlds.data(), data)
     config = config_of(script, out)
@@ -326,8 +326,8 @@ def updates_of(path: Path) -> int:
 
 @pytest.mark.parametrize("script", TRAINERS)
 def test_a_bad_gradient_is_skipped_counted_and_reported(script, tmp_path, monkeypatch, capsys):
-    """Issue 3: NaN in the second gradient: that step is not done, one line says so, the log counts it from
-    then on, the lineage counts the updates that were done, and the run ends with finite weights."""
+    """NaN in the second gradient: that step is not done, one line says so, the log counts it from then on,
+    the lineage counts the updates that were done, and the run ends with finite weights."""
     out = tmp_path / "run"
     config = config_of(script, out)              # may train the base: before anything is poisoned
     with monkeypatch.context() as patch:
@@ -343,8 +343,8 @@ def test_a_bad_gradient_is_skipped_counted_and_reported(script, tmp_path, monkey
 
 @pytest.mark.parametrize("script", TRAINERS)
 def test_three_bad_gradients_leave_the_last_good_state(script, tmp_path, monkeypatch):
-    """Issue 3: the third in a row ends the run with one line; the state saved before the trouble is whole,
-    and when the cause is gone the same call finishes the run from there."""
+    """The third bad gradient in a row ends the run with one line; the state saved before the trouble is
+    whole, and when the cause is gone the same call finishes the run from there."""
     out, module = tmp_path / "run", TRAINERS[script][0]
     config = config_of(script, out)
     with monkeypatch.context() as patch:
@@ -361,8 +361,8 @@ def test_three_bad_gradients_leave_the_last_good_state(script, tmp_path, monkeyp
 
 @pytest.mark.parametrize("arm", [1, 0])
 def test_three_bad_gradients_of_one_arm_end_the_run(arm, tmp_path, monkeypatch):
-    """Issue 3: RL's (or SFT's) gradient is NaN in every step while the other arm's is fine: that is no
-    parallel averaging any more but half the other arm; the run must not go on as if nothing had been."""
+    """RL's (or SFT's) gradient is NaN in every step while the other arm's is fine: that is no parallel
+    averaging any more but half the other arm; the run must not continue as if nothing had happened."""
     config = config_of("merge.py", tmp_path / "run")
     config.inner = 1
     with monkeypatch.context() as patch:
@@ -376,8 +376,8 @@ def test_three_bad_gradients_of_one_arm_end_the_run(arm, tmp_path, monkeypatch):
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP") or not Path("/proc").exists(), reason="needs SIGSTOP")
 @pytest.mark.parametrize("script", TRAINERS)
 def test_a_second_process_is_refused(script, server, tmp_path):
-    """Issue 3: while a run goes on (it is held still for the moment) a second call on its folder would mix
-    the two logs: it is told so in one line and changes nothing; the first run ends as if nothing had been."""
+    """While a run is in progress (it is held still for the moment) a second call on its folder would mix the
+    two logs: it is told so in one line and changes nothing; the first run ends as if nothing had happened."""
     out = tmp_path / "run"
     argv = command_line(config_of(script, out))
     pid = server.start(script, argv)

@@ -1,4 +1,4 @@
-"""GRPO: the rules G1-G13, on numbers worked out by hand, on enumerations and on tiny models."""
+"""GRPO on numbers worked out by hand, on enumerations and on tiny models."""
 import copy
 import itertools
 import json
@@ -71,10 +71,10 @@ def assert_close(a, b, tolerance=1e-6):
         assert float((a[name] - b[name]).abs().max()) <= tolerance * norm, name
 
 
-# ---- G1, G2: advantages -------------------------------------------------------------------------------
+# ---- advantages ---------------------------------------------------------------------------------------
 
 def test_advantage_is_the_groups_z_score():
-    """G1: unbiased std within the group; one right of 32 counts +5.48, each wrong one -.177."""
+    """Unbiased std within the group; one right of 32 counts +5.48, each wrong one -.177."""
     r = torch.tensor([[1., 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 1]])
     half = .75 ** .5
     expected = torch.tensor([[1.5, -.5, -.5, -.5], [half, half, -half, -half], [-1.5, .5, .5, .5]])
@@ -84,12 +84,12 @@ def test_advantage_is_the_groups_z_score():
 
 
 def test_advantage_without_std():
-    """G1: without std only the group's mean is subtracted."""
+    """Without std only the group's mean is subtracted."""
     assert rl.advantages(torch.tensor([[1., 0, 0, 0]]), std=False).tolist() == [[.75, -.25, -.25, -.25]]
 
 
 def test_epsilon_is_1e_6():
-    """G1: eps 1e-6 is added to the std: rewards 0 and 1e-6 (std 7.07e-7) give ±.5e-6/1.707e-6 = ±.2929."""
+    """The eps of 1e-6 is added to the std: rewards 0 and 1e-6 (std 7.07e-7) give ±.5e-6/1.707e-6 = ±.2929."""
     a = rl.advantages(torch.tensor([[0., 1e-6]]))
     assert torch.allclose(a, torch.tensor([[-.2929, .2929]]), atol=1e-3)
 
@@ -97,19 +97,19 @@ def test_epsilon_is_1e_6():
 @pytest.mark.parametrize("std", [True, False])
 @pytest.mark.parametrize("value", [0., 1., .1, .3, .7, -.1, 1 / 3])
 def test_equal_rewards_give_exactly_zero(value, std):
-    """G2: max == min decides; the mean of eight 0.1 is not 0.1 in float32, which would give -.0074."""
+    """A group is silent if max == min: the mean of eight 0.1 is not 0.1 in float32, which gives -.0074."""
     for n in range(2, 40):
         assert (rl.advantages(torch.full((3, n), value), std) == 0).all()
 
 
 def test_a_small_difference_is_a_signal():
-    """G2: a small standard deviation silences no group, and neither does another, equal group."""
+    """A small standard deviation silences no group, and neither does another, equal group."""
     a = rl.advantages(torch.tensor([[1., 1., 1., 1 + 2 ** -20], [.1] * 4]))
     assert a[0, 3] > .3 and (a[0, :3] < -.1).all() and (a[1] == 0).all()
 
 
 def test_signal_probability_is_the_enumeration():
-    """G2: share of the groups drawn from n <= 7 graded answers that are neither all right nor all wrong."""
+    """The share of groups drawn from n <= 7 graded answers that are neither all right nor all wrong."""
     for n in range(1, 8):
         for right in range(n + 1):
             answers = [1] * right + [0] * (n - right)
@@ -122,15 +122,15 @@ def test_signal_probability_is_the_enumeration():
 @pytest.mark.parametrize("group, rate, silent",
                          [(8, .01, .92), (8, .05, .66), (32, .01, .73), (32, .05, .19)])
 def test_signal_probability_at_low_success_rates(group, rate, silent):
-    """G2: why RL does nothing in early checkpoints: P(no signal) = p^G + (1-p)^G."""
+    """The reason why RL does nothing in early checkpoints: P(no signal) = p^G + (1-p)^G."""
     n = 20_000
     assert abs(1 - rl.signal_probability(n, int(rate * n), group) - silent) < .01
 
 
-# ---- G3, G4, G5: the loss of a token ------------------------------------------------------------------
+# ---- the loss of a token ------------------------------------------------------------------------------
 
 def test_on_policy_gradient_is_reinforce_bitwise():
-    """G3: d/dlogp of -mean(exp(lp - lp.detach())·A), clipped, is -A/N without a rounding error."""
+    """The derivative by lp of -mean(exp(lp - lp.detach())·A), clipped, is -A/N without a rounding error."""
     gen = generator(0, "test")
     logp = (-3 * torch.rand(1000, generator=gen)).requires_grad_()
     advantage = torch.randn(1000, generator=gen)
@@ -141,7 +141,7 @@ def test_on_policy_gradient_is_reinforce_bitwise():
 
 
 def test_one_update_per_batch_is_reinforce_bitwise(gpt, make_batch):
-    """G3: with updates=1 the gradient is REINFORCE's, bit for bit, though what was recorded is a bit off."""
+    """With updates=1 the gradient is REINFORCE's, bit for bit, though the recorded values are a bit off."""
     prompts, completions = (sorted(rows, key=len, reverse=True) for rows in (PROMPTS, COMPLETIONS))
     batch = make_batch(gpt, prompts, completions, .6, 1e-3)
     figures, ours = gradient(gpt, batch, ADVANTAGE, rl.Config(temperature=.6))
@@ -157,7 +157,7 @@ def test_one_update_per_batch_is_reinforce_bitwise(gpt, make_batch):
 
 @pytest.mark.parametrize("high, first_loss", [(.2, -1.2), (.28, -1.28)])
 def test_clip_truth_table(high, first_loss):
-    """G4: the clip ends the pull where A > 0 is above the range and where A < 0 is below it, only there."""
+    """The clip ends the pull where A > 0 is above the range and where A < 0 is below it, only there."""
     ratio, advantage = torch.tensor([1.3, 1.3, .7, .7]), torch.tensor([1., -1., 1., -1.])
     logp = ratio.log().requires_grad_()
     loss = rl.policy_loss(logp, torch.zeros(4), advantage, .2, high)
@@ -167,7 +167,7 @@ def test_clip_truth_table(high, first_loss):
 
 
 def test_inside_the_clip_range_nothing_is_clipped():
-    """G4: within [1 - low, 1 + high] loss and gradient are -ratio·A; here low is .5 and high is .1."""
+    """Within [1 - low, 1 + high] loss and gradient are -ratio·A; here low is .5 and high is .1."""
     ratio, advantage = torch.tensor([.55, .99, 1.05, .55, 1.05]), torch.tensor([2., 2., 2., -2., -2.])
     logp = ratio.log().requires_grad_()
     loss = rl.policy_loss(logp, torch.zeros(5), advantage, .5, .1)
@@ -176,29 +176,29 @@ def test_inside_the_clip_range_nothing_is_clipped():
 
 
 def test_kl_k3_values():
-    """G5: exp(d) - d - 1 with d = reference - policy: 0, .14872, .10653, 4.38906, 1.13534."""
+    """The estimate exp(d) - d - 1 with d = reference - policy: 0, .14872, .10653, 4.38906, 1.13534."""
     d = torch.tensor([0., .5, -.5, 2., -2.])
     expected = torch.tensor([0., .14872, .10653, 4.38906, 1.13534])
     assert torch.allclose(rl.kl_k3(torch.full((5,), -3.), -3 + d), expected, atol=1e-5)
 
 
 def test_kl_k3_of_small_differences():
-    """G5: d = 1e-4 in float32 gives d²/2 = 5e-9, where exp(d) - d - 1 gives 0."""
+    """For d = 1e-4 float32 gives d²/2 = 5e-9, where exp(d) - d - 1 gives 0."""
     assert abs(float(rl.kl_k3(torch.zeros(1), torch.full((1,), 1e-4))) / 5e-9 - 1) < .01
     assert rl.Config().kl == 0                                           # off by default
 
 
 def test_kl_k3_is_unbiased():
-    """G5: its mean under the policy is KL(policy || reference), for any two distributions."""
+    """The mean of k3 under the policy is KL(policy || reference), for any two distributions."""
     p, q = torch.tensor([[.1, .2, .7], [.5, .3, .2]], dtype=torch.float64)
     exact = (p * (p / q).log()).sum()
     assert abs(float((p * rl.kl_k3(p.log(), q.log())).sum() - exact)) < 1e-12
 
 
-# ---- G6: token-mean over the whole update -------------------------------------------------------------
+# ---- token-mean over the whole update -----------------------------------------------------------------
 
 def test_the_two_row_example(gpt, make_batch, logprobs_of):
-    """G6: A = [1, -1], lengths [1, 3]: loss .5, d/dlogp -.25 and +.25 per token (a mean per row: 0)."""
+    """For A = [1, -1], lengths [1, 3]: loss .5, d/dlogp -.25 and +.25 per token (a mean per row: 0)."""
     batch = make_batch(gpt, [[1, 2], [3]], [[EOS], [4, 5, EOS]])
     figures, ours = gradient(gpt, batch, torch.tensor([1., -1.]), rl.Config())
     assert abs(figures["loss"] - .5) < 1e-6
@@ -207,7 +207,7 @@ def test_the_two_row_example(gpt, make_batch, logprobs_of):
 
 @pytest.mark.parametrize("changes", [{}, {"temperature": .6}, {"updates": 2, "kl": .1, "clip_low": .05}])
 def test_micro_batches_only_sum(gpt, make_batch, changes):
-    """G6: gradients and figures agree for micro-batches of 1 row, some rows and all rows."""
+    """Gradients and figures agree for micro-batches of 1 row, some rows and all rows."""
     reference = moved(gpt)
     batch = make_batch(gpt, temperature=changes.get("temperature", 1.), shift=.1)
     all_rows, expected = gradient(gpt, batch, ADVANTAGE, rl.Config(micro_batch=1_000, **changes), reference)
@@ -221,7 +221,7 @@ def test_micro_batches_only_sum(gpt, make_batch, changes):
 
 @pytest.mark.parametrize("temperature", [1., .6])
 def test_gradient_equals_the_sum_over_single_rows(gpt, make_batch, logprobs_of, temperature):
-    """G6, G9: -A/N per token, N = 27, for finished, truncated and one-token rows alike, at any T."""
+    """The gradient is -A/N per token, N = 27, for finished, truncated and one-token rows alike, at any T."""
     batch = make_batch(gpt, temperature=temperature)
     figures, ours = gradient(gpt, batch, ADVANTAGE, rl.Config(temperature=temperature))
     n = sum(map(len, COMPLETIONS))
@@ -231,7 +231,7 @@ def test_gradient_equals_the_sum_over_single_rows(gpt, make_batch, logprobs_of, 
 
 
 def test_skipping_silent_rows_changes_nothing(gpt, make_batch, logprobs_of):
-    """G2: rows without advantage are not computed, but their tokens stay in the denominator."""
+    """Rows without advantage are not computed, but their tokens stay in the denominator."""
     advantage = torch.tensor([1.5, 0., 0., -.5, 0., -1.])
     batch = make_batch(gpt)
     figures, ours = gradient(gpt, batch, advantage, rl.Config())
@@ -240,14 +240,14 @@ def test_skipping_silent_rows_changes_nothing(gpt, make_batch, logprobs_of):
 
 
 def test_rows_of_an_update_have_their_own_denominator(gpt, make_batch, logprobs_of):
-    """G6: the denominator counts the tokens of the rows of this optimizer step, none of the others."""
+    """The denominator counts the tokens of the rows of this optimizer step, none of the others."""
     batch = make_batch(gpt)
     _, ours = gradient(gpt, batch, ADVANTAGE, rl.Config(), rows=range(2, 4))
     assert_close(ours, weighted(gpt, logprobs_of, batch, [0., 0., .5 / 9, -.8 / 9, 0., 0.]))
 
 
 def test_gradients_add_up(gpt, make_batch):
-    """G6: policy_gradient adds to .grad, so that two calls give the sum."""
+    """Gradients are added to .grad by policy_gradient, so that two calls give the sum."""
     batch, c = make_batch(gpt), rl.Config()
     _, once = gradient(gpt, batch, ADVANTAGE, c)
     rl.policy_gradient(gpt, gpt, batch, ADVANTAGE, range(6), c, PAD)
@@ -258,7 +258,7 @@ def test_gradients_add_up(gpt, make_batch):
 # ---- several updates per batch ------------------------------------------------------------------------
 
 def test_several_updates_use_the_recorded_logprobs(gpt, make_batch, logprobs_of):
-    """G3: with updates=2 the ratio is exp(logp - recorded) = e^.1 here, and weighs every token's gradient."""
+    """With updates=2 the ratio is exp(logp - recorded) = e^.1 here, and weighs every token's gradient."""
     batch = make_batch(gpt, temperature=.6, shift=.1)
     figures, ours = gradient(gpt, batch, ADVANTAGE, rl.Config(updates=2, temperature=.6))
     assert abs(figures["ratio"] - math.exp(.1)) < 1e-5 and figures["clip_fraction"] == 0
@@ -269,7 +269,7 @@ def test_several_updates_use_the_recorded_logprobs(gpt, make_batch, logprobs_of)
 @pytest.mark.parametrize("shift, low, high, clipped", [
     (.3, .2, .2, (0, 3, 5)), (-.3, .2, .2, (1, 2, 4)), (.3, .1, .5, ()), (-.3, .5, .1, ())])
 def test_clipped_rows_have_no_gradient(gpt, make_batch, logprobs_of, shift, low, high, clipped):
-    """G4, G6: ratio e^.3 > 1.2 ends the pull up, e^-.3 < .8 the pull down; the share is of 27 tokens."""
+    """A ratio e^.3 > 1.2 ends the pull up, e^-.3 < .8 the pull down; the share is of 27 tokens."""
     batch = make_batch(gpt, shift=shift)
     figures, ours = gradient(gpt, batch, ADVANTAGE, rl.Config(updates=2, clip_low=low, clip_high=high))
     pull = [-math.exp(shift) * float(a) / 27 for a in ADVANTAGE]
@@ -279,14 +279,14 @@ def test_clipped_rows_have_no_gradient(gpt, make_batch, logprobs_of, shift, low,
 
 
 def test_the_clip_fraction_counts_silent_tokens_too(gpt, make_batch):
-    """G6: logged figures have the denominator of the loss: 3 clipped tokens of 27, though 3 were computed."""
+    """Logged figures have the denominator of the loss: 3 clipped tokens of 27, though 3 were computed."""
     advantage = torch.tensor([1., 0, 0, 0, 0, 0])
     figures, _ = gradient(gpt, make_batch(gpt, shift=.3), advantage, rl.Config(updates=2))
     assert abs(figures["clip_fraction"] - 3 / 27) < 1e-6 and abs(figures["loss"] + 1.2 * 3 / 27) < 1e-6
 
 
 def test_the_second_update_is_off_policy(gpt, make_batch, logprobs_of):
-    """G3: after an optimizer step the ratio to the recorded log-probabilities is no longer 1."""
+    """After an optimizer step the ratio to the recorded log-probabilities is no longer 1."""
     batch, c = make_batch(gpt), rl.Config(updates=2)
     first, _ = gradient(gpt, batch, ADVANTAGE, c, rows=range(0, 4))
     torch.optim.SGD(gpt.parameters(), lr=.1).step()
@@ -298,7 +298,7 @@ def test_the_second_update_is_off_policy(gpt, make_batch, logprobs_of):
 
 @pytest.mark.parametrize("shift", [.3, -.3])
 def test_without_advantage_nothing_is_clipped(gpt, make_batch, shift):
-    """G4: at A = 0 both sides of the clip are 0; tokens computed for the KL penalty alone are not clipped."""
+    """At A = 0 both sides of the clip are 0; tokens computed for the KL penalty alone are not clipped."""
     figures, _ = gradient(gpt, make_batch(gpt, shift=shift), torch.zeros(6), rl.Config(updates=2, kl=.1))
     assert figures["clip_fraction"] == 0
 
@@ -331,8 +331,8 @@ def plain_gradient(model, reference, batch, advantage, c):
 @pytest.mark.parametrize("changes", [{}, {"kl": .3}, {"updates": 3, "temperature": .6, "clip_low": .05},
                                      {"updates": 3, "kl": .3, "clip_high": .05}])
 def test_shared_prompts_give_the_plain_gradient(gpt, make_batch, changes, micro_batch):
-    """V7, G6: prompts of 1 to 7 tokens computed once per block, completions attending to them: the gradients
-    of whole rows within 1e-5, for one update and several, with and without the KL penalty, whatever the
+    """Prompts of 1 to 7 tokens are computed once per block, completions attend to them: the gradients are
+    those of whole rows within 1e-5, for one update and several, with and without the KL penalty, whatever the
     blocks."""
     c = rl.Config(micro_batch=micro_batch, **changes)
     reference, batch = moved(gpt), make_batch(gpt, **GROUPED, temperature=c.temperature, shift=.1)
@@ -344,7 +344,7 @@ def test_shared_prompts_give_the_plain_gradient(gpt, make_batch, changes, micro_
 
 @pytest.mark.parametrize("rows", [range(0, 3), range(3, 9), range(6, 12)])
 def test_an_update_takes_its_own_groups(gpt, make_batch, logprobs_of, rows):
-    """G6, G10: row p·G + g belongs to prompt p, also in an update that begins in the middle of the batch."""
+    """Row p·G + g belongs to prompt p, also in an update that begins in the middle of the batch."""
     batch, n = make_batch(gpt, **GROUPED), sum(len(GROUPED["completions"][r]) for r in rows)
     _, ours = gradient(gpt, batch, GROUPED_ADVANTAGE, rl.Config(), rows=rows)
     weights = [-float(a) / n if r in rows else 0. for r, a in enumerate(GROUPED_ADVANTAGE)]
@@ -353,8 +353,8 @@ def test_an_update_takes_its_own_groups(gpt, make_batch, logprobs_of, rows):
 
 @pytest.mark.parametrize("micro_batch, blocks", [(1_000, 1), (2, 2), (1, 3)])
 def test_a_prompt_is_computed_once(gpt, make_batch, micro_batch, blocks):
-    """V5, V7: of 12 rows in 4 groups one group is silent: three prompts and nine completions run through the
-    model, each once; the figure `positions` counts their tokens."""
+    """Of 12 rows in 4 groups one group is silent: three prompts and nine completions run through the model,
+    each once; the figure `positions` counts their tokens."""
     batch, seen, original = make_batch(gpt, **GROUPED), {True: [], False: []}, gpt.hidden
 
     def hidden(ids, cache):
@@ -369,7 +369,7 @@ def test_a_prompt_is_computed_once(gpt, make_batch, micro_batch, blocks):
 
 @pytest.mark.parametrize("advantage, rows", [([1., 0, 0, 0, 0, 0], 3), ([1., 0, 0, 0, 0, -1.], 11)])
 def test_the_ratio_of_a_skipped_token_is_1(gpt, make_batch, advantage, rows):
-    """G6: the logged ratio is the mean over all 27 tokens of the update, of which 3 or 11 were computed."""
+    """The logged ratio is the mean over all 27 tokens of the update, of which 3 or 11 were computed."""
     figures, _ = gradient(gpt, make_batch(gpt, shift=.1), torch.tensor(advantage), rl.Config(updates=2))
     assert abs(figures["ratio"] - (1 + rows * math.expm1(.1) / 27)) < 1e-5
 
@@ -377,7 +377,7 @@ def test_the_ratio_of_a_skipped_token_is_1(gpt, make_batch, advantage, rows):
 # ---- the KL penalty -----------------------------------------------------------------------------------
 
 def test_kl_penalty_reaches_all_rows(gpt, make_batch, logprobs_of):
-    """G5: with kl > 0 silent rows are computed too; each token adds kl·(1 - exp(reference - logp))/N."""
+    """With kl > 0 silent rows are computed too; each token adds kl·(1 - exp(reference - logp))/N."""
     reference, batch = moved(gpt), make_batch(gpt, temperature=.6)
     advantage = torch.tensor([1., -1., 0., 0., 0., 0.])
     figures, ours = gradient(gpt, batch, advantage, rl.Config(kl=.5, temperature=.6), reference)
@@ -391,7 +391,7 @@ def test_kl_penalty_reaches_all_rows(gpt, make_batch, logprobs_of):
 
 
 def test_kl_penalty_alone_is_a_signal(gpt, make_batch):
-    """G5, G11: without any advantage the penalty still pulls back to the start; at the start it is 0."""
+    """Without any advantage the penalty still pulls back to the start; at the start it is 0."""
     batch = make_batch(gpt)
     figures, grads = gradient(gpt, batch, torch.zeros(6), rl.Config(kl=.1), moved(gpt))
     assert figures["kl_penalty"] > .01 and float(grads["head.weight"].abs().max()) > 1e-4
@@ -400,7 +400,7 @@ def test_kl_penalty_alone_is_a_signal(gpt, make_batch):
 
 
 def test_kl_to_start_compares_with_the_recorded_logprobs(gpt, make_batch, logprobs_of):
-    """G5: the logged KL is the k3 mean per token of recorded against start log-probabilities, both at T."""
+    """The logged KL is the k3 mean per token of recorded against start log-probabilities, both at T."""
     batch, start, c = make_batch(gpt, temperature=.6), moved(gpt), rl.Config(temperature=.6)
     with torch.inference_mode():
         d = torch.cat([logprobs_of(start, p, x, .6) - old
@@ -410,10 +410,10 @@ def test_kl_to_start_compares_with_the_recorded_logprobs(gpt, make_batch, logpro
     assert rl.kl_to_start(gpt, batch, c, PAD) < 1e-9
 
 
-# ---- G7, G9: EOS and truncation -----------------------------------------------------------------------
+# ---- EOS and truncation -------------------------------------------------------------------------------
 
 def test_eos_is_trained(gpt, make_batch):
-    """G7: a rewarded completion [7, EOS] raises both tokens: at EOS's logit the gradient is -A(1 - p)/2."""
+    """A rewarded completion [7, EOS] raises both tokens: at EOS's logit the gradient is -A(1 - p)/2."""
     batch, original, seen = make_batch(gpt, [[1, 2]], [[7, EOS]]), gpt.logits, []
 
     def logits(hidden):
@@ -426,10 +426,10 @@ def test_eos_is_trained(gpt, make_batch):
     assert torch.allclose(seen[0].grad[[0, 1], [7, EOS]], -(1 - p[[0, 1], [7, EOS]]) / 2, atol=1e-6)
 
 
-# ---- G10: groups --------------------------------------------------------------------------------------
+# ---- groups -------------------------------------------------------------------------------------------
 
 def test_advantages_follow_their_rows():
-    """G10: shuffling rows within groups, or whole groups, shuffles the advantages likewise."""
+    """Shuffling rows within groups, or whole groups, shuffles the advantages likewise."""
     rewards = (torch.rand(6, 8, generator=generator(0, "test")) < .3).float()
     a, gen = rl.advantages(rewards), generator(1, "test")
     for _ in range(5):
@@ -438,7 +438,7 @@ def test_advantages_follow_their_rows():
 
 
 def test_gradient_does_not_depend_on_the_order_of_rows(gpt, make_batch):
-    """G10: rows and their advantages in another order give the same gradient: sorting is internal."""
+    """Rows and their advantages in another order give the same gradient: sorting is internal."""
     _, expected = gradient(gpt, make_batch(gpt, shift=.1), ADVANTAGE, rl.Config(updates=2, micro_batch=20))
     for seed in range(4):
         order = torch.randperm(6, generator=generator(seed, "order")).tolist()
@@ -448,7 +448,7 @@ def test_gradient_does_not_depend_on_the_order_of_rows(gpt, make_batch):
 
 
 def test_a_duplicated_problem_stays_two_groups(answer_tokenizer, answering):
-    """G10: the same question with another answer: row p·G + g is graded against problem p's answer."""
+    """The same question with another answer: row p·G + g is graded against problem p's answer."""
     model = answering(wrong=0.)
     problems = [{"question": "x", "answer": a} for a in ("8", "7", "7", "8")]
     batch = rl.collect(model, answer_tokenizer, problems, 3, rl.Config(max_new=6), generator(0, "test"))
@@ -459,7 +459,7 @@ def test_a_duplicated_problem_stays_two_groups(answer_tokenizer, answering):
 
 
 def test_collect_records_what_was_sampled(answer_tokenizer, answering):
-    """G7, G8, G13: completions with EOS, log-probability of each token, entropy ln 2 in one of four."""
+    """The batch has completions with EOS, log-probability of each token, entropy ln 2 in one of four."""
     model = answering()
     problems = [{"question": "a", "answer": "7"}, {"question": "bb", "answer": "8"}]
     batch = rl.collect(model, answer_tokenizer, problems, 200, rl.Config(max_new=8), generator(0, "test"))
@@ -473,7 +473,7 @@ def test_collect_records_what_was_sampled(answer_tokenizer, answering):
 
 
 def test_collect_at_a_temperature(answer_tokenizer, answering):
-    """G8: rollouts at T=.5 turn .8/.2 into 16/17 and 1/17, in draws, records and entropy."""
+    """Rollouts at T=.5 turn .8/.2 into 16/17 and 1/17, in draws, records and entropy."""
     model = answering(wrong=.2)
     problems = [{"question": "a", "answer": "7"}]
     c = rl.Config(max_new=8, temperature=.5)
@@ -486,7 +486,7 @@ def test_collect_at_a_temperature(answer_tokenizer, answering):
 
 
 def test_truncated_answers(answer_tokenizer, answering):
-    """G9: cut off before EOS '#### 7' is not complete (it may go on to 78): reward 0, and it is counted."""
+    """Cut off before EOS '#### 7' is not complete (78 may be meant): reward 0, and it is counted."""
     model = answering(wrong=0.)
     problems = [{"question": "a", "answer": "7"}]
     batch = rl.collect(model, answer_tokenizer, problems, 4, rl.Config(max_new=3), generator(0, "test"))
@@ -496,7 +496,7 @@ def test_truncated_answers(answer_tokenizer, answering):
 
 
 def test_truncated_share_counts_rollouts(monkeypatch, answer_tokenizer, answering):
-    """G9: one of four rollouts cut off is .25; having given a complete answer, it keeps its reward."""
+    """One of four rollouts cut off is .25; having given a complete answer, it keeps its reward."""
     model, eos = answering(), answer_tokenizer.eos
     rows = [answer_tokenizer.encode(text) for text in ("#### 7", "#### 8", "#### 7\n", "x")]
     rows = [row if i == 2 else row + [eos] for i, row in enumerate(rows)]
@@ -513,10 +513,10 @@ def test_truncated_share_counts_rollouts(monkeypatch, answer_tokenizer, answerin
     assert batch.completions == rows
 
 
-# ---- G11, G12: steps ----------------------------------------------------------------------------------
+# ---- steps --------------------------------------------------------------------------------------------
 
 def test_no_signal_leaves_no_gradient(gpt, make_batch):
-    """G11: all advantages 0: None, and every .grad is None, not zero."""
+    """With all advantages 0 the result is None, and every .grad is None, not zero."""
     figures, grads = gradient(gpt, make_batch(gpt), torch.zeros(6), rl.Config())
     assert figures is None and all(g is None for g in grads.values())
     advantage = ADVANTAGE.where(torch.arange(6) < 4, 0.)
@@ -547,7 +547,7 @@ def run_rl(tmp_path):
 
 
 def test_no_signal_no_step(run_rl, answer_tokenizer, answering):
-    """G11: where all answers are wrong, weight decay (on a zero gradient) must not move the model."""
+    """Where all answers are wrong, weight decay (on a zero gradient) must not move the model."""
     model = answering(wrong=1.)
     before, after, log = run_rl(model, answer_tokenizer, ["7", "7"], n_problems=2, rollouts=4, steps=3,
                                 weight_decay=.1, lr=.1)
@@ -556,7 +556,7 @@ def test_no_signal_no_step(run_rl, answer_tokenizer, answering):
 
 
 def test_the_log_has_the_figures_of_the_batch(run_rl, answer_tokenizer, answering):
-    """G2, G9, G13: reward, share of groups with a signal, unparsed, truncated, entropy of the rollouts."""
+    """The figures are reward, share of groups with a signal, unparsed, truncated, entropy of the rollouts."""
     model, answers = answering(wrong=.3), list("787978")
     before, after, log = run_rl(model, answer_tokenizer, answers, n_problems=6, rollouts=3, steps=1, seed=3)
     problems = [{"question": f"train {i}", "answer": a} for i, a in enumerate(answers)]
@@ -586,7 +586,7 @@ def test_logged_flops_count_a_prompt_once(run_rl, answer_tokenizer, answering):
 
 
 def test_parameters_are_fp32(gpt):
-    """G12: an AdamW step of lr 1e-6 moves fp32 parameters, and none in bf16, where 1 + 1e-6 is 1."""
+    """An AdamW step of lr 1e-6 moves fp32 parameters, and none in bf16, where 1 + 1e-6 is 1."""
     assert all(p.dtype == torch.float32 for p in gpt.parameters())
     half = copy.deepcopy(gpt).bfloat16()
     for model, moves in ((gpt, True), (half, False)):
@@ -601,7 +601,7 @@ def test_parameters_are_fp32(gpt):
 
 
 def test_bf16_through_autocast_only(gpt, make_batch):
-    """G12: under autocast parameters and gradients stay fp32, and the gradient is that of fp32 within 5 %."""
+    """Under autocast parameters and gradients stay fp32, and the gradient is that of fp32 within 5 %."""
     batch = make_batch(gpt)
     _, exact = gradient(gpt, batch, ADVANTAGE, rl.Config())
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,5 +1,5 @@
-"""RL and SFT together: the averaging of two optimizers (M1-M9) on tiny models, the three modes of merge.py
-against what rl.py and sft.py do alone, and the merging of finished weights."""
+"""RL and SFT together: the averaging of two optimizers on tiny models, the three modes of merge.py against
+rl.py and sft.py alone, and the merging of finished weights."""
 import copy
 import functools
 import hashlib
@@ -80,7 +80,7 @@ def rounds(model, arms, n, weights=(.5, .5), inner=1):
 
 @pytest.mark.parametrize("decay, clip", [(0., 1e9), (.1, 1e9), (0., .3), (.1, .3)])
 def test_identical_arms_are_one_adamw(mlp, decay, clip):
-    """M1: same objective, lr, decay and clip in both arms: bitwise what a single AdamW does in 20 steps."""
+    """With the same objective, lr, decay and clip both arms are, bitwise, a single AdamW over 20 steps."""
     alone, both = mlp(), mlp()
     one = arm(alone, rl_loss, .01, decay, clip)
     for h in range(20):
@@ -90,7 +90,7 @@ def test_identical_arms_are_one_adamw(mlp, decay, clip):
 
 
 def test_with_an_idle_arm_one_step_is_half_the_others(mlp):
-    """M2: SFT with lr 0 (its decay is scaled by lr): one round moves half as far as the RL step alone."""
+    """SFT with lr 0 (its decay is scaled by lr): one round moves half as far as the RL step alone."""
     start, alone, both = mlp(), mlp(), mlp()
     arm(alone, rl_loss, .01, .1)(0)
     rounds(both, [arm(both, rl_loss, .01, .1), arm(both, sft_loss, 0., .1)], 1)
@@ -99,7 +99,7 @@ def test_with_an_idle_arm_one_step_is_half_the_others(mlp):
 
 
 def test_with_an_idle_arm_it_is_the_other_at_half_the_rate(mlp):
-    """M2: over 50 rounds that is RL alone with lr/2, within 1e-6."""
+    """Over 50 rounds RL beside an SFT with lr 0 is RL alone with lr/2, within 1e-6."""
     alone, both = mlp(), mlp()
     one = arm(alone, rl_loss, .005, .1)
     for h in range(50):
@@ -110,7 +110,7 @@ def test_with_an_idle_arm_it_is_the_other_at_half_the_rate(mlp):
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_zero_gradients_leave_the_mean_decay(mlp, n):
-    """M3: with gradients that are zero (not None) a round multiplies by 1 - (.1·.5 + .2·.25)/2 = .95."""
+    """With gradients that are zero (not None) a round multiplies by 1 - (.1·.5 + .2·.25)/2 = .95."""
     def nothing(model):
         return 0. * sum((p ** 2).sum() for p in model.parameters())
     model = mlp()
@@ -119,7 +119,7 @@ def test_zero_gradients_leave_the_mean_decay(mlp, n):
 
 
 def test_the_order_of_the_arms_is_irrelevant(mlp):
-    """M4: swapping the two arms changes nothing, bitwise, over 20 rounds with different rates and decays."""
+    """Swapping the two arms changes nothing, bitwise, over 20 rounds with different rates and decays."""
     a, b = mlp(), mlp()
     rounds(a, [arm(a, rl_loss, .01, .1, .3), arm(a, sft_loss, .03, .2, .5)], 20)
     rounds(b, [arm(b, sft_loss, .03, .2, .5), arm(b, rl_loss, .01, .1, .3)], 20)
@@ -127,8 +127,8 @@ def test_the_order_of_the_arms_is_irrelevant(mlp):
 
 
 def test_the_first_round_moves_at_most_the_mean_rate(mlp):
-    """M5: AdamW's first step moves every weight by lr: the average by at most (.01 + .03)/2, and by that
-    where both gradients have one sign."""
+    """AdamW's first step moves every weight by lr: the average by at most (.01 + .03)/2, and by that where
+    both gradients have one sign."""
     model = mlp()
     rounds(model, [arm(model, rl_loss, .01), arm(model, sft_loss, .03)], 1)
     moved = torch.cat([(a - b).flatten().abs() for a, b in zip(values(model), values(mlp()))])
@@ -137,7 +137,7 @@ def test_the_first_round_moves_at_most_the_mean_rate(mlp):
 
 
 def test_with_sgd_it_is_sgd_on_the_sum_at_half_the_rate(mlp):
-    """M6: averaging two SGD updates is one on the summed loss with lr/2: the case where nothing is new."""
+    """Averaging two SGD updates is one on the summed loss with lr/2: the case where nothing is new."""
     both, one = mlp(), mlp()
     rounds(both, [arm(both, loss, .1, kind=torch.optim.SGD) for loss in (rl_loss, sft_loss)], 20)
     fused = arm(one, lambda model: rl_loss(model) + sft_loss(model), .05, kind=torch.optim.SGD)
@@ -147,8 +147,7 @@ def test_with_sgd_it_is_sgd_on_the_sum_at_half_the_rate(mlp):
 
 
 def test_with_adamw_it_is_not_adamw_on_the_mean_loss(mlp):
-    """M6: with AdamW each arm is scaled by its own second moments, which one optimizer on the mean cannot
-    do."""
+    """With AdamW each arm is scaled by its own second moments, which one optimizer on the mean cannot do."""
     both, one = mlp(), mlp()
     rounds(both, [arm(both, rl_loss), arm(both, sft_loss)], 20)
     fused = arm(one, lambda model: (rl_loss(model) + sft_loss(model)) / 2)
@@ -158,7 +157,7 @@ def test_with_adamw_it_is_not_adamw_on_the_mean_loss(mlp):
 
 
 def test_the_scale_of_a_loss_is_irrelevant(mlp):
-    """M7: the SFT loss times 1000 changes nothing; with one shared AdamW the SFT loss would take over."""
+    """The SFT loss times 1000 changes nothing; with one shared AdamW the SFT loss would take over."""
     def after(scale, shared):
         model = mlp()
         if not shared:
@@ -172,7 +171,7 @@ def test_the_scale_of_a_loss_is_irrelevant(mlp):
 
 
 def test_both_gradients_are_taken_at_the_snapshot(mlp):
-    """M8: the second arm starts where the first one did, not where it ended."""
+    """The second arm starts where the first one did, not where it ended."""
     model, seen = mlp(), []
 
     def watched(loss):
@@ -190,8 +189,8 @@ def test_both_gradients_are_taken_at_the_snapshot(mlp):
 @pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt()])
 @pytest.mark.parametrize("at", [0, 1, 2, 3])
 def test_an_exception_leaves_the_snapshot(mlp, error, at):
-    """M8: whatever is raised in either arm, in its first update or its second: the snapshot is back in the
-    model and no gradient is left, so that what is saved then is a model that existed."""
+    """Whatever is raised in either arm, in its first update or its second: the snapshot is back in the model
+    and no gradient is left, so that a checkpoint saved then is of a model that existed."""
     model, done = mlp(), []
     real = arm(model, rl_loss, .1)
 
@@ -208,8 +207,8 @@ def test_an_exception_leaves_the_snapshot(mlp, error, at):
 
 
 def test_no_gradient_leaks_between_the_arms(mlp):
-    """M8: an arm that does not clear its gradient, as after a skipped update, adds nothing to the other
-    arm's; and nothing is left after the round."""
+    """An arm that does not clear its gradient, as after a skipped update, adds nothing to the other arm's;
+    and nothing is left after the round."""
     model, found = mlp(), []
 
     def careless(h):
@@ -222,8 +221,8 @@ def test_no_gradient_leaks_between_the_arms(mlp):
 
 @pytest.mark.parametrize("inner", [1, 2, 5])
 def test_inner_updates_before_averaging(mlp, inner):
-    """M9: H updates of each arm from the snapshot, numbered 0 to H-1, then the mean: the average of two
-    models that were trained apart for H steps."""
+    """A round is H updates of each arm from the snapshot, numbered 0 to H-1, then the mean: the average of
+    two models that were trained apart for H steps."""
     model, numbers = mlp(), []
     ends = [mlp(), mlp()]
     for end, loss in zip(ends, (rl_loss, sft_loss)):
@@ -237,8 +236,8 @@ def test_inner_updates_before_averaging(mlp, inner):
 
 
 def test_more_inner_updates_are_another_method(mlp):
-    """M9: four rounds of one update are not one round of four (the arms would drift apart in between), and
-    the moments are carried from round to round: a fresh AdamW in each would go elsewhere."""
+    """Four rounds of one update are not one round of four (the arms would drift apart in between), and the
+    moments are carried from round to round: a fresh AdamW in each would go elsewhere."""
     paper, apart, fresh = mlp(), mlp(), mlp()
     rounds(paper, [arm(paper, rl_loss), arm(paper, sft_loss)], 4)
     rounds(apart, [arm(apart, rl_loss), arm(apart, sft_loss)], 1, inner=4)
@@ -249,7 +248,7 @@ def test_more_inner_updates_are_another_method(mlp):
 
 @pytest.mark.parametrize("weights", [(1., 0.), (.25, .75), (0., 1.)])
 def test_the_average_is_weighted(mlp, weights):
-    """Issue 4: the weight of each arm; weight 1 is that arm alone, bitwise."""
+    """Each arm has a weight; weight 1 is that arm alone, bitwise."""
     ends = [mlp(), mlp()]
     for end, loss in zip(ends, (rl_loss, sft_loss)):
         arm(end, loss, .1)(0)
@@ -260,8 +259,7 @@ def test_the_average_is_weighted(mlp, weights):
 
 
 def test_an_arm_that_does_nothing_contributes_the_snapshot(mlp):
-    """G11 within the average: an arm without signal pulls half-way back to the snapshot, as an update of
-    0."""
+    """Within the average an arm without signal pulls half-way back to the snapshot, as an update of 0."""
     alone, model = mlp(), mlp()
     arm(alone, sft_loss, .1)(0)
     rounds(model, [lambda h: None, arm(model, sft_loss, .1)], 1)
@@ -269,7 +267,8 @@ def test_an_arm_that_does_nothing_contributes_the_snapshot(mlp):
 
 
 def test_a_gpt_is_averaged_like_any_model(gpt):
-    """M1 on the architecture itself, embedding and norms included: 5 rounds, bitwise."""
+    """Equal arms are a single AdamW on the architecture itself, embedding and norms included: 5 rounds,
+    bitwise."""
     alone, ids = copy.deepcopy(gpt), torch.randint(0, 61, (4, 12), generator=generator(0, "test"))
 
     def loss(model):
@@ -322,7 +321,7 @@ def steps_of(path: Path) -> list[dict]:
 
 @pytest.mark.parametrize("mode, inner", MODES)
 def test_every_mode_trains_and_logs(mode, inner):
-    """Issue 4: the start changes; a line per round has RL's and SFT's figures; the counts are those of the
+    """The starting weights change; a line per round has RL's and SFT's figures; the counts are those of the
     steps done (an update of each per step, one for both if fused), validations stand at 0 and 4."""
     path = finished(mode, inner)
     log, steps = worlds.lines(path.parent / "log.jsonl"), steps_of(path)
@@ -339,7 +338,7 @@ def test_every_mode_trains_and_logs(mode, inner):
 
 @pytest.mark.parametrize("mode, inner", MODES)
 def test_every_mode_leaves_its_lineage(mode, inner):
-    """design.md: the stage names script, options, parent and counts; the run can be told from the file."""
+    """The stage names script, options, parent and counts; the run can be told from the file."""
     path = finished(mode, inner)
     stage, start = load_checkpoint(path)["lineage"][-1], worlds.parrot()
     assert stage["script"] == "merge.py" and stage["config"]["mode"] == mode
@@ -351,8 +350,9 @@ def test_every_mode_leaves_its_lineage(mode, inner):
 
 
 def test_averaging_at_the_end_is_merging_two_finished_models():
-    """M9: H = all steps: bitwise the mean of what rl.py and sft.py make of the same start with the same seed,
-    and what `merge.py weights` would make of those two; so the arms are rl.py and sft.py, unchanged."""
+    """With H = all steps the result is bitwise the mean of the models that rl.py and sft.py make of the same
+    start with the same seed, and what `merge.py weights` would make of those two; so the arms are rl.py and
+    sft.py, unchanged."""
     a, b, start = alone("rl"), alone("sft", lr=1e-3), weights(worlds.parrot())
     merged = weights(finished("parallel", 4))
     assert distance(merged, {k: .5 * a[k] + .5 * b[k] for k in a}) == 0
@@ -362,8 +362,7 @@ def test_averaging_at_the_end_is_merging_two_finished_models():
 
 @pytest.mark.parametrize("share, name", [(1., "rl"), (0., "sft")])
 def test_all_weight_on_one_arm_is_that_arm_alone(share, name, tmp_path):
-    """Issue 4: with weight 1 an arm makes the run of its own script, bitwise: same order, rollouts,
-    moments."""
+    """With weight 1 an arm makes the run of its own script, bitwise: same order, rollouts, moments."""
     path = trained(merge, tmp_path / "run", weight_rl=share)
     assert distance(weights(path), alone(name)) == 0
 
@@ -371,8 +370,8 @@ def test_all_weight_on_one_arm_is_that_arm_alone(share, name, tmp_path):
 @pytest.mark.parametrize("mode, tolerance", [("parallel", 1e-6), ("alternating", 0)])
 @pytest.mark.parametrize("idle, name", [("lr_sft", "rl"), ("lr_rl", "sft")])
 def test_with_an_idle_arm_each_mode_is_the_other_at_half_the_rate(mode, tolerance, idle, name, tmp_path):
-    """M2 and the controls: with lr 0 in one arm, parallel averaging and alternating steps move as far as the
-    other script alone with lr/2: the controls differ in the method, not in the step size."""
+    """With lr 0 in one arm, parallel averaging and alternating steps move as far as the other script alone
+    with lr/2: the controls differ in the method, not in the step size."""
     path = trained(merge, tmp_path / "run", mode=mode, **{idle: 0.})
     lr = {"rl": 3e-4, "sft": 1e-3}[name] / 2
     assert distance(weights(path), alone(name, lr=lr)) <= tolerance
@@ -418,8 +417,8 @@ def test_fused_without_signal_is_sft(tmp_path):
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_without_signal_the_rl_arm_contributes_the_snapshot(steps, tmp_path):
-    """G11: no right answer, no RL step: half the start, half of what SFT alone makes of it; RL's AdamW has no
-    state, for a zero gradient would still have moved it, and the updates counted are SFT's."""
+    """Without a right answer there is no RL step: the result is half the start, half the model of SFT alone;
+    RL's AdamW has no state, for a zero gradient would still have moved it, and only SFT's updates count."""
     path = trained(merge, tmp_path / "run", worlds.base(), steps=steps, inner=steps, weight_decay=.1)
     only = trained(sft, tmp_path / "sft", worlds.base(), weight_decay=.1,
                    checkpoints_at=(steps,)).with_name(f"step{steps}.pt")
@@ -432,8 +431,8 @@ def test_without_signal_the_rl_arm_contributes_the_snapshot(steps, tmp_path):
 
 @pytest.mark.parametrize("poisoned", [0, 1])
 def test_a_bad_gradient_skips_its_arm_alone(poisoned, tmp_path, monkeypatch):
-    """Issue 3, G11: NaN in the gradient of one arm: it contributes the snapshot, its AdamW is untouched, the
-    other arm's update counts; the skip is logged."""
+    """With NaN in the gradient of one arm it contributes the snapshot, its AdamW is untouched, and the other
+    arm's update counts; the skip is logged."""
     real, calls = Run.step, []
 
     def step(run, model, optimizer, clip):
@@ -455,7 +454,7 @@ def test_a_bad_gradient_skips_its_arm_alone(poisoned, tmp_path, monkeypatch):
 
 
 def test_the_scale_of_the_sft_loss_is_irrelevant_in_a_run(tmp_path, monkeypatch):
-    """M7 in merge.py itself: SFT's gradient times 1000 changes next to nothing when averaged (gradients near
+    """In merge.py itself SFT's gradient times 1000 changes next to nothing when averaged (gradients near
     AdamW's eps of 1e-8 do change), everything when fused."""
     def run(scale, mode):
         def scaled(model, *args):
@@ -478,8 +477,8 @@ def test_the_scale_of_the_sft_loss_is_irrelevant_in_a_run(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("mode, same", [("parallel", True), ("fused", True), ("alternating", False)])
 def test_rl_and_sft_see_the_snapshot(mode, same, tmp_path, monkeypatch):
-    """M8 in merge.py itself: rollouts and SFT's gradient come from the same weights in every round; in turn
-    (alternating) SFT sees what RL has made."""
+    """In merge.py itself rollouts and SFT's gradient come from the same weights in every round; in turn
+    (alternating) SFT sees the weights after RL's step."""
     seen = {"rl": [], "sft": []}
 
     def watch(patch, script, name, kind):
@@ -499,8 +498,8 @@ def test_rl_and_sft_see_the_snapshot(mode, same, tmp_path, monkeypatch):
 
 
 def test_merge_sees_what_rl_and_sft_see(tmp_path, monkeypatch):
-    """R6: with one seed merge.py asks the problems of rl.py and shows the examples of sft.py, in their
-    orders, whatever H is; and those two orders differ."""
+    """With one seed merge.py asks the problems of rl.py and shows the examples of sft.py, in their orders,
+    whatever H is; and those two orders differ."""
     tokenizer = load_model(worlds.parrot())[1]
 
     def order(name, script, **changes):
@@ -531,7 +530,7 @@ class Crash(Exception):
 
 @pytest.mark.parametrize("mode, inner", MODES)
 def test_a_crashed_run_ends_in_the_same_bits(mode, inner, tmp_path, monkeypatch):
-    """R5: a run that ends in the middle of its last round, RL's update done and SFT's not, and is resumed:
+    """A run that ends in the middle of its last round, RL's update done and SFT's not, and is resumed has the
     weights, both AdamW states, log and transcripts of the uninterrupted run (H = all: from the beginning)."""
     out, calls, real = tmp_path / "run", [], sft.sft_gradient
 
@@ -550,7 +549,7 @@ def test_a_crashed_run_ends_in_the_same_bits(mode, inner, tmp_path, monkeypatch)
 
 
 def test_save_every_is_kept_with_inner_updates(tmp_path, monkeypatch):
-    """R5: with H = 2 and --save-every 3 a state is saved after the round in which each third step fell."""
+    """With H = 2 and --save-every 3 a state is saved after the round in which each third step fell."""
     saved, real = [], Run.save_last
 
     def save_last(run, *args, done=False, **more):
@@ -574,7 +573,7 @@ def test_listed_steps_are_kept(tmp_path):
     (dict(inner=3), "--inner 3"), (dict(inner=2, checkpoints_at=(1,)), "--inner 2"),
     (dict(inner=2, mode="fused"), "--inner 2"), (dict(inner=2, mode="alternating"), "--inner 2")])
 def test_what_cannot_be_averaged_is_refused(changes, line, tmp_path):
-    """Issue 4: options that contradict each other are refused before anything is loaded or written."""
+    """Options that contradict each other are refused before anything is loaded or written."""
     with pytest.raises(UserError, match=line):
         merge.train(merge.Config(init="none.pt", out=str(tmp_path / "run"), **dict(steps=4) | changes))
     assert list(tmp_path.iterdir()) == []
@@ -590,14 +589,14 @@ DELTAS = [torch.tensor([[1., -2, .1, 3]]), torch.tensor([[.5, 1, -.2, -4]])]
     ([.5, .5], [2., 5.]), ([1., 1.], [2., 5.]), ([1., 0.], [1., 2.]), ([1., 3.], [2.5, 6.5]),
     ([2., -1.], [-1., -4.])])
 def test_linear_merging(weights, expected):
-    """correctness.md: the weighted mean; weights need not add up to 1, and may extrapolate."""
+    """Linear merging is the weighted mean; weights need not add up to 1, and may extrapolate."""
     merged = merge_tensors("linear", [torch.tensor([1., 2.]), torch.tensor([3., 8.])], weights)
     assert torch.allclose(merged, torch.tensor(expected))
 
 
 @pytest.mark.parametrize("scale", [0., .5, 1., -1.])
 def test_task_arithmetic(scale):
-    """correctness.md: base + λ·Σ wᵢ(θᵢ − base): here the differences [1, -2, .1, 3]·.5 + [.5, 1, -.2,
+    """Task arithmetic is base + λ·Σ wᵢ(θᵢ − base): here the differences [1, -2, .1, 3]·.5 + [.5, 1, -.2,
     -4]·2."""
     merged = merge_tensors("task", [BASE + d for d in DELTAS], [.5, 2.], BASE, scale)
     assert torch.allclose(merged, BASE + scale * torch.tensor([[1.5, 1., -.35, -6.5]]))
@@ -606,8 +605,7 @@ def test_task_arithmetic(scale):
 @pytest.mark.parametrize("density, expected", [(.5, [0., -2, 0, -4]), (1., [.75, -2, -.2, -4])])
 @pytest.mark.parametrize("scale", [1., .3])
 def test_ties_values(density, expected, scale):
-    """correctness.md: TIES on [1, -2, .1, 3] and [.5, 1, -.2, -4]: trim, elect the sign, average who
-    agrees."""
+    """TIES on [1, -2, .1, 3] and [.5, 1, -.2, -4]: trim, elect the sign, average who agrees."""
     for base in (BASE, torch.zeros_like(BASE)):
         merged = merge_tensors("ties", [base + d for d in DELTAS], [.5, .5], base, scale, density)
         assert torch.allclose(merged, base + scale * torch.tensor([expected]), atol=1e-5)
@@ -631,7 +629,7 @@ def naive_ties(base, tensors, weights, scale, density):
 
 @pytest.mark.parametrize("n, weights", [(2, [.5, .5]), (3, [.2, .3, .5]), (3, [1., 1., 3.])])
 def test_ties_is_the_paper_in_loops(n, weights):
-    """correctness.md: TIES of random tensors equals a loop over single numbers, for every density."""
+    """TIES of random tensors equals a loop over single numbers, for every density."""
     gen = generator(n, "ties")
     base, *tensors = torch.randn(n + 1, 40, generator=gen)
     for density in (.05, .25, .5, .9, 1.):
@@ -651,7 +649,7 @@ def test_ties_elects_by_weight_and_cancels():
 
 @pytest.mark.parametrize("method", ["linear", "task", "ties"])
 def test_merging_leaves_its_inputs_alone(method):
-    """A function must not write into its arguments (style.md), whatever it trims inside."""
+    """A function must not write into its arguments, whatever it trims inside."""
     tensors, base = [BASE + d for d in DELTAS], BASE.clone()
     before = [t.clone() for t in tensors]
     merge_tensors(method, tensors, [.5, .5], base, 1., .5)
@@ -697,7 +695,7 @@ def merged(family, names: str, tmp_path, base="", **options) -> Path:
 
 
 def test_checkpoints_are_merged_weight_by_weight(family, tmp_path):
-    """Issue 4: the file holds the mean of every tensor, and is a checkpoint that can be used."""
+    """The file holds the mean of every tensor, and is a checkpoint that can be used."""
     path, a, b = merged(family, "a b", tmp_path), weights(family["a"]), weights(family["b"])
     assert path == tmp_path / "merged.pt"
     assert distance(weights(path), {k: (a[k] + b[k]) / 2 for k in a}) < 1e-6 < distance(a, b)
@@ -707,7 +705,7 @@ def test_checkpoints_are_merged_weight_by_weight(family, tmp_path):
 
 @pytest.mark.parametrize("method", ["task", "ties"])
 def test_every_tensor_is_merged_by_the_method(family, tmp_path, method):
-    """Issue 4: --method, --base, --weights, --scale and --density reach every tensor, one-dimensional ones
+    """The options --method, --base, --weights, --scale and --density reach every tensor, one-dimensional ones
     too."""
     path = merged(family, "a b c", tmp_path, method=method, base="base", weights=(.5, .2, .3), scale=.6,
                   density=.2)
@@ -717,15 +715,15 @@ def test_every_tensor_is_merged_by_the_method(family, tmp_path, method):
 
 
 def test_the_inputs_are_not_modified(family, tmp_path):
-    """Issue 4: merging reads; every input file has the bytes it had."""
+    """Merging only reads: every input file has the bytes it had."""
     before = {name: path.read_bytes() for name, path in family.items()}
     merged(family, "a b", tmp_path, method="ties", base="base")
     assert {name: path.read_bytes() for name, path in family.items()} == before
 
 
 def test_the_lineage_of_a_merge(family, tmp_path):
-    """design.md: what both had in common, then one stage: the options, the weights used, the base's sha256,
-    and what the two branches have cost together."""
+    """The lineage is the common part of both, then one stage: the options, the weights used, the base's
+    sha256, and the cost of the two branches together."""
     lineage = load_checkpoint(merged(family, "b c", tmp_path, base="base", method="task"))["lineage"]
     assert lineage[:-1] == load_checkpoint(family["base"])["lineage"]
     last = lineage[-1]
@@ -739,30 +737,31 @@ def test_the_lineage_of_a_merge(family, tmp_path):
     ("a b", ""), ("a b", "base"), ("a c", ""), ("base c", ""), ("b c", "base"), ("a b c", ""),
     ("earlier c", "")])
 def test_relatives_are_merged_without_a_warning(family, tmp_path, capsys, names, base):
-    """Issue 4: siblings, parent and child, uncle and nephew have a common ancestor, and so has what comes
-    from two moments of one pretraining: its initial weights."""
+    """Siblings, parent and child, uncle and nephew have a common ancestor, and so have checkpoints from two
+    moments of one pretraining: its initial weights."""
     merged(family, names, tmp_path, base=base)
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("names, base", [("a stranger", ""), ("a b stranger", ""), ("a b", "stranger")])
 def test_strangers_are_merged_with_a_warning(family, tmp_path, capsys, names, base):
-    """Issue 4: where the lineage shows no common ancestor (of the base too), one line says so; it is done."""
+    """Where the lineage shows no common ancestor (of the base too), one line says so and the merge is
+    done."""
     path = merged(family, names, tmp_path, base=base)
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and said[0].startswith("WARNING") and "ancestor" in said[0] and path.exists()
 
 
 def test_a_merge_stays_in_the_family(family, tmp_path, capsys):
-    """Issue 4: what is merged without naming the base descends from it all the same: merging the result with
-    another of its relatives needs no warning."""
+    """A merge that does not name the base descends from it all the same: merging the result with another of
+    its relatives needs no warning."""
     once = merged(family, "a b", tmp_path).rename(tmp_path / "once.pt")
     merged(family | {"once": once}, "once c", tmp_path)
     assert capsys.readouterr().err == ""
 
 
 def test_an_input_is_not_overwritten(family, tmp_path):
-    """Issue 3: `-o a.pt` beside the inputs a.pt and b.pt, a slip of the hand, must not cost a run."""
+    """Writing `-o a.pt` beside the inputs a.pt and b.pt, a slip of the hand, must not cost a run."""
     before = family["a"].read_bytes()
     with pytest.raises(UserError, match="a.pt"):
         merge_weights(WeightsConfig((str(family["a"]), str(family["b"])), out=str(family["a"]), threads=1))
@@ -773,8 +772,8 @@ def test_an_input_is_not_overwritten(family, tmp_path):
                                      dict(context=32)])
 @pytest.mark.parametrize("as_base", [False, True])
 def test_another_shape_is_refused(family, make_gpt, tmp_path, changes, as_base):
-    """Issue 4: also where every tensor has the same shape but heads or rotary angles differ, which would
-    average to a model that nobody trained. The line names the file."""
+    """Another shape is refused also where every tensor has the same shape but heads or rotary angles differ,
+    which would average to a model that nobody trained. The line names the file."""
     odd = tmp_path / "odd.pt"
     save_checkpoint(odd, make_gpt(**dict(vocab_size=320, n_vocab=258) | changes), BYTES, [])
     with pytest.raises(UserError, match="odd.pt: another shape"):
@@ -786,7 +785,7 @@ def test_another_shape_is_refused(family, make_gpt, tmp_path, changes, as_base):
 
 
 def test_another_tokenizer_is_refused(make_gpt, tmp_path):
-    """Issue 4: two vocabularies of one size in which id 256 means other bytes."""
+    """The two vocabularies are of one size, but id 256 means other bytes."""
     for name, pair in (("x", [97, 98]), ("y", [97, 99])):
         save_checkpoint(tmp_path / f"{name}.pt", make_gpt(vocab_size=320, n_vocab=259),
                         Tokenizer({"pattern": PATTERN, "merges": [pair]}), [])
@@ -812,8 +811,8 @@ def few_items(tmp_path) -> Path:
 
 
 def test_a_sweep_measures_every_mixture(few_items, tmp_path):
-    """Issue 4: --sweep writes a file per weight of the second checkpoint, measures each on validation and
-    prints a line; at 0 and 1 the files are the two inputs, bitwise, and so are their figures."""
+    """With --sweep a file per weight of the second checkpoint is written, each is measured on validation and
+    has a line; at 0 and 1 the files are the two inputs, bitwise, and so are their figures."""
     a, b = (Path(shutil.copy(path, tmp_path / name))
             for path, name in ((worlds.base(), "a.pt"), (worlds.parrot(), "b.pt")))
     outcome = worlds.run_here("merge.py", "weights", a, b, "--sweep", "0,.25,1", "-o", tmp_path / "mix.pt",
@@ -836,7 +835,7 @@ def test_a_sweep_measures_every_mixture(few_items, tmp_path):
 
 @pytest.mark.parametrize("sweep", [(.25, .5), (.5, .5000001)])
 def test_every_mixture_of_a_sweep_has_its_own_files(sweep, tmp_path, monkeypatch):
-    """Issue 4: two weights make two checkpoints and two results, however close they are."""
+    """Two weights make two checkpoints and two results, however close they are."""
     stubs = {"measure_problems": {}, "measure_benchmarks": {"x": {"accuracy": .5}}, "table": ""}
     for name, result in stubs.items():
         monkeypatch.setattr(evaluate, name, lambda *args, result=result: result)
@@ -847,8 +846,8 @@ def test_every_mixture_of_a_sweep_has_its_own_files(sweep, tmp_path, monkeypatch
 
 
 def test_the_command_line_of_the_issue(family, tmp_path):
-    """Issue 4: `python merge.py weights a.pt b.pt --base m.pt --method ties -o out.pt`: the same bytes as
-    from Python, and the path is said."""
+    """The command `python merge.py weights a.pt b.pt --base m.pt --method ties -o out.pt` writes the same
+    bytes as from Python, and the path is said."""
     path = merged(family, "a b", tmp_path, method="ties", base="base")
     outcome = worlds.run_here("merge.py", "weights", family["a"], family["b"], "--base", family["base"],
                               "--method", "ties", "-o", tmp_path / "new" / "out.pt")

@@ -31,8 +31,8 @@ def naive_rope(x, position, theta):
 
 
 def naive_logits(w, ids, n_layers, n_heads, theta, n_kv_heads):
-    """Logits of every position, as lists; w maps the names in correctness.md to nested lists. Each head of
-    keys and values serves n_heads / n_kv_heads neighbouring heads of queries."""
+    """Logits of every position, as lists; w maps the names used below to nested lists. Each head of keys and
+    values serves n_heads / n_kv_heads neighbouring heads of queries."""
     xs = [list(w["embed"][i]) for i in ids]
     for layer in range(n_layers):
         m = {name.removeprefix(f"{layer}."): value for name, value in w.items()}
@@ -97,7 +97,7 @@ def test_the_future_does_not_matter(gpt):
 
 
 def test_unused_rows_get_no_logit(gpt):
-    """G8: rows above n_vocab exist for alignment only; they neither get a logit nor change any other."""
+    """Rows above n_vocab exist for alignment only; they neither get a logit nor change any other."""
     ids = torch.tensor([[1, 2, 3]])
     before = gpt(ids)
     with torch.no_grad():
@@ -170,7 +170,7 @@ def test_initialisation_is_a_truncated_normal():
 
 
 def test_initialisation_is_a_function_of_the_generator():
-    """R6: one seed gives the same weights, whatever the global generator did; another seed gives others."""
+    """One seed gives the same weights, whatever the global generator did; another seed gives others."""
     def weights(seed):
         torch.rand(seed + 1)
         return GPT(ModelConfig(d_model=16, n_heads=2), generator(seed, "weights")).blocks[0].qkv.weight
@@ -219,7 +219,7 @@ def test_sizes_have_the_parameters_that_their_name_says(name):
 
 @pytest.mark.parametrize("typed, kept", [("hi", 3), ("", 1), ("x" * 53, 54), ("x" * 54, 54), ("x" * 999, 54)])
 def test_chat_asks_after_eos(make_gpt, tmp_path, monkeypatch, typed, kept):
-    """G8: what is typed stands after EOS and before a newline, as every question in training; of a text that
+    """The typed text stands after EOS and before a newline, as every question in training; of a text that
     leaves no room for 9 new tokens in the context of 64 the end is kept, EOS still before it."""
     tokenizer, asked, answers = Tokenizer({"pattern": PATTERN, "merges": []}), [], iter([typed])
     save_checkpoint(tmp_path / "a.pt", make_gpt(vocab_size=320, n_vocab=258), tokenizer, [])

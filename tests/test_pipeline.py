@@ -1,5 +1,5 @@
 """From an empty folder to an evaluated RL model, in small: each script hands its checkpoint to the next,
-first from Python, then from the command line (issue 2)."""
+first from Python, then from the command line."""
 import dataclasses
 import functools
 import hashlib
@@ -53,7 +53,7 @@ def chain() -> dict[str, Path]:
 # ---- from Python -------------------------------------------------------------------------------------------
 
 def test_the_chain_runs():
-    """Issue 2, 4: pretrain, sft, sft --gold, rl and merge start from the checkpoint before, and each one is a
+    """The scripts pretrain, sft, sft --gold, rl and merge start from the checkpoint before, and each one is a
     model."""
     for path in chain().values():
         model, tokenizer, _ = load_model(path)
@@ -68,8 +68,8 @@ def test_each_stage_changes_the_model():
 
 
 def test_the_lineage_names_every_stage():
-    """Issue 2, design.md: script, options, seed, tokens, updates, FLOPs, seconds and the parent's sha256, so
-    that the final file alone tells how it was made."""
+    """The lineage has script, options, seed, tokens, updates, FLOPs, seconds and the parent's sha256, so that
+    the final file alone tells how it was made."""
     paths = list(chain().values())
     lineage = load_checkpoint(paths[-1])["lineage"]
     assert [stage["script"] for stage in lineage] == ["pretrain.py", "sft.py", "sft.py", "rl.py", "merge.py"]
@@ -83,14 +83,14 @@ def test_the_lineage_names_every_stage():
 
 
 def test_the_data_behind_a_model_is_recorded():
-    """R4, design.md: the first stage names the sha256 of every data file it may have read."""
+    """The first stage names the sha256 of every data file it may have read."""
     recorded = load_checkpoint(chain()["base"])["lineage"][0]["data"]
     for name in ("train.bin", "tokenizer.json", "val_general.bin"):
         assert recorded[name] == hashlib.sha256((worlds.data() / name).read_bytes()).hexdigest()
 
 
 def test_pretraining_keeps_every_listed_checkpoint():
-    """Issue 2: a checkpoint at each token count, holding the model of that moment."""
+    """There is a checkpoint at each token count, holding the model of that moment."""
     early = chain()["base"].with_name("0.000512M.pt")
     assert early.is_file()
     stage = load_checkpoint(early)["lineage"][-1]
@@ -101,8 +101,8 @@ def test_pretraining_keeps_every_listed_checkpoint():
 
 @pytest.mark.parametrize("counts", [(256, 512), (512, 256), (300, 301)])
 def test_token_counts_within_one_update_all_get_a_file(counts, tmp_path):
-    """Issue 2: each listed token count has its checkpoint, even when two fall into the same update or are
-    given out of order; and train() returns a path that exists."""
+    """Each listed token count has its checkpoint, even when two fall into the same update or are given out of
+    order; and train() returns a path that exists."""
     config = pretrain.Config(data=str(worlds.data()), out=str(tmp_path), threads=1,
                              **BASE | dict(tokens=512, checkpoints_at=counts))
     assert Path(worlds.quietly(pretrain.train, config)).is_file()
@@ -110,8 +110,8 @@ def test_token_counts_within_one_update_all_get_a_file(counts, tmp_path):
 
 
 def test_pretraining_reads_every_block_once(tmp_path, monkeypatch):
-    """R5, R6: an epoch visits every block of the shard once, in the order of the stream "text" alone; its
-    tokens are those of the shard."""
+    """An epoch visits every block of the shard once, in the order of the stream "text" alone; its tokens are
+    those of the shard."""
     read, real = [], pretrain.blocks
 
     def blocks(shard, numbers, context):
@@ -134,8 +134,8 @@ def test_rl_keeps_every_listed_checkpoint():
 
 
 def test_pretraining_logs_what_it_promises():
-    """Issue 2, pretrain.py: loss, both validation losses, FLOPs and seconds; losses near ln 510 at the
-    start."""
+    """The log of pretrain.py has loss, both validation losses, FLOPs and seconds; losses are near ln 510 at
+    the start."""
     lines = worlds.lines(chain()["base"].parent / "log.jsonl")
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
@@ -148,8 +148,9 @@ def test_pretraining_logs_what_it_promises():
 
 
 def test_rl_logs_what_it_promises():
-    """Issue 2, rl.py: per step reward, signal fraction, parse failures, truncated, length, entropy, KL to the
-    start, ratio and clip fraction, gradient norm, tokens, FLOPs, seconds; validation pass@1 at intervals."""
+    """The log of rl.py has per step reward, signal fraction, parse failures, truncated, length, entropy, KL
+    to the start, ratio and clip fraction, gradient norm, tokens, FLOPs, seconds; validation pass@1 at
+    intervals."""
     lines = worlds.lines(chain()["rl"].parent / "log.jsonl")
     steps = [line for line in lines if "reward" in line]
     assert [line["step"] for line in steps] == [1, 2, 3]
@@ -188,7 +189,7 @@ def test_a_validation_is_labelled_by_the_updates_done(stage, key, steps):
 
 
 def test_all_solutions_make_more_examples(tmp_path):
-    """Issue 2, sft.py: --gold trains on every solution of each question, else on one."""
+    """With --gold sft.py trains on every solution of each question, else on one."""
     problems = worlds.lines(worlds.data() / "train.jsonl")[:10]
     _, tokenizer, _ = load_model(chain()["base"])
     one = sft.make_examples(tokenizer, problems, False, 0)
@@ -202,14 +203,14 @@ def test_all_solutions_make_more_examples(tmp_path):
 
 
 def test_transcripts_can_be_read():
-    """Issue 2, rl.py: samples.txt has questions, right answers, grades and what the model wrote."""
+    """The file samples.txt has questions, right answers, grades and the model's text."""
     text = (chain()["rl"].parent / "samples.txt").read_text()
     assert "How many are seven?   (answer 7)" in text
     assert "[right]" in text or "[unparsed]" in text or "[wrong]" in text
 
 
 def test_evaluation_measures_and_writes(tmp_path):
-    """Issue 2, evaluate.py: a table on the screen, JSON beside the checkpoint, easy and hard apart."""
+    """Evaluation gives a table on the screen and JSON beside the checkpoint, easy and hard apart."""
     path = Path(shutil.copy(chain()["rl"], tmp_path))
     config = evaluate.Config((str(path),), data=str(worlds.data()), threads=1, **EVALUATE)
     result = worlds.quietly(evaluate.run, config)
@@ -234,7 +235,7 @@ def test_evaluation_measures_and_writes(tmp_path):
 
 
 def test_two_checkpoints_are_compared(tmp_path, capsys):
-    """P3: two checkpoints give the paired difference; of a checkpoint with itself it is 0 with interval [0,
+    """Two checkpoints give the paired difference; of a checkpoint with itself it is 0 with interval [0,
     0]."""
     path = shutil.copy(chain()["rl"], tmp_path)
     config = evaluate.Config((path, path), data=str(worlds.data()), threads=1, benchmarks=False, **EVALUATE)
@@ -244,7 +245,7 @@ def test_two_checkpoints_are_compared(tmp_path, capsys):
 
 
 def test_evaluating_with_examples_before_the_question(tmp_path):
-    """Issue 2, evaluate.py: k-shot results have a file of their own and do not replace the 0-shot ones."""
+    """The k-shot results have a file of their own and do not replace the 0-shot ones."""
     path = Path(shutil.copy(chain()["rl"], tmp_path))
     config = evaluate.Config((str(path),), data=str(worlds.data()), threads=1, shots=1, benchmarks=False,
                              **EVALUATE | dict(max_new=8))
@@ -271,8 +272,8 @@ def test_the_kl_is_from_the_evaluated_model_to_the_reference(tmp_path):
 
 @pytest.mark.parametrize("stage, module", [("base", pretrain), ("sft", sft), ("rl", rl), ("merge", merge)])
 def test_a_finished_run_says_so_and_changes_nothing(stage, module, capsys):
-    """Issue 2, Interface: the second call with the same --out must not touch a finished run. (It cut the last
-    lines off log.jsonl and samples.txt, which are written after the last state.)"""
+    """The second call with the same --out must not touch a finished run. (It cut the last lines off log.jsonl
+    and samples.txt, which are written after the last state.)"""
     path = chain()[stage]
     there = json.loads((path.parent / "config.json").read_text())
     there = {k: tuple(v) if isinstance(v, list) else v for k, v in there.items()}
@@ -285,8 +286,8 @@ def test_a_finished_run_says_so_and_changes_nothing(stage, module, capsys):
 
 @pytest.mark.parametrize("stage", ["base", "parrot"])
 def test_rl_measures_before_it_trains(stage, capsys):
-    """Issue 2, rl.py: before the first step it prints the success rate and the expected share of groups with
-    a signal, and warns when there is none."""
+    """Before the first step rl.py prints the success rate and the expected share of groups with a signal, and
+    warns when there is none."""
     start = chain()["base"] if stage == "base" else chain()["gold"]
     model, tokenizer, _ = load_model(start)
     problems = worlds.lines(worlds.sevens())[:4]
@@ -298,7 +299,7 @@ def test_rl_measures_before_it_trains(stage, capsys):
 
 
 def test_the_probe_leaves_the_run_alone():
-    """R6: measuring first changes neither the weights nor the rollouts' numbers."""
+    """Measuring first changes neither the weights nor the rollouts' numbers."""
     model, tokenizer, _ = load_model(chain()["gold"])
     problems = worlds.lines(worlds.sevens())[:4]
     config = rl.Config(init="x", **RL)
@@ -326,8 +327,7 @@ def options(changes: dict) -> list[str]:
 
 
 def test_the_command_lines_of_the_issue(tmp_path):
-    """Issue 2, Interface, and issue 4: the commands, chained as a person chains them, and the same bits as
-    from Python."""
+    """The commands, chained as a person chains them, give the same bits as from Python."""
     data, sevens = tmp_path / "data", str(worlds.sevens())
 
     def run(script, *argv, **changes):
@@ -359,8 +359,8 @@ def test_the_command_lines_of_the_issue(tmp_path):
 
 
 def test_the_printed_next_command_is_complete(tmp_path):
-    """style.md 10: what a script prints as the next command works when pasted: it names the data folder too,
-    if that is not the default one."""
+    """The next command that a script prints works when pasted: it names the data folder too, if that is not
+    the default one."""
     data = tmp_path / "elsewhere"
     worlds.run_here("data/prepare.py", *options(worlds.TINY_OPTIONS | dict(out=data)))
     argv = options(BASE | dict(data=data, out=tmp_path / "base", threads=1))
@@ -370,8 +370,8 @@ def test_the_printed_next_command_is_complete(tmp_path):
 
 
 def test_a_person_can_ask_a_checkpoint():
-    """Issue 2, model.py: it prints sizes, lineage and tokens seen, then answers each line until the input
-    ends; a prompt that is too long (its end is used), empty or not ASCII is survived."""
+    """The script model.py prints sizes, lineage and tokens seen, then answers each line until the input ends;
+    a prompt that is too long (its end is used), empty or not ASCII is survived."""
     prompts = "Nora has 3 shells. How many are seven?\n\n" + "long " * 300 + "\nЖ 👩 <|endoftext|>\n"
     argv = [chain()["gold"], "--threads", "1", "--max-new", "12"]
     outcome = worlds.run_process("model.py", *argv, stdin=prompts)
@@ -397,7 +397,7 @@ def test_a_greedy_answer_repeats():
 @pytest.mark.parametrize("command", ["data/prepare.py", "pretrain.py", "sft.py", "rl.py", "merge.py",
                                      "merge.py weights", "evaluate.py", "model.py", "scale.py"])
 def test_help_is_printed(command):
-    """Issue 2, Interface: every script has --help, which says what the script does and ends well."""
+    """Every script has --help, which explains the script and ends well."""
     outcome = worlds.run_here(*command.split(), "--help")
     assert outcome.status == 0 and f"python {command}" in outcome.out and not outcome.errors
 

@@ -1,4 +1,4 @@
-"""Several processes (torchrun, gloo on the CPU) do what one does: issue 5, "More than one device"."""
+"""Several processes (torchrun, gloo on the CPU) do the same as one."""
 import dataclasses
 import subprocess
 import sys
@@ -17,7 +17,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def run(ranks: int, script: str, *argv: str) -> str:
-    """`torchrun --nproc_per_node=RANKS SCRIPT ARGV...`; returns what it printed."""
+    """`torchrun --nproc_per_node=RANKS SCRIPT ARGV...`; returns its output."""
     done = subprocess.run([*TORCHRUN, str(ranks), str(worlds.ROOT / script), *argv], cwd=worlds.ROOT,
                           text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
                           env=worlds.environment())
@@ -41,9 +41,9 @@ def assert_same_weights(a: dict, b: dict) -> None:
 
 @pytest.mark.parametrize("script", TRAINERS)
 def test_two_ranks_make_the_updates_of_one_process(script, tmp_path):
-    """Gradients (what the moments hold) agree to 1e-6, and so do the weights after one and three updates, but
-    for the few whose gradient is next to nothing, which AdamW divides by its own size; log and transcripts
-    are of all rows, and nothing is written twice."""
+    """Gradients (as the moments hold them) agree to 1e-6, and so do the weights after one and three updates,
+    but for the few whose gradient is next to nothing, which AdamW divides by its own size; log and
+    transcripts are of all rows, and nothing is written twice."""
     alone, together = tmp_path / "alone", tmp_path / "together"
     worlds.quietly(TRAINERS[script][0].train, options(script, alone))
     said = run(2, script, *command_line(options(script, together)))

@@ -60,7 +60,7 @@ def spy_on_hidden(model):
     return shapes
 
 
-# ---- S1: the cache ------------------------------------------------------------------------------------
+# ---- the cache ----------------------------------------------------------------------------------------
 
 def run_in_parts(model, parts, padding):
     """Logits of all positions, the parts going through the model one after the other with a cache."""
@@ -71,8 +71,8 @@ def run_in_parts(model, parts, padding):
 
 @pytest.mark.parametrize("chunk, n_kv_heads", [(1, 2), (2, 2), (3, 2), (12, 2), (3, 1)])
 def test_prefill_in_chunks_equals_the_full_forward(make_gpt, chunk, n_kv_heads):
-    """S1: chunks into a cache give the logits of one full forward, which a top-left mask does not. Two heads
-    of queries, which share one of keys and values in the last case."""
+    """Chunks into a cache give the logits of one full forward, which a top-left mask does not. Two heads of
+    queries, which share one of keys and values in the last case."""
     gpt = make_gpt(n_kv_heads=n_kv_heads)
     full = torch.randint(0, 61, (2, 36), generator=generator(0, "test"))
     for length in range(1, 13):                          # the prompt in chunks, then token by token
@@ -82,7 +82,7 @@ def test_prefill_in_chunks_equals_the_full_forward(make_gpt, chunk, n_kv_heads):
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 9])
 def test_padded_prefill_in_chunks_equals_the_full_forward(gpt, chunk):
-    """S1: the same for prompts padded on the left; a chunk of padding only must not spoil what follows."""
+    """Padding on the left changes no logits; a chunk of padding only must not spoil the next ones."""
     prompts = prompts_of_all_lengths(9, 61)
     padding = [9 - len(p) for p in prompts]
     ids = torch.tensor([[0] * n + p for n, p in zip(padding, prompts)])
@@ -92,7 +92,8 @@ def test_padded_prefill_in_chunks_equals_the_full_forward(gpt, chunk):
 
 
 def test_decoding_in_a_padded_batch_equals_the_full_forward(small_gpt):
-    """S1: prompts of all lengths in a padded batch: same tokens, log-probabilities, entropies as alone."""
+    """Prompts of all lengths in one batch have the tokens, log-probabilities and entropies they have
+    alone."""
     prompts = prompts_of_all_lengths()
     u = uniforms(24, 10)
     out = draw(small_gpt, prompts, u)
@@ -106,7 +107,7 @@ def test_decoding_in_a_padded_batch_equals_the_full_forward(small_gpt):
 
 
 def test_cached_keys_of_other_rows_stay_apart(gpt):
-    """S1: Cache.select repeats and reorders whole rows: keys, values and the number of padding columns."""
+    """Cache.select repeats and reorders whole rows: keys, values and the number of padding columns."""
     prompts = [[1, 2, 3, 4, 5, 6], [7, 8], [9, 10, 11]]
     padding = [6 - len(p) for p in prompts]
     ids = torch.tensor([[0] * n + p for n, p in zip(padding, prompts)])
@@ -119,10 +120,10 @@ def test_cached_keys_of_other_rows_stay_apart(gpt):
             assert torch.allclose(decoded[row], gpt(torch.tensor([prompts[p] + [last]]))[0, -1], atol=1e-4)
 
 
-# ---- S2: one prefill per prompt -----------------------------------------------------------------------
+# ---- one prefill per prompt ---------------------------------------------------------------------------
 
 def test_a_prompt_is_computed_once_for_its_group(small_gpt):
-    """S2: the first pass has one row per prompt; yet each row of the group draws its own first token."""
+    """The first pass has one row per prompt; yet each row of the group draws its own first token."""
     prompts = prompts_of_all_lengths(4)
     shapes = spy_on_hidden(small_gpt)
     out = draw(small_gpt, prompts, uniforms(200, 5), compact=False)
@@ -132,7 +133,7 @@ def test_a_prompt_is_computed_once_for_its_group(small_gpt):
 
 
 def test_row_belongs_to_prompt_row_over_group(small_gpt):
-    """S2: row p·G + g continues prompt p, also where `sample` sorts prompts by length and cuts blocks."""
+    """Row p·G + g continues prompt p, also where `sample` sorts prompts by length and cuts blocks."""
     prompts = [prompts_of_all_lengths(5)[i] for i in (2, 4, 0, 1, 3)]    # not its own inverse
     out = sample(small_gpt, prompts, 3, 6, EOS, PAD, generator(1, "test"), block=7)
     for row, completion in enumerate(out.completions()):
@@ -142,11 +143,11 @@ def test_row_belongs_to_prompt_row_over_group(small_gpt):
         assert torch.allclose(out.logprobs[row, :len(completion)], expected, atol=1e-5)
 
 
-# ---- S3: compaction, order, frequencies ---------------------------------------------------------------
+# ---- compaction, order, frequencies -------------------------------------------------------------------
 
 @pytest.mark.parametrize("temperature", [1.0, .6])
 def test_compaction_changes_nothing(small_gpt, temperature):
-    """S3: dropping finished rows gives the same tokens, since each row has its own uniform numbers."""
+    """Dropping finished rows gives the same tokens, since each row has its own uniform numbers."""
     prompts, u = prompts_of_all_lengths(6), uniforms(120, 20)
     a, b = (draw(small_gpt, prompts, u, temperature, compact) for compact in (True, False))
     assert torch.equal(a.tokens, b.tokens) and torch.equal(a.lengths, b.lengths)
@@ -156,7 +157,7 @@ def test_compaction_changes_nothing(small_gpt, temperature):
 
 
 def test_compaction_drops_finished_rows(bigram):
-    """S3: of 40 rows 20 end at the first token; the next passes carry the other 20, or 40 without it."""
+    """Of 40 rows 20 end at the first token; the next passes carry the other 20, or 40 without it."""
     model = bigram({0: {1: .5, 2: .5}, 1: {1: 1.}}, n_vocab=3)
     u = torch.tensor([[.25] * 4, [.75] * 4]).repeat(20, 1)
     for compact, rows in ((True, 20), (False, 40)):
@@ -167,7 +168,7 @@ def test_compaction_drops_finished_rows(bigram):
 
 
 def test_sampling_stops_when_all_rows_are_finished(bigram):
-    """S3: nothing is computed after the last row's EOS."""
+    """Nothing is computed after the last row's EOS."""
     model = bigram({0: {1: 1.}, 1: {2: 1.}}, n_vocab=3)
     shapes = spy_on_hidden(model)
     out = sample(model, [[0]] * 3, 2, 30, 2, 2, generator(0, "test"))
@@ -175,7 +176,7 @@ def test_sampling_stops_when_all_rows_are_finished(bigram):
 
 
 def test_order_of_rows_is_irrelevant(small_gpt):
-    """S3: prompts in another order, with their uniform numbers, give the same completions in that order."""
+    """Prompts in another order, with their uniform numbers, give the same completions in that order."""
     prompts, u = prompts_of_all_lengths(8), uniforms(8, 12)
     order = torch.randperm(8, generator=generator(0, "order"))
     a = draw(small_gpt, prompts, u)
@@ -185,7 +186,7 @@ def test_order_of_rows_is_irrelevant(small_gpt):
 
 @pytest.mark.parametrize("block", [1, 4, 9, 30])
 def test_blocks_are_irrelevant(small_gpt, block):
-    """S3: how many rows are decoded at a time changes no token and no figure."""
+    """The number of rows decoded at a time changes no token and no figure."""
     prompts = prompts_of_all_lengths(7)[::-1]
     a, b = (sample(small_gpt, prompts, 4, 12, EOS, PAD, generator(3, "test"), block=n) for n in (1024, block))
     assert torch.equal(a.tokens, b.tokens) and torch.equal(a.lengths, b.lengths)
@@ -195,7 +196,7 @@ def test_blocks_are_irrelevant(small_gpt, block):
 
 
 def test_a_row_does_not_depend_on_its_neighbours(small_gpt):
-    """S3: a longer prompt beside a row changes its padding and its place in the batch, not its tokens."""
+    """A longer prompt beside a row changes its padding and its place in the batch, not its tokens."""
     a, b = (sample(small_gpt, [[1, 2, 3], other, [4]], 10, 8, EOS, PAD, generator(0, "test"))
             for other in ([5, 6], [7] * 9))
     for rows in (slice(0, 10), slice(20, 30)):
@@ -203,7 +204,7 @@ def test_a_row_does_not_depend_on_its_neighbours(small_gpt):
 
 
 def test_only_the_given_generator_is_used(small_gpt):
-    """R6: one seed gives the same rollouts whatever the global generator did, and leaves that one alone."""
+    """One seed gives the same rollouts whatever the global generator did, and leaves that one alone."""
     def tokens(seed):
         return sample(small_gpt, [[1, 2]], 20, 8, EOS, PAD, generator(seed, "test")).tokens
     first = tokens(0)
@@ -215,7 +216,7 @@ def test_only_the_given_generator_is_used(small_gpt):
 
 @pytest.mark.parametrize("temperature", [1.0, .6])
 def test_frequencies_match_softmax(small_gpt, temperature):
-    """S3: first and second tokens of 6,000 rows against the exact distribution, by chi-square."""
+    """First and second tokens of 6,000 rows agree with the exact distribution, by chi-square."""
     rows = 6000
     out = sample(small_gpt, [[3, 1]], rows, 2, EOS, PAD, generator(0, "test"), temperature)
     with torch.inference_mode():
@@ -231,7 +232,7 @@ def test_frequencies_match_softmax(small_gpt, temperature):
 
 
 def test_the_inverse_cdf_hits_each_tokens_interval(bigram):
-    """S3: probabilities .2, .3, .5: u below .2 draws the first, below .5 the second, above the third."""
+    """With probabilities .2, .3, .5 a u below .2 draws the first, below .5 the second, above the third."""
     model = bigram({0: {1: .2, 3: .3, 4: .5}}, n_vocab=6)
     u = torch.tensor([0., .1, .199, .201, .35, .499, .501, .9, LAST_UNIFORM])[:, None]
     out = draw(model, [[0]], u, eos=5)
@@ -240,16 +241,16 @@ def test_the_inverse_cdf_hits_each_tokens_interval(bigram):
 
 @pytest.mark.parametrize("u, expected", [(0., 2), (LAST_UNIFORM, 3)])
 def test_a_token_of_probability_zero_is_never_drawn(bigram, u, expected):
-    """S3: at both ends of [0,1) the draw skips tokens whose probability is exactly 0 in float32."""
+    """At both ends of [0,1) the draw skips tokens whose probability is exactly 0 in float32."""
     model = bigram({0: {2: .5, 3: .5}}, n_vocab=6)
     out = draw(model, [[0]], torch.tensor([[u]]), eos=5)
     assert out.tokens.tolist() == [[expected]] and out.entropy.isfinite().all()
 
 
-# ---- G7: EOS ------------------------------------------------------------------------------------------
+# ---- EOS ----------------------------------------------------------------------------------------------
 
 def test_eos_is_a_target_with_a_gradient(gpt):
-    """G7: the completion [7, EOS] has two targets, and -logp pulls the EOS logit up at its own position."""
+    """The completion [7, EOS] has two targets, and -logp pulls the EOS logit up at its own position."""
     eos, seen, original = 60, [], gpt.logits
 
     def logits(hidden):
@@ -268,7 +269,7 @@ def test_eos_is_a_target_with_a_gradient(gpt):
 
 
 def test_pack_goes_by_lengths():
-    """G7: targets come from recorded lengths; completions that hold the pad id lose no target."""
+    """Targets come from recorded lengths; completions that hold the pad id lose no target."""
     pad = 0
     prompts, completions = [[5, 0, 6], [7], [8, 8]], [[0, 9], [0, 0, 0, 9], []]
     ids, target = pack(prompts, completions, pad)
@@ -278,7 +279,7 @@ def test_pack_goes_by_lengths():
 
 
 def test_packed_logprobs_equal_single_rows(gpt, logprobs_of):
-    """G7, G8: padding on the right and other rows change no log-probability; the order is row after row."""
+    """Padding on the right and other rows change no log-probability; the order is row after row."""
     prompts, completions = [[1, 2, 3, 4], [5], [6, 0]], [[0, 7, 60], [8, 0], [0, 0, 9, 1, 2]]
     for temperature in (1., .6):
         ids, target = pack(prompts, completions, 0)
@@ -289,8 +290,8 @@ def test_packed_logprobs_equal_single_rows(gpt, logprobs_of):
 
 @pytest.mark.parametrize("temperature, n_kv_heads", [(1., 2), (.6, 2), (.6, 1)])
 def test_shared_prompts_give_the_same_logprobs(make_gpt, temperature, n_kv_heads):
-    """G8: completions that attend to prompts computed once, in any order and number per prompt, one-token
-    prompts and one-token completions among them: the log-probabilities of whole rows."""
+    """Completions attend to prompts computed once, in any order and number per prompt, one-token prompts and
+    one-token completions among them: the log-probabilities are those of whole rows."""
     gpt = make_gpt(n_kv_heads=n_kv_heads)
     prompts = [[1], [2, 3, 4, 5, 6, 7], [8, 9], [0, 0, 0], [10]]
     rows = [1, 0, 4, 4, 2, 3, 1, 0]
@@ -314,7 +315,7 @@ def test_shared_prompts_fill_the_context(gpt):
 
 
 def test_sampled_rows_end_with_their_first_eos(small_gpt):
-    """G7: a finished row's last token is its only EOS, counted in its length; what follows is padding."""
+    """A finished row's last token is its only EOS, counted in its length; the rest is padding."""
     out = sample(small_gpt, prompts_of_all_lengths(6), 30, 20, EOS, PAD, generator(0, "test"))
     assert int(out.finished.sum()) > 100
     for row, tokens in enumerate(out.tokens.tolist()):
@@ -327,7 +328,7 @@ def test_sampled_rows_end_with_their_first_eos(small_gpt):
 
 
 def test_truncated_rows_have_all_tokens_and_no_eos(small_gpt):
-    """G9: a row without EOS within max_new is not finished and keeps max_new tokens."""
+    """A row without EOS within max_new is not finished and keeps max_new tokens."""
     never = 15                                                           # a row that no token uses
     out = sample(small_gpt, [[1], [2, 3]], 5, 7, never, PAD, generator(0, "test"))
     assert not out.finished.any() and (out.lengths == 7).all()
@@ -335,17 +336,17 @@ def test_truncated_rows_have_all_tokens_and_no_eos(small_gpt):
 
 
 def test_eos_at_the_last_place_is_not_a_truncation(bigram):
-    """G9: EOS as token max_new counts as finished."""
+    """EOS as token max_new counts as finished."""
     model = bigram({0: {1: 1.}, 1: {2: 1.}}, n_vocab=3)
     assert sample(model, [[0]], 1, 2, 2, 2, generator(0, "test")).finished.tolist() == [True]
     assert sample(model, [[0]], 1, 1, 2, 2, generator(0, "test")).finished.tolist() == [False]
 
 
-# ---- G8: one distribution -----------------------------------------------------------------------------
+# ---- one distribution ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("temperature", [1.0, .6])
 def test_recorded_logprobs_are_the_trainers(small_gpt, temperature):
-    """G8: the sampler's log-probabilities equal those of the trainer, computed from logits/T, to 1e-5."""
+    """The sampler's log-probabilities equal those of the trainer, computed from logits/T, to 1e-5."""
     prompts = prompts_of_all_lengths(8)
     out = sample(small_gpt, prompts, 5, 12, EOS, PAD, generator(0, "test"), temperature)
     ids, target = pack([p for p in prompts for _ in range(5)], out.completions(), PAD)
@@ -358,7 +359,7 @@ def test_recorded_logprobs_are_the_trainers(small_gpt, temperature):
 
 @pytest.mark.parametrize("temperature", [1.0, .6])
 def test_recorded_entropy_is_that_of_the_sampling_distribution(gpt, temperature):
-    """G13: entropy = -sum p log p of softmax(logits/T), in nats, over the tokens in use."""
+    """Entropy is -sum p log p of softmax(logits/T), in nats, over the tokens in use."""
     out = sample(gpt, [[1, 2, 3]], 6, 4, 63, 0, generator(0, "test"), temperature)
     for row, completion in enumerate(out.completions()):
         for t in range(4):
@@ -369,7 +370,7 @@ def test_recorded_entropy_is_that_of_the_sampling_distribution(gpt, temperature)
 
 
 def test_banned_rows_are_neither_sampled_nor_scored(gpt):
-    """G8: unused rows of the head, which would win every draw if they took part, change nothing."""
+    """Unused rows of the head, which would win every draw if they took part, change nothing."""
     before = sample(gpt, [[1, 2]], 300, 3, 60, 0, generator(0, "test"))
     with torch.no_grad():
         gpt.head.weight[61:] = 100 * gpt.hidden(torch.tensor([[1, 2]]))[0, -1]
@@ -381,7 +382,7 @@ def test_banned_rows_are_neither_sampled_nor_scored(gpt):
 
 
 def test_temperature_zero_is_greedy(small_gpt):
-    """S1: temperature 0 takes the argmax at every step, for all prompt lengths in one batch."""
+    """Temperature 0 takes the argmax at every step, for all prompt lengths in one batch."""
     prompts = prompts_of_all_lengths()
     out = sample(small_gpt, prompts, 1, 15, EOS, PAD, generator(0, "test"), 0.0)
     for prompt, completion in zip(prompts, out.completions()):
@@ -389,7 +390,7 @@ def test_temperature_zero_is_greedy(small_gpt):
 
 
 def test_low_temperature_sharpens(bigram):
-    """G8: at T=.5 probabilities .2 and .8 become .2²/(.2²+.8²) = 1/17 and 16/17."""
+    """At T=.5 probabilities .2 and .8 become .2²/(.2²+.8²) = 1/17 and 16/17."""
     model = bigram({0: {1: .2, 2: .8}}, n_vocab=4)
     out = sample(model, [[0]], 2, 1, 3, 3, generator(0, "test"), .5)
     expected = torch.tensor([0., 1 / 17, 16 / 17, 0.])[out.tokens[:, 0]]
@@ -413,7 +414,7 @@ def test_a_prompt_that_just_fits_is_sampled(gpt):
 
 @pytest.mark.parametrize("tokens", [1, 7, 20, 64, 10_000])
 def test_micro_batches_hold_every_row_once(tokens):
-    """G6: each row is in exactly one micro-batch, which has at most `tokens` tokens unless it is one row."""
+    """Each row is in exactly one micro-batch, which has at most `tokens` tokens unless it is one row."""
     lengths = [3, 9, 1, 7, 7, 20, 2, 5, 4, 9]
     batches = micro_batches(lengths, tokens)
     assert sorted(row for rows in batches for row in rows) == list(range(10))

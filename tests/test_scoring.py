@@ -30,7 +30,7 @@ from evaluate import (
 )
 from model import sample
 
-# ---- A1, A2, A3: the verifier -------------------------------------------------------------------------
+# ---- the verifier -------------------------------------------------------------------------------------
 
 RIGHT = ["#### 12", "#### 12\n", "37+48=85\n85-73=12\n#### 12", "words\n\n#### 12\n", f"#### 12{EOS}",
          f"#### 12\n{EOS}#### 13"]
@@ -53,39 +53,39 @@ UNPARSED = {
 
 @pytest.mark.parametrize("completion", RIGHT)
 def test_right_answers(completion):
-    """A1: the form once, with or without the final newline, after any working; EOS ends the text."""
+    """The form once is right, with or without the final newline, after any working; EOS ends the text."""
     assert grade(completion, "12") == "right"
 
 
 @pytest.mark.parametrize("completion", WRONG, ids=lambda text: text[:12])
 def test_wrong_answers(completion):
-    """A1, A3: another number in the one exact form is 'wrong'; 5,000 digits raise nothing."""
+    """Another number in the one exact form is 'wrong'; 5,000 digits raise nothing."""
     assert grade(completion, "12") == "wrong"
 
 
 @pytest.mark.parametrize("completion", UNPARSED.values(), ids=UNPARSED)
 def test_unparsed_answers(completion):
-    """A1, A3: whatever is not exactly the form is 'unparsed', counted apart from wrong numbers."""
+    """Whatever is not exactly the form is 'unparsed', counted apart from wrong numbers."""
     assert grade(completion, "12") == "unparsed"
 
 
 @pytest.mark.parametrize("gold", ["-3", "0", "100278", "9" * 30])
 def test_any_integer_can_be_the_answer(gold):
-    """A1: negative, zero and long answers are compared exactly, as text; neighbours in float64 differ."""
+    """Negative, zero and long answers are compared exactly, as text; neighbours in float64 differ."""
     assert grade(f"#### {gold}", gold) == "right"
     for other in (int(gold) + 1, -int(gold) - 1):
         assert grade(f"#### {other}", gold) == "wrong"
 
 
 def test_cut_off_answers():
-    """G9: a completion cut off before EOS counts only if its answer line is complete."""
+    """A completion cut off before EOS counts only if its answer line is complete."""
     assert grade("#### 12", "12", finished=False) == "unparsed"
     assert grade("#### 12\n", "12", finished=False) == "right"
     assert grade("#### 12\nmore", "12", finished=False) == "unparsed"
 
 
 def test_eos_spelled_out_is_not_eos(byte_tokenizer):
-    """A1: the EOS token ends the text; its name written in plain bytes does not, and is part of no answer."""
+    """The EOS token ends the text; its name written in plain bytes does not, and is part of no answer."""
     def read(ids, finished):
         return evaluate.read_answer(byte_tokenizer, ids, finished, "12")[1]
     ids, name = byte_tokenizer.encode("#### 12"), byte_tokenizer.encode(EOS)
@@ -95,7 +95,7 @@ def test_eos_spelled_out_is_not_eos(byte_tokenizer):
 
 
 def test_hacks_score_nothing():
-    """A2: repeating the prompt, listing 0..99, giving the answer and then another."""
+    """Repeating the prompt, listing 0..99, or giving the answer and then another earns nothing."""
     question = "Nora has 10 shells. Nora finds 2. How many shells?"
     probes = [question, f"{question}\n12", f"{question}\n#### 12\n{question}\n#### 13",
               "\n".join(f"#### {i}" for i in range(100)), "#### " + " ".join(map(str, range(100))),
@@ -104,23 +104,23 @@ def test_hacks_score_nothing():
 
 
 def test_grading_long_text_takes_no_time():
-    """A1: the pattern cannot be made slow; a text of 200,000 characters is read in a fraction of a second."""
+    """The pattern cannot be made slow; a text of 200,000 characters is read in a fraction of a second."""
     for text in ("\n" * 200_000, "\n#### 1" * 28_000, "#### " + "1" * 200_000 + "x", "####" * 50_000):
         assert grade(text, "12") == "unparsed"
 
 
-# ---- P1, P2, P4: pass@k -------------------------------------------------------------------------------
+# ---- pass@k -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("n, c, k, expected", [
     (4, 1, 2, .5), (32, 1, 8, .25), (10, 3, 5, .9166667), (32, 0, 32, 0), (64, 1, 32, .5), (100, 3, 1, .03),
     (8, 8, 1, 1), (8, 5, 4, 1)])
 def test_pass_at_k_values(n, c, k, expected):
-    """P1: values worked out beforehand; 1 if fewer than k samples are wrong."""
+    """The values are those worked out beforehand, and 1 if fewer than k samples are wrong."""
     assert abs(pass_at_k(n, c, k) - expected) < 1e-7
 
 
 def test_pass_at_k_is_the_enumeration():
-    """P1: the share of all k-subsets of n samples that hold a right one, for every n <= 8, c and k."""
+    """The value is the share of all k-subsets of n samples that hold a right one, for every n <= 8, c, k."""
     for n in range(1, 9):
         for c in range(n + 1):
             for k in range(1, n + 1):
@@ -130,7 +130,7 @@ def test_pass_at_k_is_the_enumeration():
 
 
 def test_pass_at_k_of_many_samples():
-    """P1: no overflow and no cancellation where binomials have thousands of digits."""
+    """There is no overflow and no cancellation where binomials have thousands of digits."""
     exact = 1 - math.comb(9_990, 5_000) / math.comb(10_000, 5_000)
     assert abs(pass_at_k(10_000, 10, 5_000) - exact) < 1e-12
     assert abs(pass_at_k(10_000, 1, 1) - 1e-4) < 1e-15
@@ -138,13 +138,13 @@ def test_pass_at_k_of_many_samples():
 
 @pytest.mark.parametrize("n, c, k", [(4, 1, 5), (4, 4, 5), (4, 0, 0), (4, 5, 2), (4, -1, 2), (0, 0, 1)])
 def test_pass_at_k_errors(n, c, k):
-    """P1: k > n is an error even where all samples are right; so are impossible counts."""
+    """Asking for k > n is an error even where all samples are right; so are impossible counts."""
     with pytest.raises(ValueError):
         pass_at_k(n, c, k)
 
 
 def test_enough_samples_by_default():
-    """P2: at least 2 k samples for pass@k, and asking for k > samples is refused before any work."""
+    """There are at least 2 k samples for pass@k, and asking for k > samples is refused before any work."""
     c = evaluate.Config(("x.pt",))
     assert c.n_samples >= 2 * max(c.k) and max(c.k) == 32
     with pytest.raises(UserError, match="--n-samples 16"):
@@ -152,7 +152,7 @@ def test_enough_samples_by_default():
 
 
 def test_standard_error_of_pass_at_32():
-    """P2: at 200 problems about .035, .032, .030 for n = 32, 64, 128 and .029 at best (beta(.3, 4))."""
+    """The error at 200 problems is .035, .032, .030 for n = 32, 64, 128 and .029 at best (beta(.3, 4))."""
     rng = np.random.default_rng(0)
     rates = rng.beta(.3, 4, 20_000)
     values = [[pass_at_k(n, c, 32) for c in rng.binomial(n, rates).tolist()] for n in (32, 64, 128)]
@@ -161,16 +161,16 @@ def test_standard_error_of_pass_at_32():
 
 
 def test_right_attempts_are_counted():
-    """P4: per problem the number of right attempts, as an integer; nothing is a little right."""
+    """The count is the number of right attempts per problem, as an integer; nothing is a little right."""
     a = Attempts([""] * 6, ["right", "wrong", "unparsed", "right", "right", "right"], 0)
     counts = a.right(3)
     assert counts.tolist() == [1, 3] and counts.dtype.kind == "i"
 
 
-# ---- P3: bootstrap ------------------------------------------------------------------------------------
+# ---- bootstrap ----------------------------------------------------------------------------------------
 
 def test_bootstrap_is_over_problems():
-    """P3: replicates are means of problems drawn with replacement, all columns (k) from one draw."""
+    """Replicates are means of problems drawn with replacement, all columns (k) from one draw."""
     values = np.stack([np.array([1., 0, 0, 0, 0]), np.array([10., 0, 0, 0, 0])], 1)
     means = bootstrap_means(values, 0)
     assert means.shape[0] >= 2_000 and means.shape[1:] == (2,)
@@ -182,7 +182,7 @@ def test_bootstrap_is_over_problems():
 
 
 def test_bootstrap_is_deterministic():
-    """P3: a fixed seed draws the same problems, whatever numpy's global state is; another seed others."""
+    """A fixed seed draws the same problems, whatever numpy's global state is; another seed others."""
     values = np.arange(30.)
     a = bootstrap_means(values, 0)
     np.random.seed(7)
@@ -191,20 +191,20 @@ def test_bootstrap_is_deterministic():
 
 
 def test_bootstrap_is_paired():
-    """P3: the same seed draws the same problems for two models: differences are paired."""
+    """The same seed draws the same problems for two models: differences are paired."""
     rng = np.random.default_rng(0)
     a, b = rng.random(40), rng.random(40)
     assert np.allclose(bootstrap_means(a, 3) - bootstrap_means(b, 3), bootstrap_means(a - b, 3))
 
 
 def test_interval_is_the_middle_95_percent():
-    """P3: the interval leaves 2.5 % of the replicates out on either side."""
+    """The interval leaves 2.5 % of the replicates out on either side."""
     low, high = interval(np.random.default_rng(0).permutation(10_001) / 10_000)
     assert abs(low - .025) < 1e-9 and abs(high - .975) < 1e-9
 
 
 def test_coverage():
-    """P3: of 300 intervals for the mean of 40 exponential values 90 to 97 % hold the truth."""
+    """Of 300 intervals for the mean of 40 exponential values 90 to 97 % hold the truth."""
     rng = np.random.default_rng(1)
     hits = 0
     for seed in range(300):
@@ -221,7 +221,7 @@ def result(right, samples=4, k=(1, 2), hits=None):
 
 
 def test_compare_is_paired():
-    """P3: one more right sample at each of very different problems is certain: an interval without width."""
+    """One more right sample at each of very different problems is certain: an interval without width."""
     a, b = result([1, 2, 3, 4] * 10), result([0, 1, 2, 3] * 10)
     mean, low, high = compare(a, b, 0)["easy pass@1"]
     assert abs(mean - .25) < 1e-12 and abs(low - .25) < 1e-12 and abs(high - .25) < 1e-12
@@ -229,7 +229,7 @@ def test_compare_is_paired():
 
 
 def test_compare_is_first_minus_second():
-    """P3: pass@2 of 4 samples with 1 right is .5, with 0 right 0, with 4 right 1; so .5 - 0 and .5 - 1."""
+    """The pass@2 of 4 samples with 1 right is .5, with 0 right 0, with 4 right 1; so .5 - 0 and .5 - 1."""
     differences = compare(result([1, 1]), result([0, 4]), 0)
     assert differences["easy pass@2"] == (0., -.5, .5) and abs(differences["easy pass@1"][0] + .25) < 1e-12
     flipped = compare(result([0, 4]), result([1, 1]), 0)
@@ -237,14 +237,14 @@ def test_compare_is_first_minus_second():
 
 
 def test_compare_interval_has_the_right_width():
-    """P3: gaps of ±1 at 100 problems have a standard error of .1: the interval is about ±1.96 times that."""
+    """Gaps of ±1 at 100 problems have a standard error of .1: the interval is about ±1.96 times that."""
     a, b = result([4, 0] * 50), result([0, 4] * 50)
     mean, low, high = compare(a, b, 0)["easy pass@1"]
     assert mean == 0 and abs(low + .196) < .03 and abs(high - .196) < .03
 
 
 def test_compare_general_mean():
-    """P3, B1: the mean over tasks of the difference in hits; each task has the same weight."""
+    """The difference is the mean over tasks of the difference in hits; each task has the same weight."""
     a = result([1], hits={"x": [1, 1, 1, 0], "y": [1, 1]})
     b = result([1], hits={"x": [0, 0, 1, 0], "y": [1, 1]})
     mean, low, high = compare(a, b, 0)["general mean"]
@@ -254,7 +254,7 @@ def test_compare_general_mean():
 # ---- a whole set of problems --------------------------------------------------------------------------
 
 def test_measures_of_a_known_model(answering, answer_tokenizer):
-    """A3, P1, P4: a model right with .75·.6, wrong with .75·.4, unreadable with .25 is measured as such."""
+    """A model right with .75·.6, wrong with .75·.4, unreadable with .25 is measured as such."""
     problems = [{"question": f"q{i}", "answer": "7"} for i in range(60)]
     c = evaluate.Config(("x.pt",), n_samples=20, k=(1, 4), temperature=1.0, max_new=8)
     r = measure_problems(answering(.4, .25), answer_tokenizer, problems, c, [], "test")
@@ -271,7 +271,7 @@ def test_measures_of_a_known_model(answering, answer_tokenizer):
 
 
 def test_measuring_twice_gives_the_same(answering, answer_tokenizer):
-    """R6: the evaluation has a generator of its own, seeded by the config alone."""
+    """The evaluation has a generator of its own, seeded by the config alone."""
     problems = [{"question": f"q{i}", "answer": "7"} for i in range(5)]
     c = evaluate.Config(("x.pt",), n_samples=8, k=(1,), max_new=8)
     a = measure_problems(answering(), answer_tokenizer, problems, c, [], "test")
@@ -316,37 +316,37 @@ def test_kl_is_the_mean_over_all_tokens_of_the_answers(make_gpt, answer_tokenize
     (["a"] * 5, 0.), (["a", "b"], math.log(2)), (list("abcd"), math.log(4)),
     (["7"] * 3 + ["8"], math.log(4) - .75 * math.log(3))])
 def test_entropy_of_answers(values, expected):
-    """G13: -sum p log p of what was observed, in nats."""
+    """The entropy is -sum p log p of the observed values, in nats."""
     assert abs(entropy(values) - expected) < 1e-12
 
 
-# ---- B1, B2: general capabilities ---------------------------------------------------------------------
+# ---- general capabilities -----------------------------------------------------------------------------
 
 def test_pick_by_sum_and_per_character():
-    """B1: choices 'aa', 'bbbb' with -4, -6: acc picks 0; per character -2, -1.5: acc_norm picks 1."""
+    """For choices 'aa', 'bbbb' with -4, -6 acc picks 0; per character -2, -1.5: acc_norm picks 1."""
     assert pick([-4, -6], ["aa", "bbbb"]) == (0, 1)
     assert pick([-4, -6], [" aa", " bbbb"]) == (0, 1)
 
 
 def test_pick_does_not_count_the_leading_space():
-    """B1: ' a' and 'bb' with -2 and -3: per character without the space -2 and -1.5; with it -1 and -1.5."""
+    """For ' a', 'bb' with -2, -3: per character without the space -2 and -1.5; with it -1 and -1.5."""
     assert pick([-2, -3], [" a", " bb"]) == (0, 1)
     assert pick([-3.2, -3], [" ab c", " abc"])[1] == 0                   # an inner space is a character
 
 
 def test_pick_counts_characters_not_bytes():
-    """B1: 'éé' is two characters and 'abc' three: -2.2 and -2.9 give -1.1 and -.97 (-.55 by bytes)."""
+    """The choice 'éé' is two characters and 'abc' three: -2.2 and -2.9 give -1.1 and -.97 (-.55 by bytes)."""
     assert pick([-2.2, -2.9], ["éé", "abc"]) == (0, 1)
 
 
 def test_ties_go_to_the_first():
-    """B1: of equal scores the first is taken, by sum and per character."""
+    """Of equal scores the first is taken, by sum and per character."""
     assert pick([-3, -1, -1], ["aa", "bb", "cc"]) == (1, 1) and pick([-2, -4], ["a", "bb"])[1] == 0
 
 
 @pytest.mark.parametrize("tokens", [1, 20, 10_000])
 def test_scores_equal_single_rows(gpt, logprobs_of, tokens):
-    """B1: log-likelihood of the continuation given the context, whatever is computed beside it."""
+    """The score is the log-likelihood of the continuation given the context, whatever else is computed."""
     contexts = [[1], [2, 3, 4, 5, 6, 7, 8, 9], [10, 11], [12, 13, 14], [1]]
     continuations = [[20, 0, 21], [22], [0, 0, 0, 0, 0], [23, 24], [25]]
     sums, _ = score_rows(gpt, contexts, continuations, 0, tokens)
@@ -356,7 +356,7 @@ def test_scores_equal_single_rows(gpt, logprobs_of, tokens):
 
 
 def test_exact_match_needs_every_token(gpt):
-    """B1: LAMBADA-style: every target token is the argmax under teacher forcing, first and last too."""
+    """LAMBADA-style: every target token is the argmax under teacher forcing, first and last too."""
     def continued(ids, n):
         for _ in range(n):
             ids = ids + [int(gpt(torch.tensor([ids]))[0, -1].argmax())]
@@ -380,8 +380,8 @@ def after_q(bigram, byte_tokenizer):
 
 
 def test_benchmark_accuracy_by_the_number_of_choices(after_q, byte_tokenizer):
-    """B1: acc_norm where there are three or more choices; acc where there are two, which differ in a letter
-    or two (BLiMP); exact match where there is one. 'aaaa' has .3 in four letters, 'b' .6 in one."""
+    """Accuracy is acc_norm where there are three or more choices; acc where there are two, which differ in a
+    letter or two (BLiMP); exact match where there is one. 'aaaa' has .3 in four letters, 'b' .6 in one."""
     items = [choice("many", ["aaaa", "b", "cx"], 0), choice("many", ["aa", "bb", "cx"], 1),
              choice("two", ["aaaa", "b"], 0), choice("two", ["a", "b"], 1), choice("two", ["a", "bc"], 1),
              choice("one", ["bc"], 0), choice("one", ["b"], 0), choice("one", ["a"], 0)]
@@ -394,8 +394,8 @@ def test_benchmark_accuracy_by_the_number_of_choices(after_q, byte_tokenizer):
 
 
 def test_benchmark_chance_and_error(after_q, byte_tokenizer):
-    """B1: the chance level of the items, and the standard error sqrt(p(1-p)/(n-1)) of the accuracy shown:
-    with two choices that of acc (4 of 5 here; by acc_norm 5 of 5 would have none)."""
+    """Reported are the chance level of the items, and the standard error sqrt(p(1-p)/(n-1)) of the accuracy
+    shown: with two choices that of acc (4 of 5 here; by acc_norm 5 of 5 would have none)."""
     right = [choice("two", ["a", "b"], 1)] * 4
     r = measure_benchmarks(after_q, byte_tokenizer, [*right, choice("two", ["aaaa", "b"], 0)])["two"]
     assert abs(r["stderr"] - (.8 * .2 / 4) ** .5) < 1e-9 and r["chance"] == .5 and r["acc_norm"] == 1
@@ -404,8 +404,8 @@ def test_benchmark_chance_and_error(after_q, byte_tokenizer):
 
 
 def test_a_context_follows_eos(bigram, byte_tokenizer):
-    """B1: in pretraining every text follows the EOS of another, so a context does too: the choices of an
-    empty context are judged by what follows EOS."""
+    """In pretraining every text follows the EOS of another, so a context does too: the choices of an empty
+    context are judged as continuations of EOS."""
     a, b = ord("a"), ord("b")
     model = bigram({byte_tokenizer.eos: {a: .1, b: .9}}, byte_tokenizer.n_vocab)
     r = measure_benchmarks(model, byte_tokenizer, [choice("x", ["a", "b"], i, context="") for i in (0, 1)])
@@ -413,13 +413,13 @@ def test_a_context_follows_eos(bigram, byte_tokenizer):
 
 
 def test_a_prompt_is_eos_question_newline(byte_tokenizer):
-    """G8, B1: the question stands after EOS as in pretraining, encoded as plain text: no second EOS."""
+    """The question stands after EOS as in pretraining, encoded as plain text: no second EOS."""
     ids = evaluate.prompt_ids(byte_tokenizer, {"question": f"a{EOS}?"})
     assert ids == [byte_tokenizer.eos, *f"a{EOS}?\n".encode()]
 
 
 def test_bits_per_byte_by_hand(make_gpt, byte_tokenizer, answer_tokenizer):
-    """B2: -log-likelihood/(bytes·ln 2) ; a context's first token is context only; EOS has no bytes."""
+    """It is -log-likelihood/(bytes·ln 2); a context's first token is context only; EOS has no bytes."""
     for tokenizer, merged in ((byte_tokenizer, 1), (answer_tokenizer, 4)):
         model = make_gpt(vocab_size=320, n_vocab=tokenizer.n_vocab, context=16)
         shard = np.random.default_rng(0).integers(97, 123, 55).astype(np.uint16)     # 3 contexts and a rest
@@ -441,14 +441,14 @@ def test_bits_per_byte_by_hand(make_gpt, byte_tokenizer, answer_tokenizer):
 
 
 def test_bits_per_byte_of_a_uniform_model(bigram, byte_tokenizer):
-    """B2: a uniform guess among 258 tokens, one byte each, costs log2(258) = 8.011 bits per byte."""
+    """A uniform guess among 258 tokens, one byte each, costs log2(258) = 8.011 bits per byte."""
     model = bigram({}, byte_tokenizer.n_vocab, context=8)
     shard = np.arange(64).astype(np.uint16)
     assert abs(bits_per_byte(model, byte_tokenizer, shard) - math.log2(258)) < 1e-4
 
 
 def test_bits_per_byte_needs_one_context(gpt, byte_tokenizer):
-    """B2: a shard shorter than one context is an error that says so, not a division by zero."""
+    """A shard shorter than one context is an error that says so, not a division by zero."""
     with pytest.raises(UserError, match="63 tokens"):
         bits_per_byte(gpt, byte_tokenizer, np.zeros(63, dtype=np.uint16))
 
@@ -474,7 +474,7 @@ def write(path, *lines):
     ({"solutions": ["#### 2", 5]}, "'solutions'"), ({"solutions": ["#### 2", "#### 3"]}, "#### 2"),
     ({"solutions": ["1+1=2"]}, "#### 2")], ids=lambda x: str(x)[:30])
 def test_problem_errors_name_file_and_line(tmp_path, line, fault):
-    """Problem files: every fault is one UserError with the file, the number of the line and what is wrong."""
+    """Problem files: every fault is one UserError with the file, the number of the line and the reason."""
     if isinstance(line, dict) and line != {"answer": "2"}:               # that one lacks its question
         line = GOOD | line
     path = write(tmp_path / "some.jsonl", GOOD, b"", GOOD, line, GOOD)
@@ -529,8 +529,8 @@ def test_training_takes_the_first_questions(opened, questions, chosen):
 
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_training_on_evaluation_problems_is_refused(opened, split):
-    """P5: one validation or test problem among the training problems voids every number; the line names the
-    file. Problems of other splits and without one (a user's own) are fine."""
+    """One validation or test problem among the training problems voids every number; the line names the file.
+    Problems of other splits and without one (a user's own) are fine."""
     problems = [GOOD, GOOD | {"split": "train"}, GOOD | {"split": "pretrain"}]
     assert len(opened(problems)) == 3
     with pytest.raises(UserError, match="some.jsonl"):
@@ -538,7 +538,7 @@ def test_training_on_evaluation_problems_is_refused(opened, split):
 
 
 def test_attempts_are_graded_against_their_own_problem(answering, answer_tokenizer):
-    """P4: row p·n + i is attempt i at problem p, greedy at temperature 0, and truncated ones are counted."""
+    """Row p·n + i is attempt i at problem p, greedy at temperature 0, and truncated ones are counted."""
     problems = [{"question": "a", "answer": a} for a in "7887"]
     model = answering(wrong=.2)
     tried = evaluate.attempt(model, answer_tokenizer, problems, 2, 0.0, 8, generator(0, "test"))
@@ -559,8 +559,8 @@ def test_too_long_prompts_are_explained(answering, answer_tokenizer):
 
 @pytest.fixture
 def shown(answering, answer_tokenizer, bigram, tmp_path, monkeypatch, capsys):
-    """What --samples prints for a model that always says '#### 7' and one that says Z sixty times, each with
-    seven easy and three hard problems; the folder must not gain a file."""
+    """The output of --samples for a model that always says '#### 7' and one that says Z sixty times, each
+    with seven easy and three hard problems; the folder must not gain a file."""
     t = answer_tokenizer
     newline, z = (t.encode(c)[0] for c in "\nZ")
     monkeypatch.chdir(tmp_path)
@@ -593,7 +593,7 @@ def test_samples_of_two_checkpoints_stand_side_by_side(shown):
 
 
 def test_samples_of_one_checkpoint_take_the_whole_width(shown):
-    """And --n-problems, --n-samples and --shots say what they say elsewhere."""
+    """The options --n-problems, --n-samples and --shots mean the same as elsewhere."""
     lines = shown("z.pt", n_problems=1, n_samples=40).splitlines()
     assert lines[1:4] == ["q0   (easy, answer 8)", "z.pt: 0 of 40 right, 1 different",
                           f"  40 × unparsed '{60 * 'Z'}'"]

@@ -41,15 +41,14 @@ def random_text(rng: random.Random) -> str:
 
 
 def test_every_utf8_string_round_trips(tokenizer):
-    """Issue 2, tokenizer: nothing is dropped or changed, whatever the script, the blanks or the code
-    points."""
+    """Nothing is dropped or changed, whatever the script, the blanks or the code points."""
     rng = random.Random(1)
     for text in NASTY + [random_text(rng) for _ in range(3_000)]:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_tokens_are_the_bytes_of_the_text(tokenizer):
-    """The bytes of the tokens concatenate to the UTF-8 of the text, which bits per byte (B2) relies on."""
+    """The bytes of the tokens concatenate to the UTF-8 of the text, which bits per byte relies on."""
     rng = random.Random(2)
     for text in [random_text(rng) for _ in range(300)]:
         tokens = (tokenizer.encoding.decode_single_token_bytes(i) for i in tokenizer.encode(text))
@@ -57,7 +56,7 @@ def test_tokens_are_the_bytes_of_the_text(tokenizer):
 
 
 def test_digits_are_single_tokens(tokenizer):
-    """Issue 2, tokenizer: a number is one token per digit, so that place value can be learned."""
+    """A number is one token per digit, so that place value can be learned."""
     rng = random.Random(3)
     for number in ["0", "7", "10", "199", *(str(rng.randrange(10 ** 9)) for _ in range(200))]:
         for text in (number, f" {number}", f"x{number}y", f"#### {number}\n"):
@@ -68,7 +67,7 @@ def test_digits_are_single_tokens(tokenizer):
 
 
 def test_no_text_yields_a_special_token(tokenizer):
-    """R8: user text can never inject EOS or PAD; only the trainers append them."""
+    """User text can never inject EOS or PAD; only the trainers append them."""
     rng = random.Random(4)
     for text in NASTY + [random_text(rng) + EOS + random_text(rng) for _ in range(500)]:
         assert max(tokenizer.encode(text), default=0) < min(tokenizer.eos, tokenizer.pad)
@@ -76,7 +75,7 @@ def test_no_text_yields_a_special_token(tokenizer):
 
 
 def test_special_tokens_are_two_and_apart(tokenizer):
-    """G7: padding is not EOS, and both lie above every ordinary token, inside the vocabulary."""
+    """Padding is not EOS, and both lie above every ordinary token, inside the vocabulary."""
     assert {tokenizer.eos, tokenizer.pad} == {tokenizer.n_vocab - 2, tokenizer.n_vocab - 1}
     assert tokenizer.decode([tokenizer.eos]) == EOS
 
@@ -93,7 +92,7 @@ def test_prompt_and_solution_are_tokenized_apart_as_together(tokenizer):
 
 
 def test_context_and_choice_are_tokenized_apart_as_together(tokenizer):
-    """B1: the log-likelihood of a choice is that of the text's own tokens, as the choices begin with their
+    """The log-likelihood of a choice is that of the text's own tokens, as the choices begin with their
     space."""
     for item in worlds.lines(worlds.data() / "benchmarks.jsonl"):
         for choice in item["choices"]:
@@ -173,7 +172,7 @@ def test_vocabulary_is_as_large_as_asked(tokenizer):
 
 
 def test_saving_and_loading_changes_nothing(tokenizer, tmp_path):
-    """R8: our own JSON is all there is; a reader in another language can rebuild the tokenizer from it."""
+    """Our own JSON is all there is; a reader in another language can rebuild the tokenizer from it."""
     path = tmp_path / "tokenizer.json"
     tokenizer.save(path)
     again = Tokenizer.load(path)
@@ -185,7 +184,7 @@ def test_saving_and_loading_changes_nothing(tokenizer, tmp_path):
 
 
 def test_an_overwritten_tokenizer_file_is_read_anew(tmp_path):
-    """R8: no cache by path. The same file name with other merges gives the other tokenizer."""
+    """There is no cache by path: the same file name with other merges gives the other tokenizer."""
     path = tmp_path / "tokenizer.json"
     Tokenizer({"pattern": PATTERN, "merges": [[97, 98]]}).save(path)
     assert Tokenizer.load(path).encode("ab") == [256]
