@@ -1,36 +1,46 @@
-"""A small GPT in the OLMo-2 architecture, with key-value cache, batched sampling and token log-probabilities.
-
-    python model.py runs/base/8M.pt          prints what the checkpoint is, then answers prompts that you type
+"""A small GPT in the OLMo-2 architecture: model, sampling, scoring. It imports PyTorch and nothing of ours.
 
 Axes: B rows, T positions, V vocabulary, L layers, H heads, D head size, P prompts, G rollouts per prompt.
 Left out: dropout, biases and weight tying, as OLMo-2 has none of them.
+
+A class of your own takes the place of GPT (define it at the end of this file, then `GPT = Mine`) if it offers
+    GPT(config, generator)      an nn.Module, its initial weights drawn from the generator
+    config, device              its ModelConfig (context and n_vocab are read by others), its device
+    hidden(ids, cache=None)     final states (B, T, d) of ids (B, T), which follow the tokens in the cache
+    logits(hidden)              (..., d) -> (..., n_vocab) in fp32; forward(ids) is both in a row
+    flops_per_token(length)     forward FLOPs of a token in a sequence of that length, for the log
+    decode_rows, set_memory(c)  rows sampled at once; takes the options of a run about memory
+    given a cache: the mask is visible(cache, T); layer i attends to cache.store(i, k, v), k and v being
+    (B, H, T, D) with H = n_kv_heads and D = d_model / n_heads; after the last layer, cache.length += T
 """
 import copy
 import functools
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as compute_twice
 
-import ranks
+Ids = list[list[int]]           # token ids, a list for each row
+KV = tuple[Tensor, Tensor]      # keys and values of a layer, (B, H, T, D) each
+Cached = typing.Union["Cache", "SharedPrompts", None]
 
 
 @dataclass
 class ModelConfig:
     vocab_size: int = 512       # rows of the embedding and of the head
-    n_vocab: int = 512          # ids in use; the rows above are for alignment, never sampled nor scored
+    n_vocab: int = 512          # token ids in use; rows beyond them pad the matrix for alignment
     context: int = 256          # longest sequence, tokens
     d_model: int = 96
     n_layers: int = 4
     n_heads: int = 3
     d_ff: int = 256             # about 8/3 d_model: SwiGLU has three matrices where a plain MLP has two
     rope_theta: float = 10_000.0
-    n_kv_heads: int = 0         # of keys and values, 0 = n_heads; fewer: grouped-query attention (OLMo-2 32B)
+    n_kv_heads: int = 0         # key/value heads: 0 = as many as n_heads, fewer = grouped-query attention
 
     def __post_init__(self) -> None:
         self.n_kv_heads = self.n_kv_heads or self.n_heads
@@ -41,20 +51,26 @@ class ModelConfig:
         return self.d_model // self.n_heads * self.n_kv_heads
 
 
-# one dial: parameters at a vocabulary of 512                        d_model, n_layers, n_heads, d_ff
-SIZES = {"0.3M": (64, 5, 2, 192), "0.5M": (96, 4, 3, 256), "1M": (128, 5, 4, 352), "3M": (192, 6, 6, 512),
-         "10M": (320, 8, 5, 864), "30M": (512, 9, 8, 1376), "124M": (768, 16, 12, 2304)}
+# one dial: parameters at a vocabulary of 512 -> d_model, n_layers, n_heads, d_ff
+SIZES = {
+    "0.3M": (64, 5, 2, 192),
+    "0.5M": (96, 4, 3, 256),
+    "1M": (128, 5, 4, 352),
+    "3M": (192, 6, 6, 512),
+    "10M": (320, 8, 5, 864),
+    "30M": (512, 9, 8, 1376),
+    "124M": (768, 16, 12, 2304),
+}
 
+
+# ---- the Transformer -------------------------------------------------------------------------------------
 
 def mixed(function: Callable) -> Callable:
-    """Decorator of f(model, ...): on a GPU (or if the weights are bf16) matrix products in bf16, the rest in
-    fp32, weights and their gradients too. On the model itself, so that sampling and scoring agree."""
+    """Decorator of f(model, ...): on a GPU matrix products in bf16, the rest in fp32, weights and their
+    gradients too. On the model itself, so that sampling and scoring agree."""
     @functools.wraps(function)
     def wrapped(model: "GPT", *args: object, **options: object) -> object:
-        weight = model.head.weight
-        if not weight.is_cuda and weight.dtype == torch.float32:
-            return function(model, *args, **options)
-        with torch.autocast(weight.device.type, torch.bfloat16):
+        with torch.autocast("cuda", torch.bfloat16, enabled=model.device.type == "cuda"):
             return function(model, *args, **options)
     return wrapped
 
@@ -64,81 +80,42 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(x.float(), weight.shape, weight, 1e-6)
 
 
+def rotary_tables(context: int, size: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (context, D) of position · theta^(−2i/D), twice; the first sines negative."""
+    exponents = torch.arange(0, size, 2).float() / size
+    frequencies = theta ** -exponents
+    angles = torch.outer(torch.arange(context), frequencies)             # (context, D/2)
+    cos = angles.cos()
+    sin = angles.sin()
+    cos = torch.cat((cos, cos), dim=1)
+    sin = torch.cat((-sin, sin), dim=1)
+    return cos, sin
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE, half-split form (Su et al. 2021): element i turns with i + D/2. x (B, H, T, D); cos, sin (T, D),
     the first half of the sines negative."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+    half = x.shape[-1] // 2
+    return torch.addcmul(x * cos, x.roll(half, dims=-1), sin)
 
 
-class Cache:
-    """Keys and values decoded so far: two tensors (L, B·H, capacity, D), filled up to `length`. No query sees
-    the first `padding` (B,) columns of a row. Decoding attends over the whole capacity, unfilled columns
-    masked: CPUs multiply contiguous tensors several times faster than slices. So it grows in small steps."""
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q kᵀ / √D) v, (B, H, T, D), where `mask` (B, 1, T, keys) is True; without a mask, causal."""
+    T = q.shape[2]
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
 
-    def __init__(self, c: ModelConfig, padding: Tensor):
-        self.heads, self.length, self.padding = c.n_kv_heads, 0, padding
-        shape = (c.n_layers, len(padding) * self.heads, 0, c.d_model // c.n_heads)
-        self.k, self.v = torch.zeros(shape, device=padding.device), torch.zeros(shape, device=padding.device)
+    if T > 1 or q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-    def room(self, columns: int) -> int:
-        """Make room for so many further columns; returns the capacity."""
-        missing = self.length + columns - self.k.shape[2]
-        if missing > 0:                          # one after the other: two copies of both are not needed
-            new = self.k.new_zeros(*self.k.shape[:2], max(16, missing), self.k.shape[3])
-            self.k = torch.cat((self.k, new), dim=2)
-            self.v = torch.cat((self.v, new), dim=2)
-        return self.k.shape[2]
-
-    def store(self, layer: int, *new: Tensor) -> list[Tensor]:
-        """Append a layer's k, v (B, H, T, D); returns all of them (B, H, capacity, D). `length` stays."""
-        if self.k.dtype != new[0].dtype:         # the first ones say whether it is bf16
-            self.k, self.v = self.k.to(new[0].dtype), self.v.to(new[0].dtype)
-        whole = [x[layer].unflatten(0, (-1, self.heads)) for x in (self.k, self.v)]
-        for x, y in zip(whole, new):
-            x[:, :, self.length:self.length + y.shape[2]] = y
-        return whole
-
-    def select(self, rows: Tensor) -> None:
-        """Keep (or repeat) these rows, in this order."""
-        self.padding = self.padding[rows]
-        self.k = self.k.unflatten(1, (-1, self.heads)).index_select(1, rows).flatten(1, 2)
-        self.v = self.v.unflatten(1, (-1, self.heads)).index_select(1, rows).flatten(1, 2)
-
-
-class SharedPrompts:
-    """Keys and values of P prompts, computed once, to which the G completions of each prompt attend in
-    training. `backward` carries the gradient that all their micro-batches left in `keys_values` back."""
-
-    def __init__(self, model: "GPT", prompts: list[list[int]], pad: int):
-        device, width = model.head.weight.device, max(2, max(map(len, prompts))) - 1     # but the last token
-        ids = torch.tensor([[pad] * (width + 1 - len(p)) + p[:-1] for p in prompts], device=device)
-        self.padding = torch.tensor([width + 1 - len(p) for p in prompts], device=device)
-        self.last = [p[-1] for p in prompts]                             # the token each completion follows
-        self.length, self.rows, self.keys_values = 0, None, None
-        self.graph: list[Tensor] = []            # keys, values of layer 0, of layer 1, ...: (P, H, T, D)
-        model.hidden(ids, self)
-        self.keys_values = [x.detach().requires_grad_() for x in self.graph]
-
-    def of(self, rows: list[int]) -> "SharedPrompts":
-        """What row i of a batch attends to: prompt number rows[i]."""
-        view = copy.copy(self)
-        view.rows = torch.tensor(rows, device=self.padding.device)
-        view.padding = self.padding[view.rows]
-        return view
-
-    def room(self, columns: int) -> int:
-        return self.length + columns
-
-    def store(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
-        if self.rows is None:                                            # the prompts themselves
-            if self.keys_values is None:         # else gradient checkpointing computes them once more
-                self.graph += new
-            return new
-        prompts = self.keys_values[2 * layer:2 * layer + 2]
-        return tuple(torch.cat((old.index_select(0, self.rows), y), dim=2) for old, y in zip(prompts, new))
-
-    def backward(self) -> None:
-        torch.autograd.backward(self.graph, [x.grad for x in self.keys_values])
+    # on a CPU the fused kernel is slow for a single query
+    heads = q.shape[:2]                                                  # B, H
+    scale = q.shape[-1] ** -.5
+    scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT)
+    scores = scores.unflatten(0, heads) * scale                          # (B, H, 1, keys)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    y = torch.bmm(weights.flatten(0, 1), v.flatten(0, 1))
+    return y.unflatten(0, heads)                                         # (B, H, 1, D)
 
 
 class Block(nn.Module):
@@ -150,93 +127,186 @@ class Block(nn.Module):
         self.out = nn.Linear(c.d_model, c.d_model, bias=False)
         self.gate_up = nn.Linear(c.d_model, 2 * c.d_ff, bias=False)
         self.down = nn.Linear(c.d_ff, c.d_model, bias=False)
-        self.q_norm, self.k_norm, self.attention_norm, self.mlp_norm = (
-            nn.Parameter(torch.ones(width)) for width in (c.d_model, c.kv_width, c.d_model, c.d_model))
+        self.q_norm = nn.Parameter(torch.ones(c.d_model))
+        self.k_norm = nn.Parameter(torch.ones(c.kv_width))
+        self.attention_norm = nn.Parameter(torch.ones(c.d_model))
+        self.mlp_norm = nn.Parameter(torch.ones(c.d_model))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache | None,
-                layer: int) -> Tensor:
-        """x + norm(attention(x)), then x + norm(SwiGLU(x)): (B, T, d_model), norms after (OLMo-2). Queries
-        and keys are normed over the whole width, then split into heads and rotated by cos, sin (T, D). A
-        cache stores this layer's keys and values and returns all there are, which queries may see where
-        `mask` (B, 1, T, keys) is True; without a cache, attention is causal."""
-        B, T, d = x.shape
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor,
+                mask: Tensor | None, cache: Cached, layer: int) -> Tensor:
+        """x + norm(attention(x)), then x + norm(SwiGLU(x)): (B, T, d_model), norms after (OLMo-2)."""
+        attended = self.attend(x, cos, sin, mask, cache, layer)
+        x = x + rms_norm(attended, self.attention_norm)
+        return x + rms_norm(self.mlp(x), self.mlp_norm)
+
+    def attend(self, x: Tensor, cos: Tensor, sin: Tensor,
+               mask: Tensor | None, cache: Cached, layer: int) -> Tensor:
+        """Multi-head attention (B, T, d_model). Queries and keys are normed over the whole width, then split
+        into heads and rotated by cos, sin (T, D). A cache stores this layer's keys and values and returns all
+        there are, which queries may see where `mask` (B, 1, T, keys) is True; without a cache, attention is
+        causal."""
         q, k, v = self.qkv(x).split(self.widths, dim=-1)
-        q, k = rms_norm(q, self.q_norm), rms_norm(k, self.k_norm)        # over all heads, before the split
-        q, k, v = (y.view(B, T, -1, self.head_size).transpose(1, 2) for y in (q, k, v))         # (B, H, T, D)
-        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        q = rms_norm(q, self.q_norm)             # over all heads
+        k = rms_norm(k, self.k_norm)
+
+        q = rotate(self.heads(q), cos, sin).to(v.dtype)                  # (B, H, T, D)
+        k = rotate(self.heads(k), cos, sin).to(v.dtype)
+        v = self.heads(v)
+
         if cache is not None:
             k, v = cache.store(layer, k, v)
-        if q.shape[1] > k.shape[1]:              # several heads of queries to a head of keys and values
-            k, v = (y.repeat_interleave(q.shape[1] // y.shape[1], dim=1) for y in (k, v))
-        if cache is not None and T == 1 and not x.is_cuda:       # fused: slow for one query on a CPU
-            scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).unflatten(0, (B, -1))    # (B, H, 1, keys)
-            weights = (scores * q.shape[-1] ** -.5).masked_fill(~mask, -torch.inf).softmax(-1)
-            y = torch.bmm(weights.flatten(0, 1), v.flatten(0, 1)).unflatten(0, (B, -1))         # (B, H, 1, D)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
-        x = x + rms_norm(self.out(y.transpose(1, 2).reshape(B, T, d)), self.attention_norm)     # norm after
+        repeats = q.shape[1] // k.shape[1]       # heads of queries to a head of keys and values
+        if repeats > 1:
+            k = k.repeat_interleave(repeats, dim=1)
+            v = v.repeat_interleave(repeats, dim=1)
+
+        y = attention(q, k, v, mask)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(B, T, H·D) -> (B, H, T, D)."""
+        return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """SwiGLU (Shazeer 2020): (B, T, d_model)."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return x + rms_norm(self.down(F.silu(gate) * up), self.mlp_norm)
+        return self.down(F.silu(gate) * up)
 
 
 class GPT(nn.Module):
     def __init__(self, c: ModelConfig, generator: torch.Generator | None = None):
         super().__init__()
-        self.config, self.checkpointing, self.decode_rows = c, False, 1024               # see scale.Memory
+        self.config = c
+        self.recompute = False                   # activations again in the backward pass: less memory
+        self.decode_rows = 1024                  # rows sampled at once
         self.embed = nn.Embedding(c.vocab_size, c.d_model)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layers))
         self.norm = nn.Parameter(torch.ones(c.d_model))
         self.head = nn.Linear(c.d_model, c.vocab_size, bias=False)
-        for p in self.parameters():
-            if p.dim() == 2:
-                nn.init.trunc_normal_(p, std=.02, a=-.06, b=.06, generator=generator)
+        matrices = (p for p in self.parameters() if p.dim() == 2)
+        for p in matrices:
+            nn.init.trunc_normal_(p, std=.02, a=-.06, b=.06, generator=generator)
         size = c.d_model // c.n_heads
-        angles = torch.outer(torch.arange(c.context),
-                             c.rope_theta ** -(torch.arange(0, size, 2).float() / size))
-        cos, sin = angles.cos(), angles.sin()                            # (context, D/2), fp32
-        self.register_buffer("cos", torch.cat((cos, cos), dim=1), persistent=False)
-        self.register_buffer("sin", torch.cat((-sin, sin), dim=1), persistent=False)
+        cos, sin = rotary_tables(c.context, size, c.rope_theta)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.norm.device
 
     @mixed
-    def hidden(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
-        """Final hidden states (B, T, d_model) of ids (B, T), which follow what the cache holds. With a cache
-        the mask is explicit, as PyTorch's causal flag aligns top-left; what is padding sees only itself."""
-        T, start = ids.shape[1], cache.length if cache else 0
-        mask = None
-        if cache is not None:
-            key, query = (torch.arange(cache.room(T), device=ids.device),
-                          torch.arange(start, start + T, device=ids.device))
-            known = key >= cache.padding[:, None, None, None]                    # (B, 1, 1, capacity)
-            mask = (key <= query[:, None]) & known | (key == query[:, None])     # (B, 1, T, capacity)
+    def hidden(self, ids: Tensor, cache: Cached = None) -> Tensor:
+        """Final hidden states (B, T, d_model) of ids (B, T), which follow the tokens in the cache."""
+        T = ids.shape[1]
+        start = cache.length if cache else 0
+        mask = visible(cache, T) if cache else None
+        cos = self.cos[start:start + T]
+        sin = self.sin[start:start + T]
+
         x = self.embed(ids)
-        call = (functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-                if self.checkpointing and torch.is_grad_enabled() else lambda block, *inputs: block(*inputs))
         for layer, block in enumerate(self.blocks):
-            x = call(block, x, self.cos[start:start + T], self.sin[start:start + T], mask, cache, layer)
-        if cache is not None:
+            if self.recompute and torch.is_grad_enabled():
+                x = compute_twice(block, x, cos, sin, mask, cache, layer, use_reentrant=False,
+                                  preserve_rng_state=False)
+            else:
+                x = block(x, cos, sin, mask, cache, layer)
+
+        if cache:
             cache.length += T
         return rms_norm(x, self.norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., d_model) -> (..., n_vocab): rows that no token uses take no part. Always in fp32: sampled
         and scored logits must agree, and bf16 numbers near 20 lie .125 apart."""
+        weight = self.head.weight[:self.config.n_vocab]
         with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden, self.head.weight[:self.config.n_vocab].float())
+            return F.linear(hidden, weight.float())
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.logits(self.hidden(ids))
 
+    def set_memory(self, c: typing.Any) -> None:
+        """Take the options --recompute, --decode-rows and --freeze-embeddings from a Config."""
+        self.recompute = c.recompute
+        self.decode_rows = c.decode_rows
+        self.embed.requires_grad_(not c.freeze_embeddings)
+        self.head.requires_grad_(not c.freeze_embeddings)
+
     def flops_per_token(self, length: int) -> int:
         """Forward FLOPs per token in a sequence of `length` (Kaplan et al. 2020); backward: twice that."""
         c = self.config
-        layer = 2 * c.d_model ** 2 + 2 * c.d_model * c.kv_width + 3 * c.d_model * c.d_ff
-        weights = c.n_layers * layer + c.d_model * c.n_vocab
-        return 2 * weights + 2 * c.n_layers * c.d_model * length      # two products, length/2 keys on average
+        projections = 2 * c.d_model ** 2 + 2 * c.d_model * c.kv_width
+        mlp = 3 * c.d_model * c.d_ff
+        head = c.d_model * c.n_vocab
+        weights = c.n_layers * (projections + mlp) + head
+        scores = c.n_layers * c.d_model * length     # of two products, with length/2 keys on average
+        return 2 * weights + 2 * scores
 
 
 # ---- sampling --------------------------------------------------------------------------------------------
 
-class Rollouts(NamedTuple):
+class Cache:
+    """Keys and values decoded so far: two tensors (L, B·H, capacity, D), filled up to `length`. No query sees
+    the first `padding` (B,) columns of a row. Decoding attends over the whole capacity, unfilled columns
+    masked: CPUs multiply contiguous tensors several times faster than slices. So it grows in small steps."""
+
+    def __init__(self, c: ModelConfig, padding: Tensor):
+        self.heads = c.n_kv_heads
+        self.length = 0
+        self.padding = padding
+        rows = len(padding) * self.heads
+        size = c.d_model // c.n_heads
+        self.k = torch.zeros(c.n_layers, rows, 0, size, device=padding.device)
+        self.v = torch.zeros_like(self.k)
+
+    def room(self, columns: int) -> int:
+        """Make room for this many further columns; returns the capacity."""
+        layers, rows, capacity, size = self.k.shape
+        missing = self.length + columns - capacity
+        if missing > 0:                          # k first, then v, so that only one is held twice
+            new = self.k.new_zeros(layers, rows, max(16, missing), size)
+            self.k = torch.cat((self.k, new), dim=2)
+            self.v = torch.cat((self.v, new), dim=2)
+        return self.k.shape[2]
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> KV:
+        """Append a layer's k, v (B, H, T, D); returns all of them (B, H, capacity, D). GPT.hidden advances
+        `length`, after the last layer."""
+        if self.k.dtype != k.dtype:              # take the dtype of the first keys (bf16 under autocast)
+            self.k = self.k.to(k.dtype)
+            self.v = self.v.to(v.dtype)
+        columns = slice(self.length, self.length + k.shape[2])
+        shape = (-1, self.heads)                 # B, H
+        all_k = self.k[layer].unflatten(0, shape)
+        all_v = self.v[layer].unflatten(0, shape)
+        all_k[:, :, columns] = k
+        all_v[:, :, columns] = v
+        return all_k, all_v
+
+    def select(self, rows: Tensor) -> None:
+        """Keep (or repeat) these rows, in this order."""
+        self.padding = self.padding[rows]
+        self.k = self.selected(self.k, rows)
+        self.v = self.selected(self.v, rows)
+
+    def selected(self, x: Tensor, rows: Tensor) -> Tensor:
+        by_row = x.unflatten(1, (-1, self.heads))                        # (L, B, H, capacity, D)
+        return by_row.index_select(1, rows).flatten(1, 2)
+
+
+def visible(cache: Cached, T: int) -> Tensor:
+    """Mask (B, 1, T, keys) of T new positions over all keys of a cache: no later key, and no padding, except
+    that a padding position attends to itself. PyTorch's causal flag would align top-left."""
+    key = torch.arange(cache.room(T), device=cache.padding.device)
+    query = cache.length + torch.arange(T, device=key.device)
+    known = key >= cache.padding[:, None, None, None]                    # (B, 1, 1, keys)
+    earlier = key <= query[:, None]                                      # (T, keys)
+    itself = key == query[:, None]
+    return earlier & known | itself
+
+
+class Rollouts(typing.NamedTuple):
     """B = P·G sampled completions, row p·G + g being rollout g of prompt p, padded beyond its length."""
     tokens: Tensor      # (B, max_new) int64, EOS included where it was generated
     lengths: Tensor     # (B,) number of generated tokens, EOS included
@@ -244,121 +314,230 @@ class Rollouts(NamedTuple):
     logprobs: Tensor    # (B, max_new) log-probability of each token under the sampling distribution
     entropy: Tensor     # (B, max_new) entropy of that distribution, nats
 
-    def completions(self) -> list[list[int]]:
-        return [row[:n] for row, n in zip(self.tokens.tolist(), self.lengths.tolist())]
+    def completions(self) -> Ids:
+        rows = zip(self.tokens.tolist(), self.lengths.tolist())
+        return [row[:length] for row, length in rows]
+
+
+def sample(model: GPT, prompts: Ids, group: int,
+           max_new: int, eos: int, pad: int,
+           generator: torch.Generator, temperature: float = 1.0,
+           compact: bool = True) -> Rollouts:
+    """Sample `group` completions of every prompt from softmax(logits / temperature), 0: greedy; on the CPU.
+    The uniform numbers behind a row do not depend on the rows decoded with it. ValueError if a prompt is
+    empty or leaves no room for max_new tokens."""
+    u = uniform_numbers(model, prompts, group, max_new, generator)
+    return decode_all(model, prompts, u, eos, pad, temperature, compact)
+
+
+def uniform_numbers(model: GPT, prompts: Ids, group: int, max_new: int,
+                    generator: torch.Generator) -> Tensor:
+    """Uniform numbers (P, G, max_new) for the tokens to sample, on the CPU: the same for every device."""
+    longest = max(map(len, prompts))
+    room = model.config.context - max_new
+    if min(map(len, prompts)) == 0 or longest > room:
+        raise ValueError(f"prompts must have 1 to {room} tokens (context {model.config.context}, of which "
+                         f"{max_new} are for the answer), found up to {longest}")
+    return torch.rand(len(prompts), group, max_new, generator=generator)
 
 
 @mixed                                          # weights are converted once, not at every token
 @torch.inference_mode()
-def sample(model: GPT, prompts: list[list[int]], group: int, max_new: int, eos: int, pad: int,
-           generator: torch.Generator, temperature: float = 1.0, compact: bool = True,
-           block: int = 0) -> Rollouts:
-    """Sample `group` completions of every prompt from softmax(logits / temperature), 0: greedy; on the CPU.
-    Similar lengths are decoded together, `block` (0: model.decode_rows) rows at a time to bound memory. The
-    uniform numbers behind a row do not depend on its company, nor on how many ranks share the work; each rank
-    gets all rows. ValueError if a prompt is empty or leaves no room for max_new tokens."""
-    longest, room = max(map(len, prompts)), model.config.context - max_new
-    if min(map(len, prompts)) == 0 or longest > room:
-        raise ValueError(f"prompts must have 1 to {room} tokens (context {model.config.context}, of which "
-                         f"{max_new} are for the answer), found up to {longest}")
-    u = torch.rand(len(prompts), group, max_new, generator=generator)    # on the CPU: same on every device
-    mine = ranks.share(sorted(range(len(prompts)), key=lambda p: len(prompts[p])))
-    parts, at_once = [], max(1, (block or model.decode_rows) // group)
-    for i in range(0, len(mine), at_once):
-        chosen = mine[i:i + at_once]
-        uniform = u[chosen].flatten(0, 1).to(model.head.weight.device)   # (rows of the block, max_new)
-        parts.append(decode(model, [prompts[p] for p in chosen], group, eos, pad, uniform, temperature,
-                            compact))
-    back, parts = torch.tensor(ranks.gather(mine)).argsort(), ranks.gather(parts)    # to the prompts' order
-    return Rollouts(*(torch.cat(x).unflatten(0, (-1, group))[back].flatten(0, 1) for x in zip(*parts)))
+def decode_all(model: GPT, prompts: Ids, u: Tensor,
+               eos: int, pad: int,
+               temperature: float, compact: bool = True) -> Rollouts:
+    """Completions for uniform numbers u (P, G, max_new). Prompts of similar length are decoded together,
+    model.decode_rows rows at a time to bound memory."""
+    order = by_length(prompts)
+    at_once = max(1, model.decode_rows // u.shape[1])                    # prompts
+    parts = []
+    for i in range(0, len(order), at_once):
+        chosen = order[i:i + at_once]
+        uniform = u[chosen].to(model.device)
+        some = [prompts[p] for p in chosen]
+        parts.append(decode(model, some, uniform, eos, pad, temperature, compact))
+    return together(parts, order)
+
+
+def by_length(prompts: Ids) -> list[int]:
+    """Numbers of the prompts, shortest first."""
+    return sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
+
+
+def together(parts: list[Rollouts], order: list[int]) -> Rollouts:
+    """One Rollouts in the order of the prompts; the i-th group of the parts belongs to prompt order[i]."""
+    back = torch.tensor(order).argsort()
+    columns = []
+    for tensors in zip(*parts):
+        groups = torch.cat(tensors).unflatten(0, (len(order), -1))       # (P, G, ...)
+        columns.append(groups[back].flatten(0, 1))
+    return Rollouts(*columns)
 
 
 def inverse_cdf(p: Tensor, u: Tensor) -> Tensor:
     """A token per row (B,) from probabilities p (B, V) and uniform numbers u (B,) in [0, 1): the first at
     which the row's running sum exceeds u times its total, so never one of probability 0."""
     cdf = p.cumsum(-1)
-    token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(-1)
+    target = u[:, None] * cdf[:, -1:]
+    token = torch.searchsorted(cdf, target, right=True).squeeze(-1)
     return token.clamp_(max=p.shape[-1] - 1)     # should rounding lift u · total to the total
 
 
-def decode(model: GPT, prompts: list[list[int]], group: int, eos: int, pad: int, u: Tensor,
+def pad_left(prompts: Ids, width: int, pad: int,
+             device: torch.device) -> tuple[Tensor, Tensor]:
+    """(ids (P, width), number of padding columns (P,)) of prompts of up to `width` tokens."""
+    padding = [width - len(prompt) for prompt in prompts]
+    ids = [[pad] * n + prompt for n, prompt in zip(padding, prompts)]
+    return torch.tensor(ids, device=device), torch.tensor(padding, device=device)
+
+
+def decode(model: GPT, prompts: Ids, u: Tensor,
+           eos: int, pad: int,
            temperature: float, compact: bool) -> Rollouts:
-    """`sample` for B = P·G rows at once, from uniform numbers u (B, max_new); a prompt is computed only once.
-    By inverse CDF, neither the order of rows nor dropping finished ones (`compact`) changes what is drawn."""
-    (B, max_new), device, width = u.shape, u.device, max(map(len, prompts))
+    """The rows of all prompts at once, from uniform numbers u (P, G, max_new); a prompt is computed once.
+    By inverse CDF, neither the order of rows nor dropping finished ones (`compact`) changes the tokens."""
+    P, group, max_new = u.shape
+    B = P * group
+    device = u.device
+    u = u.flatten(0, 1)                                                  # (B, max_new)
+
     # left padding: all rows write the same cache column; rotary positions being relative, no score changes
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)           # (P, T)
-    padding = torch.tensor([width - len(p) for p in prompts], device=device)
+    longest = max(map(len, prompts))
+    ids, padding = pad_left(prompts, longest, pad, device)               # (P, T)
     cache = Cache(model.config, padding)
-    rows = torch.arange(len(prompts), device=device).repeat_interleave(group)
+    rows = torch.arange(P, device=device).repeat_interleave(group)
     hidden = model.hidden(ids, cache)[rows, -1]                          # (B, d_model)
     cache.select(rows)
-    alive = torch.arange(B, device=device)                               # output row of each row in the batch
+
     tokens = torch.full((B, max_new), pad, device=device)
-    logprobs, entropy = torch.zeros(B, max_new, device=device), torch.zeros(B, max_new, device=device)
-    lengths, finished = (torch.full((B,), max_new, device=device),
-                         torch.zeros(B, dtype=torch.bool, device=device))
+    logprobs = torch.zeros(B, max_new, device=device)
+    entropy = torch.zeros(B, max_new, device=device)
+    lengths = torch.full((B,), max_new, device=device)
+    finished = torch.zeros(B, dtype=torch.bool, device=device)
+    alive = torch.arange(B, device=device)                               # output row of each row in the batch
     for t in range(max_new):
-        logp = model.logits(hidden / (temperature or 1.0)).log_softmax(-1)                        # (B, V)
+        logits = model.logits(hidden / (temperature or 1.0))
+        logp = logits.log_softmax(-1)                                    # (B, V)
         p = logp.exp()
-        token = logp.argmax(-1) if temperature == 0 else inverse_cdf(p, u[alive, t])
+        if temperature == 0:
+            token = logp.argmax(-1)
+        else:
+            token = inverse_cdf(p, u[alive, t])
+        chosen = logp.gather(-1, token[:, None])                         # (B, 1)
         tokens[alive, t] = token
-        logprobs[alive, t] = logp.gather(-1, token[:, None]).squeeze(-1)
+        logprobs[alive, t] = chosen.squeeze(-1)
         entropy[alive, t] = -(p * logp).sum(-1)
+
         ended = alive[(token == eos) & ~finished[alive]]
-        lengths[ended], finished[ended] = t + 1, True
+        lengths[ended] = t + 1
+        finished[ended] = True
         left = (~finished[alive]).nonzero().squeeze(-1)
         if len(left) == 0 or t == max_new - 1:
             break
         if compact and len(left) <= .8 * len(alive):                     # copying the cache must be worth it
-            alive, token = alive[left], token[left]
+            alive = alive[left]
+            token = token[left]
             cache.select(left)
         hidden = model.hidden(token[:, None], cache)[:, -1]
-    past = torch.arange(max_new, device=device) >= lengths[:, None]      # what finished rows wrote meanwhile
-    tokens[past], logprobs[past], entropy[past] = pad, 0, 0
-    return Rollouts(*(x.cpu() for x in (tokens, lengths, finished, logprobs, entropy)))
+
+    # tokens that finished rows went on to write
+    past = torch.arange(max_new, device=device) >= lengths[:, None]
+    tokens[past] = pad
+    logprobs[past] = 0
+    entropy[past] = 0
+    results = (tokens, lengths, finished, logprobs, entropy)
+    return Rollouts(*(x.cpu() for x in results))
 
 
 # ---- scoring ---------------------------------------------------------------------------------------------
 
-def pack(prompts: list[list[int]], completions: list[list[int]], pad: int,
+def pack(prompts: Ids, completions: Ids, pad: int,
          device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Rows of prompt + completion, padded on the right: ids (B, T) and `target` (B, T), True at completion
     tokens. That comes from lengths, not from comparing ids with padding: EOS is a target like any other."""
-    width = max(len(p) + len(c) for p, c in zip(prompts, completions))
-    ids = torch.tensor([p + c + [pad] * (width - len(p) - len(c)) for p, c in zip(prompts, completions)])
+    rows = [a + b for a, b in zip(prompts, completions)]
+    width = max(map(len, rows))
+    padded = [row + [pad] * (width - len(row)) for row in rows]
+    ids = torch.tensor(padded)
+
+    start = torch.tensor(list(map(len, prompts)))
+    end = torch.tensor(list(map(len, rows)))
     column = torch.arange(width)
-    start = torch.tensor([len(p) for p in prompts])[:, None]
-    end = start + torch.tensor([len(c) for c in completions])[:, None]
-    return ids.to(device), ((column >= start) & (column < end)).to(device)
+    target = (column >= start[:, None]) & (column < end[:, None])
+    return ids.to(device), target.to(device)
 
 
-def completion_logprobs(model: GPT, ids: Tensor, target: Tensor, temperature: float = 1.0,
-                        cache: SharedPrompts | None = None) -> Tensor:
+def completion_logprobs(model: GPT, ids: Tensor, target: Tensor,
+                        temperature: float = 1.0, cache: Cached = None) -> Tensor:
     """Log-probabilities (N,) of `pack`'s N targets, row after row, under softmax(logits / temperature)."""
-    hidden = model.hidden(ids[:, :-1], cache)[target[:, 1:]]             # (N, d_model): t-1 predicts token t
+    wanted = target[:, 1:]                                               # position t-1 predicts token t
+    hidden = model.hidden(ids[:, :-1], cache)[wanted]                    # (N, d_model)
     logits = model.logits(hidden / temperature)                          # the same, with fewer divisions
-    return -F.cross_entropy(logits, ids[:, 1:][target[:, 1:]], reduction="none")
-
-
-def shared_logprobs(model: GPT, prompts: SharedPrompts, rows: list[int], completions: list[list[int]],
-                    pad: int, temperature: float = 1.0) -> Tensor:
-    """The same (N,) as `completion_logprobs`, for completions of the shared prompts number `rows`."""
-    ids, target = pack([[prompts.last[r]] for r in rows], completions, pad, model.head.weight.device)
-    return completion_logprobs(model, ids, target, temperature, prompts.of(rows))
+    return -F.cross_entropy(logits, ids[:, 1:][wanted], reduction="none")
 
 
 def micro_batches(lengths: list[int], tokens: int) -> list[list[int]]:
     """Row numbers, longest first, in batches of at most `tokens` tokens after padding (at least one row)."""
     batches: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda r: -lengths[r]):
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > tokens:
+    width = 0                                    # of the newest batch: its first row is its longest
+    longest_first = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    for row in longest_first:
+        if not batches or (len(batches[-1]) + 1) * width > tokens:
             batches.append([])
+            width = lengths[row]
         batches[-1].append(row)
     return batches
 
 
-if __name__ == "__main__":
-    from checkpoint import main
-    from evaluate import ChatConfig, chat
-    main(chat, ChatConfig)
+# ---- a prompt computed once for its group ----------------------------------------------------------------
+
+class SharedPrompts:
+    """Keys and values of P prompts, computed once, to which the G completions of each prompt attend in
+    training. `backward` propagates the gradient accumulated in `keys_values` into the prompts."""
+
+    def __init__(self, model: GPT, prompts: Ids, pad: int):
+        bodies = [p[:-1] for p in prompts]                               # all but the last token
+        self.last = [p[-1] for p in prompts]                             # the token each completion follows
+        width = max(1, max(map(len, bodies)))
+        ids, self.padding = pad_left(bodies, width, pad, model.device)
+        self.length = 0
+        self.prompt_of_row: Tensor | None = None
+        self.keys_values: list[Tensor] | None = None
+        self.graph: list[Tensor] = []            # keys, values of layer 0, of layer 1, ...: (P, H, T, D)
+        model.hidden(ids, self)
+        self.keys_values = [x.detach().requires_grad_() for x in self.graph]
+
+    def of(self, prompt_of_row: list[int]) -> "SharedPrompts":
+        """The cache of a batch whose row i follows prompt number prompt_of_row[i]."""
+        view = copy.copy(self)
+        view.prompt_of_row = torch.tensor(prompt_of_row, device=self.padding.device)
+        view.padding = self.padding[view.prompt_of_row]
+        return view
+
+    def room(self, columns: int) -> int:
+        return self.length + columns
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> KV:
+        """Of the prompts themselves: keep k, v. Of a batch of completions: append them to their prompts'."""
+        if self.prompt_of_row is None:
+            if self.keys_values is None:         # else `recompute` computes the prompts once more
+                self.graph += (k, v)
+            return k, v
+        prompt_k = self.keys_values[2 * layer].index_select(0, self.prompt_of_row)
+        prompt_v = self.keys_values[2 * layer + 1].index_select(0, self.prompt_of_row)
+        all_k = torch.cat((prompt_k, k), dim=2)
+        all_v = torch.cat((prompt_v, v), dim=2)
+        return all_k, all_v
+
+    def backward(self) -> None:
+        gradients = [x.grad for x in self.keys_values]
+        torch.autograd.backward(self.graph, gradients)
+
+
+def shared_logprobs(model: GPT, prompts: SharedPrompts,
+                    prompt_of_row: list[int], completions: Ids,
+                    pad: int, temperature: float = 1.0) -> Tensor:
+    """The same (N,) as `completion_logprobs`, for completions of the shared prompts with these numbers."""
+    last = [[prompts.last[p]] for p in prompt_of_row]
+    ids, target = pack(last, completions, pad, model.device)
+    return completion_logprobs(model, ids, target, temperature, prompts.of(prompt_of_row))

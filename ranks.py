@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from tqdm import tqdm
+
+from model import GPT, Ids, Rollouts, by_length, decode_all, sample, together, uniform_numbers
 
 
 def join() -> None:
@@ -25,7 +26,7 @@ def join() -> None:
         return
     dist.init_process_group()
     atexit.register(dist.destroy_process_group)
-    if rank():                                   # one voice is enough; errors still reach the screen
+    if rank():                                   # only rank 0 prints; errors still reach the screen
         sys.stdout = open(os.devnull, "w")
         tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
 
@@ -38,7 +39,7 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def share(rows: Any) -> Any:
+def my_part(rows: Any) -> Any:
     """This rank's part of a sequence: every world_size()-th element."""
     return rows[rank()::world_size()]
 
@@ -57,18 +58,34 @@ def add_up(*numbers: float) -> list[float]:
     return [sum(column) for column in zip(*gather([numbers]))]
 
 
-def sum_gradients(parameters: list[Tensor]) -> None:
+def sample_together(model: GPT, prompts: Ids, group: int,
+                    max_new: int, eos: int, pad: int,
+                    generator: torch.Generator, temperature: float = 1.0) -> Rollouts:
+    """model.sample with the work split between the ranks: every rank draws the same uniform numbers, decodes
+    its part of the prompts and receives all rows, which do not depend on the number of ranks."""
+    if world_size() == 1:
+        return sample(model, prompts, group, max_new, eos, pad, generator, temperature)
+    u = uniform_numbers(model, prompts, group, max_new, generator)
+    mine = my_part(by_length(prompts))
+    parts = []
+    if mine:
+        parts.append(decode_all(model, [prompts[p] for p in mine], u[mine], eos, pad, temperature))
+    return together(gather(parts), gather(mine))
+
+
+def sum_gradients(model: torch.nn.Module) -> None:
     """Replace each .grad by its sum over the ranks. A rank that had no rows adds nothing. Small gradients
-    travel as one: a message costs more than what is in it."""
+    travel as one: a message costs more than its content."""
     if world_size() == 1:
         return
-    for p in parameters:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    large = [p.grad for p in parameters if p.numel() >= 1 << 20]
-    small = [p.grad for p in parameters if p.numel() < 1 << 20]
-    together = torch.cat([g.flatten() for g in small])
-    for work in [dist.all_reduce(g, async_op=True) for g in (*large, together)]:
+    large = [p.grad for p in trained if p.numel() >= 1 << 20]
+    small = [p.grad for p in trained if p.numel() < 1 << 20]
+    one = torch.cat([g.flatten() for g in small])
+    for work in [dist.all_reduce(g, async_op=True) for g in (*large, one)]:
         work.wait()
-    for g, part in zip(small, together.split([g.numel() for g in small])):
+    for g, part in zip(small, one.split([g.numel() for g in small])):
         g.copy_(part.view_as(g))

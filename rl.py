@@ -4,76 +4,85 @@
 
 Every step: sample G answers to each of P problems, reward 1 for a right final answer and 0 otherwise, call an
 answer good or bad relative to its group (Shao et al. 2024), raise or lower the log-probability of its tokens.
-No reference solution is ever seen. Left out: a value network (GRPO's point), a reward model (the reward is
-exact), length penalties, top-k and top-p sampling (sampled and scored distribution must be the same).
+No reference solution is ever seen. Left out: a value network (GRPO does without one), a reward model (the
+reward is exact), length penalties, top-k and top-p sampling (sampled and scored distribution must be equal).
 """
+import copy
+import math
 import time
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from torch.nn.utils import clip_grad_norm_
 
-from checkpoint import (
-    Run, batch_indices, file_sha256, generator, main, one_run, require, require_positive, save_checkpoint,
-    setup)
+import ranks
+from checkpoint import Run, batch_indices, check_fields, generator, load_model, main, require, setup
+from data.arithmetic import read_answer
+from data.problems import prompt_ids, training_problems
 from data.tokenizer import Tokenizer
-from evaluate import open_training, pass_at_k, prompt_ids, read_answer, validate
-from model import GPT, SharedPrompts, completion_logprobs, micro_batches, pack, sample, shared_logprobs
-from ranks import add_up, share
-from scale import Memory, keep_start, make_optimizer
+from evaluate import transcript, validate
+from model import GPT, SharedPrompts, completion_logprobs, micro_batches, pack, shared_logprobs
 
 
 @dataclass
-class Config(Memory):                          # and the options of scale.Memory
+class Config:
     init: str = ""                  # checkpoint to start from
     data: str = "data/tiny"         # folder made by data/prepare.py
-    problems: str = ""              # problem file to train on instead of DATA/train.jsonl
+    problem_file: str = ""          # problem file to train on instead of DATA/train.jsonl
     out: str = "runs/rl"            # run folder; the same call again resumes an unfinished run
-    difficulty: str = "easy"        # which problems to train and validate on: easy, hard, all
-    questions: int = 2000           # how many to train on, 0 = all; the run sees them repeatedly
-    n_problems: int = 64            # P, problems per step
-    rollouts: int = 16              # G, sampled answers per problem
-    steps: int = 50                 # batches of rollouts
-    updates: int = 1                # optimizer steps per batch of rollouts (the batch is split by problems)
-    lr: float = 3e-4                # AdamW, constant after the warm-up
-    warmup: int = 0                 # steps until lr is reached
-    weight_decay: float = 0.0       # of AdamW
-    grad_clip: float = 1.0          # largest gradient norm
+    difficulty: str = "easy"        # one of easy, hard, all: which problems to train and validate on
+    n_train: int = 2000             # >= 0: number of problems to train on, 0 = all; seen repeatedly
+    n_problems: int = 64            # > 0: P, problems per step
+    rollouts: int = 16              # >= 2: G, sampled answers per problem
+    steps: int = 50                 # > 0: batches of rollouts
+    updates: int = 1                # > 0: optimizer steps per batch of rollouts (it is split by problems)
+    lr: float = 3e-4                # > 0: of AdamW, constant after the warm-up
+    warmup: int = 0                 # >= 0: steps until lr is reached
+    weight_decay: float = 0.0       # >= 0: of AdamW
+    grad_clip: float = 1.0          # > 0: largest gradient norm
     std: bool = True                # divide the advantage by the group's standard deviation
-    clip_low: float = 0.2           # the ratio counts down to 1 - clip_low ...
-    clip_high: float = 0.2          # ... and up to 1 + clip_high (0.28: "clip higher"); idle with --updates 1
-    kl: float = 0.0                 # coefficient of the KL penalty towards the start
-    temperature: float = 1.0        # of the rollouts
-    max_new: int = 80               # longest answer, tokens
-    micro_batch: int = 2_048        # tokens per forward pass of the update
-    eval_every: int = 10            # steps between validations (and transcripts)
-    eval_problems: int = 100        # validation problems
-    eval_samples: int = 16          # samples of each, at T=0.6
-    save_every: int = 5             # steps between states to resume from
-    checkpoints_at: tuple[int, ...] = ()    # steps after which to keep a checkpoint, besides the last
-    seed: int = 0                   # of the order of problems and of the rollouts
+    clip_low: float = 0.2           # >= 0: lower clip of the ratio, 1 - clip_low; no effect with --updates 1
+    clip_high: float = 0.2          # >= 0: upper clip, 1 + clip_high (DAPO: 0.28); no effect with --updates 1
+    kl: float = 0.0                 # >= 0: weight of the KL penalty to the initial policy; 0 = none
+    reference: bool = True          # keep the initial policy, to log the KL to it; off: less memory
+    temperature: float = 1.0        # > 0: of the rollouts
+    max_new: int = 80               # > 0: longest answer, tokens
+    micro_tokens: int = 2_048       # > 0: tokens per forward pass of the update
+    eval_every: int = 10            # > 0: steps between validations (and transcripts)
+    eval_problems: int = 100        # > 0: validation problems
+    eval_samples: int = 16          # > 0: samples of each, at T=0.6
+    save_every: int = 5             # > 0: steps between states to resume from
+    checkpoints_at: tuple[int, ...] = ()    # > 0: steps after which to keep a checkpoint, besides the last
+    recompute: bool = False         # activations again in the backward pass: less memory, a third slower
+    decode_rows: int = 1024         # > 0: rows sampled at once (one problem's at least): bounds the cache
+    freeze_embeddings: bool = False     # no gradient and no moments for embedding and head
+    seed: int = 0                   # >= 0: of the order of problems and of the rollouts
     device: str = "auto"            # cpu, cuda, auto
-    threads: int = 0                # CPU threads, 0 = all cores
+    threads: int = 0                # >= 0, <= 4096: CPU threads, 0 = all cores
 
 
 def check(c: Config) -> None:
-    require(c.rollouts >= 2, f"--rollouts {c.rollouts}: a group needs at least 2 for a relative advantage")
-    require_positive(c, "n_problems steps updates lr grad_clip temperature max_new micro_batch eval_every "
-                        "eval_problems eval_samples save_every")
-    require_positive(c, "questions warmup weight_decay clip_low clip_high kl", zero=True)
+    check_fields(c)
     require(c.n_problems % c.updates == 0, f"--updates {c.updates}: must divide --n-problems {c.n_problems}")
-    late = [s for s in c.checkpoints_at if not 0 < s <= c.steps]
-    require(not late, f"--checkpoints-at {','.join(map(str, late))}: not within the run's {c.steps} steps")
+    require(c.reference or c.kl == 0, "--no-reference: --kl needs a reference")
 
 
 # ---- the algorithm ---------------------------------------------------------------------------------------
 
+def reward(problem: dict, text: str, grade: str) -> float:
+    """1 for a right answer, 0 for a wrong or an unparsed one. A shaped reward in [0, 1] goes here."""
+    return float(grade == "right")
+
+
 def advantages(rewards: Tensor, std: bool = True) -> Tensor:
     """Rewards (P, G) minus their group's mean, over its unbiased deviation + 1e-6 (Shao et al. 2024, section
-    4.1.2; without: Liu et al. 2025). 0 where all are equal: their deviation in floats may be just above 0."""
+    4.1.2; without: Liu et al. 2025). 0 where all are equal: rounding can make the deviation of equal floats
+    slightly positive."""
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     if std:
         centred = centred / (rewards.std(dim=1, keepdim=True) + 1e-6)
@@ -90,7 +99,8 @@ def policy_loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, low: float, h
 
 def kl_k3(logp: Tensor, reference_logp: Tensor) -> Tensor:
     """KL(policy || reference) estimated at each sampled token, never negative: exp(d) − 1 − d, d being the
-    reference's log-probability minus the policy's, exact for small d too (Schulman 2020, 'k3')."""
+    reference's log-probability minus the policy's, exact for small d too (Schulman 2020, 'k3'). As a loss its
+    gradient is that of KL(reference || policy) instead, as in GRPO."""
     d = reference_logp - logp
     return torch.expm1(d) - d
 
@@ -103,207 +113,250 @@ class Batch:
     logprobs: list[Tensor]          # B of (length,): under the distribution they were sampled from
     grades: list[str]               # B: right, wrong, unparsed
     texts: list[str]                # B
-    rewards: Tensor                 # (P, G) of 0. and 1.
+    rewards: Tensor                 # (P, G)
     entropy: float                  # nats per sampled token
     truncated: float                # share of rollouts without EOS
 
 
 def collect(model: GPT, tokenizer: Tokenizer, problems: list[dict], group: int, c: Config,
             gen: torch.Generator) -> Batch:
-    """Sample `group` answers to every problem at the training temperature and grade them."""
+    """Sample `group` answers to every problem at the training temperature, grade and reward them."""
     prompts = [prompt_ids(tokenizer, p) for p in problems]
-    out = sample(model, prompts, group, c.max_new, tokenizer.eos, tokenizer.pad, gen, c.temperature)
-    completions, finished = out.completions(), out.finished.tolist()
-    answers = [p["answer"] for p in problems for _ in range(group)]
-    read = [read_answer(tokenizer, *row) for row in zip(completions, finished, answers)]
-    texts, grades = [text for text, _ in read], [grade for _, grade in read]
-    rewards = torch.tensor([float(g == "right") for g in grades]).view(len(problems), group)
-    return Batch(prompts, completions, [row[:n] for row, n in zip(out.logprobs, out.lengths.tolist())],
-                 grades, texts, rewards, float(out.entropy.sum() / out.lengths.sum()),
-                 1 - sum(finished) / len(finished))
+    out = ranks.sample_together(model, prompts, group, c.max_new, tokenizer.eos, tokenizer.pad, gen,
+                                c.temperature)
+
+    completions = out.completions()
+    finished = out.finished.tolist()
+    texts, grades, rewards = [], [], []
+    for row, ids in enumerate(completions):
+        problem = problems[row // group]
+        text, grade = read_answer(tokenizer, ids, finished[row], problem["answer"])
+        texts.append(text)
+        grades.append(grade)
+        rewards.append(float(reward(problem, text, grade)))
+
+    logprobs = [row[:len(ids)] for row, ids in zip(out.logprobs, completions)]
+    return Batch(prompts, completions, logprobs, grades, texts,
+                 rewards=torch.tensor(rewards).view(len(problems), group),
+                 entropy=float(out.entropy.sum() / out.lengths.sum()),
+                 truncated=1 - sum(finished) / len(finished))
 
 
 def policy_gradient(model: GPT, reference: GPT | None, batch: Batch, advantage: Tensor, rows: range,
                     c: Config, pad: int) -> dict[str, float] | None:
-    """Add the GRPO gradient of these rows to .grad; returns figures per token, None if no row has a signal.
+    """Add the GRPO gradient of these rows to .grad; returns metrics per token, None if no row has a signal.
     The loss is the mean over *all* completion tokens of the rows, truncated and signal-free ones included,
-    whatever the micro-batches (Yu et al. 2025). Rows without advantage add 0 to it: they are not computed.
-    A prompt is computed once for all its completions, which attend to it."""
-    device, completions, G = model.head.weight.device, batch.completions, batch.rewards.shape[1]
-    total = sum(len(completions[r]) for r in rows)
+    whatever the micro-batches (Yu et al. 2025). Rows without advantage add 0 to it: they are not computed."""
+    total = sum(len(batch.completions[r]) for r in rows)                 # tokens of the whole update
     useful = [r for r in rows if advantage[r] != 0 or c.kl > 0]
     if not useful:
-        return None
-    sums = dict.fromkeys(("loss", "ratio", "clip_fraction", "kl_penalty"), 0.0)
-    groups = sorted({r // G for r in useful})
-    own = share(groups)                          # the others are other processes' work
-    for block in micro_batches([len(batch.prompts[g]) for g in own], c.micro_batch):
-        place = {own[i]: at for at, i in enumerate(block)}               # group -> its number in the block
+        return None                                                      # no signal, no step
+    metrics = Metrics()
+    for micro, logp in scored(model, batch, useful, c, pad):             # logp (N,): all tokens of these rows
+        A = per_token(advantage, batch, micro).to(logp.device)           # (N,)
+        # one update per batch is exactly on-policy: the ratio is 1, its gradient that of REINFORCE
+        old = logp.detach() if c.updates == 1 else recorded(batch, micro).to(logp.device)         # (N,)
+        loss = policy_loss(logp, old, A, c.clip_low, c.clip_high)
+        if c.kl > 0:
+            penalty = kl_k3(logp, reference_logprobs(reference, batch, micro, c, pad))
+            loss = loss + c.kl * penalty
+            metrics.add(kl_penalty=penalty)
+        (loss.sum() / total).backward()
+        ratio = (logp - old).detach().exp()
+        clipped = (A > 0) & (ratio > 1 + c.clip_high) | (A < 0) & (ratio < 1 - c.clip_low)
+        metrics.add(loss=loss, ratio=ratio - 1, clip_fraction=clipped)
+    return metrics.means(total) | {"positions": positions(batch, useful)}
+
+
+# ---- its bookkeeping -------------------------------------------------------------------------------------
+
+def scored(model: GPT, batch: Batch, rows: list[int], c: Config, pad: int
+           ) -> Iterator[tuple[list[int], Tensor]]:
+    """(some of the rows, log-probabilities (N,) of all their tokens), until all rows were there; of several
+    processes, this one's part. A prompt is computed once for all its completions, which attend to it. The
+    caller calls backward() before it asks for more."""
+    G = batch.rewards.shape[1]
+    groups = ranks.my_part(sorted({r // G for r in rows}))
+    for chunk in micro_batches([len(batch.prompts[g]) for g in groups], c.micro_tokens):
+        place = {groups[i]: at for at, i in enumerate(chunk)}            # group -> its number in the chunk
         shared = SharedPrompts(model, [batch.prompts[g] for g in place], pad)
-        mine = [r for r in useful if r // G in place]
-        for part in micro_batches([len(completions[r]) for r in mine], c.micro_batch):
-            part = [mine[i] for i in part]
-            texts = [completions[r] for r in part]
-            logp = shared_logprobs(model, shared, [place[r // G] for r in part], texts, pad, c.temperature)
-            # one update per batch is exactly on-policy: the ratio is 1, its gradient that of REINFORCE
-            old = (logp.detach() if c.updates == 1                                                # (N,)
-                   else torch.cat([batch.logprobs[r] for r in part]).to(device))
-            sizes = torch.tensor([len(text) for text in texts])
-            token_advantage = advantage[part].repeat_interleave(sizes).to(device)                 # (N,)
-            loss = policy_loss(logp, old, token_advantage, c.clip_low, c.clip_high)
-            if c.kl > 0:
-                ids, target = pack([batch.prompts[r // G] for r in part], texts, pad, device)
-                reference_logp = completion_logprobs(reference, ids, target, c.temperature).detach()
-                penalty = kl_k3(logp, reference_logp)
-                loss = loss + c.kl * penalty
-                sums["kl_penalty"] += float(penalty.detach().sum())
-            (loss.sum() / total).backward()
-            ratio = (logp.detach() - old).exp()
-            outside = ((token_advantage > 0) & (ratio > 1 + c.clip_high)
-                       | (token_advantage < 0) & (ratio < 1 - c.clip_low))
-            for name, value in (("loss", loss.detach()), ("ratio", ratio - 1), ("clip_fraction", outside)):
-                sums[name] += float(value.sum())
+        mine = [r for r in rows if r // G in place]
+        for micro in micro_batches([len(batch.completions[r]) for r in mine], c.micro_tokens):
+            micro = [mine[i] for i in micro]
+            completions = [batch.completions[r] for r in micro]
+            prompt_of_row = [place[r // G] for r in micro]
+            yield micro, shared_logprobs(model, shared, prompt_of_row, completions, pad, c.temperature)
         shared.backward()
-    positions = sum(len(completions[r]) for r in useful) + sum(len(batch.prompts[g]) for g in groups)
-    # a skipped token's ratio counts as 1
-    means = {name: value / total for name, value in zip(sums, add_up(*sums.values()))}
-    return means | {"ratio": 1 + means["ratio"], "positions": positions}
+
+
+def per_token(values: Tensor, batch: Batch, rows: list[int]) -> Tensor:
+    """A value of each row (B,), repeated for every token of these rows (N,)."""
+    lengths = torch.tensor([len(batch.completions[r]) for r in rows])
+    return values[rows].repeat_interleave(lengths)
+
+
+def recorded(batch: Batch, rows: list[int]) -> Tensor:
+    """Log-probabilities (N,) of these rows' tokens at the time of sampling."""
+    return torch.cat([batch.logprobs[r] for r in rows])
+
+
+@torch.no_grad()
+def reference_logprobs(reference: GPT, batch: Batch, rows: list[int], c: Config, pad: int) -> Tensor:
+    """Log-probabilities (N,) of these rows' tokens under the reference, at the training temperature."""
+    G = batch.rewards.shape[1]
+    prompts = [batch.prompts[r // G] for r in rows]
+    completions = [batch.completions[r] for r in rows]
+    ids, target = pack(prompts, completions, pad, reference.device)
+    return completion_logprobs(reference, ids, target, c.temperature)
+
+
+class Metrics:
+    """Sums over tokens of the numbers to log."""
+
+    def __init__(self) -> None:
+        self.sums = dict.fromkeys(("loss", "ratio", "clip_fraction", "kl_penalty"), 0.0)
+
+    def add(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            self.sums[name] += float(value.detach().sum())
+
+    def means(self, total: int) -> dict[str, float]:
+        """Per token of the whole update, over all processes; a skipped token's ratio counts as 1."""
+        sums = ranks.add_up(*self.sums.values())
+        means = {name: value / total for name, value in zip(self.sums, sums)}
+        return means | {"ratio": 1 + means["ratio"]}
+
+
+def positions(batch: Batch, rows: list[int]) -> int:
+    """Number of positions that `scored` computes for these rows: completions, and each prompt once."""
+    G = batch.rewards.shape[1]
+    groups = {r // G for r in rows}
+    return sum(len(batch.completions[r]) for r in rows) + sum(len(batch.prompts[g]) for g in groups)
 
 
 # ---- measurements ----------------------------------------------------------------------------------------
 
 def grpo_flops(model: GPT, batch: Batch, trained: int, c: Config) -> int:
     """FLOPs of sampling a batch and of updating on `trained` positions; measurements are not counted."""
-    prompted, sampled = (sum(map(len, x)) for x in (batch.prompts, batch.completions))
+    prompted = sum(map(len, batch.prompts))
+    sampled = sum(map(len, batch.completions))
     length = int(prompted / len(batch.prompts) + sampled / len(batch.completions))
     return model.flops_per_token(length) * (prompted + sampled + (3 + (c.kl > 0)) * trained)
 
 
-def signal_probability(n: int, right: int, group: int) -> float:
-    """Probability that `group` of n answers, `right` of them right, drawn without replacement, are mixed."""
-    return pass_at_k(n, right, group) + pass_at_k(n, n - right, group) - 1
+def signal_probability(rewards: list[float], group: int) -> float:
+    """Probability that the rewards of a group drawn from these without replacement are not all equal."""
+    equal = sum(math.comb(times, group) for times in Counter(rewards).values())
+    return 1 - equal / math.comb(len(rewards), group)
 
 
-@torch.inference_mode()
-def kl_to_start(reference: GPT | None, batch: Batch, c: Config, pad: int, rows: int = 64) -> float:
-    """KL(policy || start), nats per token, from `rows` rollouts of the batch and their recorded logprobs; NaN
-    without a reference (--reference none)."""
+def kl_to_reference(reference: GPT | None, batch: Batch, c: Config, pad: int, n_rows: int = 64) -> float:
+    """KL(policy || reference), nats per token, from `n_rows` rollouts of the batch and their recorded
+    log-probabilities; NaN without a reference."""
     if reference is None:
         return float("nan")
-    B, G, device = batch.rewards.numel(), batch.rewards.shape[1], reference.head.weight.device
-    chosen = range(0, B, -(-B // rows))
-    texts, logp = [(batch.prompts[r // G], batch.completions[r]) for r in chosen], []
+    B = len(batch.completions)
+    rows = list(range(0, B, -(-B // n_rows)))
     at_once = max(1, 2 ** 27 // (c.max_new * reference.config.n_vocab))          # logits of half a GiB
-    for i in range(0, len(texts), at_once):
-        ids, target = pack(*zip(*texts[i:i + at_once]), pad, device)
-        logp.append(completion_logprobs(reference, ids, target, c.temperature).cpu())
-    return float(kl_k3(torch.cat([batch.logprobs[r] for r in chosen]), torch.cat(logp)).mean())
+    logp = [reference_logprobs(reference, batch, rows[i:i + at_once], c, pad).cpu()
+            for i in range(0, len(rows), at_once)]
+    return float(kl_k3(recorded(batch, rows), torch.cat(logp)).mean())
 
 
 def probe(model: GPT, tokenizer: Tokenizer, problems: list[dict], c: Config) -> None:
     """Measure the success rate before the first step; print the expected share of groups with a signal."""
     n = 2 * c.rollouts
     batch = collect(model, tokenizer, problems, n, c, generator(c.seed, "probe"))
-    right = batch.rewards.sum(1).int().tolist()
-    signal = float(np.mean([signal_probability(n, r, c.rollouts) for r in right]))
-    unparsed = batch.grades.count("unparsed") / len(batch.grades)
-    print(f"before training: {batch.rewards.mean():.1%} of {n * len(right)} answers right, {unparsed:.1%} not"
-          f" readable; about {signal:.0%} of groups of {c.rollouts} will have a signal")
-    if signal < .3:
-        print("WARNING: few groups have a signal, and a rare success gets a large advantage: updates will be "
-              "noisy. More --n-problems or --rollouts, or a smaller --lr, are safer." if signal else
-              "WARNING: no group has a signal, so RL cannot learn anything here. Start from a later "
+    signal = np.mean([signal_probability(row, c.rollouts) for row in batch.rewards.tolist()])
+    total = len(batch.grades)
+    print(f"before training: {batch.grades.count('right') / total:.1%} of {total} answers right, "
+          f"{batch.grades.count('unparsed') / total:.1%} unparsed; about {signal:.0%} of groups of "
+          f"{c.rollouts} will have a signal")
+    if signal == 0:
+        print("WARNING: no group has a signal, so RL cannot learn anything here. Start from a later "
               "checkpoint, or use easier problems or more --rollouts.")
+    elif signal < .3:
+        print("WARNING: few groups have a signal, and a rare success gets a large advantage: updates will be "
+              "noisy. More --n-problems or --rollouts, or a smaller --lr, are safer.")
 
 
-def transcript(batch: Batch, problems: list[dict], step: int, group: int) -> str:
-    """Two answers to each of three problems, with their grades."""
-    parts = [f"======== step {step}"]
-    for i, p in enumerate(problems[:3]):
-        parts.append(f"{p['question']}   (answer {p['answer']})")
-        parts += [f"  [{batch.grades[r]}] {batch.texts[r]!r}" for r in (i * group, i * group + 1)]
-    return "\n".join(parts)
+def rollout_metrics(batch: Batch, advantage: Tensor) -> dict[str, float]:
+    """Metrics of a batch, before its update."""
+    B = len(batch.completions)
+    return {"reward": float(batch.rewards.mean()), "signal": float((advantage != 0).float().mean()),
+            "unparsed": batch.grades.count("unparsed") / B, "truncated": batch.truncated,
+            "length": sum(map(len, batch.completions)) / B, "entropy": batch.entropy}
 
 
 # ---- training --------------------------------------------------------------------------------------------
 
-@one_run
 def train(c: Config) -> Path:
     """Run (or resume) RL; returns the path of the last checkpoint."""
     check(c)
-    model, tokenizer, earlier, problems, validation = open_training(c, setup(c.device, c.threads))
-    reference = keep_start(model, c)
-    run = Run(c, {c.init: file_sha256(c.init)})
-    final = run.out / "final.pt"
-    if run.finished(final, c.steps):
-        return final
-    optimizer = make_optimizer(model, c, c.lr)
-    step, counts = 0, {"tokens": 0, "updates": 0, "flops": 0, "seconds": 0.0}
-    if run.last:
-        run.restore(model, optimizer)
-        step, counts = run.last["step"], run.last["counts"]
-    else:
-        probe(model, tokenizer, problems[:c.n_problems], c)
+    device = setup(c.device, c.threads)
+    model, tokenizer, parents = load_model(c.init, device)
+    model.set_memory(c)
+    problems, validation = training_problems(c, model, tokenizer)
+    reference = copy.deepcopy(model).requires_grad_(False) if c.reference else None
+    steps = c.steps
+    optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=c.weight_decay, fused=True)
 
-    def lineage() -> list[dict]:
-        return run.lineage(earlier, **counts)
-    bar = tqdm(total=c.steps, initial=step, unit="step", desc="rl")
-    scores: dict[str, float] = {}
-    while True:
-        # ---- learning rate
-        for group in optimizer.param_groups:
-            group["lr"] = c.lr * min(1.0, (step + 1) / max(1, c.warmup))
-        # ---- evaluate and checkpoint
-        if step % c.eval_every == 0 or step == c.steps:
-            scores = {"val_pass@1": validate(model, tokenizer, validation, c).score}
-            run.log(step=step, **scores)
-        if step in c.checkpoints_at:
-            save_checkpoint(run.out / f"step{step}.pt", model, tokenizer, lineage())
-        if step == c.steps:
-            break
-        # ---- collect
-        started = time.perf_counter()
-        chosen = [problems[i] for i in batch_indices(len(problems), c.n_problems, step, c.seed, "rl")]
-        batch = collect(model, tokenizer, chosen, c.rollouts, c, generator(c.seed, "rollouts", step))
-        advantage = advantages(batch.rewards, c.std).flatten()                                    # (B,)
-        kl = kl_to_start(reference, batch, c, tokenizer.pad)
-        # ---- update
-        rows, figures, skipped = len(advantage) // c.updates, [], run.skipped
-        for i in range(c.updates):
-            span = range(i * rows, (i + 1) * rows)
-            part = policy_gradient(model, reference, batch, advantage, span, c, tokenizer.pad)
-            if part:                             # no signal, no step: momentum must not move the model
-                figures.append(part | {"grad_norm": run.step(model, optimizer, c.grad_clip)})
-        # ---- log: line s of log.jsonl is the s-th batch, sampled before its update
-        step += 1
-        B, sampled = len(advantage), sum(map(len, batch.completions))
-        counts["tokens"] += sampled
-        counts["updates"] += len(figures) - (run.skipped - skipped)
-        counts["flops"] += grpo_flops(model, batch, sum(f.pop("positions") for f in figures), c)
-        counts["seconds"] += time.perf_counter() - started
-        means = {k: float(np.mean([f[k] for f in figures])) for k in figures[0]} if figures else {}
-        reward, signal = float(batch.rewards.mean()), float((advantage != 0).float().mean())
-        run.log(step=step, reward=reward, signal=signal, unparsed=batch.grades.count("unparsed") / B,
-                truncated=batch.truncated, length=sampled / B, entropy=batch.entropy, kl=kl, **means,
-                lr=optimizer.param_groups[0]["lr"], skipped=run.skipped,
-                **{k: round(v, 3) for k, v in counts.items()})
-        if (step - 1) % c.eval_every == 0:
-            run.write(transcript(batch, chosen, step, c.rollouts))
-        bar.update(1)
-        shown = {"reward": reward, "signal": signal, "entropy": batch.entropy, "kl": kl, **scores}
-        bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in shown.items()), refresh=False)
-        # ---- stop
-        if step % c.save_every == 0 or step == c.steps or run.interrupted:
-            run.save_last(model, tokenizer, lineage(), [optimizer], step, counts=counts)
-        if run.interrupted and step < c.steps:
-            run.stop()
-    bar.close()
-    save_checkpoint(final, model, tokenizer, lineage())
-    run.save_last(model, tokenizer, lineage(), [optimizer], step, done=True, counts=counts)
-    print(f"{final}: {counts['updates']} updates, {c.steps * c.n_problems * c.rollouts:,} rollouts, "
-          f"{counts['seconds'] / 60:.1f} min, validation pass@1 {scores['val_pass@1']:.1%}\n"
-          f"next: python evaluate.py {final} {c.init} --data {c.data}")
-    return final
+    with Run(c, steps, parents) as run:
+        if run.finished():
+            return run.final
+        step = run.restore(model, optimizer)
+        if step == 0:
+            probe(model, tokenizer, problems[:c.n_problems], c)
+        while True:
+            # ---- learning rate
+            for group in optimizer.param_groups:
+                group["lr"] = c.lr * min(1.0, (step + 1) / max(1, c.warmup))
+
+            # ---- evaluate and checkpoint
+            if step % c.eval_every == 0 or step == steps:
+                attempts = validate(model, tokenizer, validation, c)
+                run.log(step, **{"val_pass@1": attempts.score})
+                run.write(transcript(step, validation, attempts))
+            if step in c.checkpoints_at:
+                run.keep(f"step{step}.pt", model, tokenizer)
+            if step == steps:
+                break
+
+            # ---- collect
+            started = time.perf_counter()
+            chosen = [problems[i] for i in batch_indices(len(problems), c.n_problems, step, c.seed, "rl")]
+            batch = collect(model, tokenizer, chosen, c.rollouts, c, generator(c.seed, "rollouts", step))
+            advantage = advantages(batch.rewards, c.std).flatten()                                # (B,)
+            kl = kl_to_reference(reference, batch, c, tokenizer.pad)
+
+            # ---- update
+            per_update = len(advantage) // c.updates
+            updates = []
+            for i in range(c.updates):
+                rows = range(i * per_update, (i + 1) * per_update)
+                metrics = policy_gradient(model, reference, batch, advantage, rows, c, tokenizer.pad)
+                if metrics is None:              # no signal, no step: momentum must not move the model
+                    continue
+                ranks.sum_gradients(model)       # over the processes, if there are several
+                norm = float(clip_grad_norm_(model.parameters(), c.grad_clip))
+                if run.usable(norm, optimizer):  # finite; three bad ones in a row end the run
+                    optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                updates.append(metrics | {"grad_norm": norm})
+
+            # ---- log: line s of log.jsonl is the s-th batch, sampled before its update
+            step += 1
+            trained = sum(metrics.pop("positions") for metrics in updates)
+            means = {name: float(np.mean([u[name] for u in updates])) for name in (updates or [{}])[0]}
+            run.count(tokens=sum(map(len, batch.completions)), flops=grpo_flops(model, batch, trained, c),
+                      seconds=time.perf_counter() - started)
+            run.log_step(step, **rollout_metrics(batch, advantage), kl=kl, **means,
+                         lr=optimizer.param_groups[0]["lr"])
+
+            # ---- stop
+            run.end_step(step, model, tokenizer, optimizer)
+        return run.finish(model, tokenizer, optimizer,
+                          then=f"python evaluate.py {run.final} {c.init} --data {c.data}")
 
 
 if __name__ == "__main__":

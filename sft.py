@@ -11,61 +11,61 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
+import torch
+from torch.nn.utils import clip_grad_norm_
 
-from checkpoint import (
-    Run, batch_indices, file_sha256, main, one_run, require, require_positive, save_checkpoint, setup)
+import ranks
+from checkpoint import Run, batch_indices, check_fields, load_model, main, require, setup
+from data.problems import prompt_ids, training_problems
 from data.tokenizer import Tokenizer
-from evaluate import open_training, prompt_ids, validate
+from evaluate import transcript, validate
 from model import GPT, completion_logprobs, micro_batches, pack
-from ranks import add_up, share
-from scale import Memory, make_optimizer
 
 
 @dataclass
-class Config(Memory):                          # and the options of scale.Memory
+class Config:
     init: str = ""                  # checkpoint to start from
     data: str = "data/tiny"         # folder made by data/prepare.py
-    problems: str = ""              # problem file to train on instead of DATA/train.jsonl
+    problem_file: str = ""          # problem file to train on instead of DATA/train.jsonl
     out: str = "runs/sft"           # run folder; the same call again resumes an unfinished run
-    difficulty: str = "easy"        # which problems to train and validate on: easy, hard, all
-    questions: int = 2000           # how many to train on, 0 = all
+    difficulty: str = "easy"        # one of easy, hard, all: which problems to train and validate on
+    n_train: int = 2000             # >= 0: number of problems to train on, 0 = all
     gold: bool = False              # all solutions of every question instead of one chosen at random
-    epochs: int = 3                 # passes over the examples
-    batch: int = 32                 # examples per update
-    lr: float = 1e-3                # AdamW, peak
-    warmup: int = 10                # updates until the peak
-    decay: bool = True              # fall linearly to 0 at the end
-    weight_decay: float = 0.0       # of AdamW
-    grad_clip: float = 1.0          # largest gradient norm
-    max_new: int = 80               # longest answer in the validation, tokens
-    micro_batch: int = 2_048        # tokens per forward pass
-    eval_every: int = 100           # updates between validations
-    eval_problems: int = 100        # validation problems
-    eval_samples: int = 16          # samples of each, at T=0.6
-    save_every: int = 50            # updates between states to resume from
-    checkpoints_at: tuple[int, ...] = ()    # updates after which to keep a checkpoint, besides the last
-    seed: int = 0                   # of the choice of solutions and of the order
+    epochs: int = 3                 # > 0: passes over the examples
+    batch: int = 32                 # > 0: examples per update
+    lr: float = 1e-3                # > 0: of AdamW, peak
+    warmup: int = 10                # >= 0: updates until the peak
+    decay: float = 1.0              # >= 0, <= 1: share of the run, at its end, over which lr falls to 0
+    weight_decay: float = 0.0       # >= 0: of AdamW
+    grad_clip: float = 1.0          # > 0: largest gradient norm
+    max_new: int = 80               # > 0: longest answer in the validation, tokens
+    micro_tokens: int = 2_048       # > 0: tokens per forward pass
+    eval_every: int = 100           # > 0: updates between validations (and transcripts)
+    eval_problems: int = 100        # > 0: validation problems
+    eval_samples: int = 16          # > 0: samples of each, at T=0.6
+    save_every: int = 50            # > 0: updates between states to resume from
+    checkpoints_at: tuple[int, ...] = ()    # > 0: updates after which to keep a checkpoint, besides the last
+    recompute: bool = False         # activations again in the backward pass: less memory, a third slower
+    decode_rows: int = 1024         # > 0: rows sampled at once (one problem's at least): bounds the cache
+    freeze_embeddings: bool = False     # no gradient and no moments for embedding and head
+    seed: int = 0                   # >= 0: of the choice of solutions and of the order
     device: str = "auto"            # cpu, cuda, auto
-    threads: int = 0                # CPU threads, 0 = all cores
-
-
-def check(c: Config) -> None:
-    require_positive(c, "epochs batch lr grad_clip max_new micro_batch eval_every eval_problems eval_samples "
-                        "save_every")
-    require_positive(c, "questions warmup weight_decay seed", zero=True)
+    threads: int = 0                # >= 0, <= 4096: CPU threads, 0 = all cores
 
 
 Example = tuple[list[int], list[int]]           # ids of the prompt, ids of the solution and EOS
 
 
 def make_examples(tokenizer: Tokenizer, problems: list[dict], gold: bool, seed: int) -> list[Example]:
-    """One example per question with a solution chosen at random once and for all, or one per solution."""
+    """One example per question with one solution, chosen at random once, or one per solution."""
     choice = np.random.default_rng([seed, 0])
     examples = []
     for p in problems:
-        solutions = p["solutions"] if gold else [p["solutions"][choice.integers(len(p["solutions"]))]]
-        examples += [(prompt_ids(tokenizer, p), tokenizer.encode(s) + [tokenizer.eos]) for s in solutions]
+        solutions = p["solutions"]
+        if not gold:
+            solutions = [solutions[choice.integers(len(solutions))]]
+        for solution in solutions:
+            examples.append((prompt_ids(tokenizer, p), tokenizer.encode(solution) + [tokenizer.eos]))
     return examples
 
 
@@ -76,95 +76,87 @@ def require_fit(examples: list[Example], context: int) -> None:
             f"the longest example has {longest} tokens: beyond the model's context of {context}")
 
 
+def learning_rate(c: Config, step: int, steps: int) -> float:
+    """Linear warm-up, constant, linear decay to 0 over the last `decay` of the run."""
+    rising = min(1.0, (step + 1) / max(1, c.warmup))
+    falling = min(1.0, (1 - step / steps) / c.decay) if c.decay else 1.0
+    return c.lr * rising * falling
+
+
 def sft_gradient(model: GPT, examples: list[Example], c: Config, pad: int) -> dict[str, float]:
     """Add the gradient of the mean loss per solution token (EOS included) to the model's .grad, whatever the
     micro-batches; returns the loss in nats per token and the FLOPs."""
-    device = model.head.weight.device
-    total, loss_sum = sum(len(solution) for _, solution in examples), 0.0
-    mine = share(examples)                       # the others are other processes' work
-    for rows in micro_batches([len(prompt) + len(solution) for prompt, solution in mine], c.micro_batch):
-        ids, target = pack([mine[r][0] for r in rows], [mine[r][1] for r in rows], pad, device)
+    total = sum(len(solution) for _, solution in examples)
+    loss_sum = 0.0
+    mine = ranks.my_part(examples)
+    for rows in micro_batches([len(prompt) + len(solution) for prompt, solution in mine], c.micro_tokens):
+        prompts = [mine[r][0] for r in rows]
+        solutions = [mine[r][1] for r in rows]
+        ids, target = pack(prompts, solutions, pad, model.device)
         loss = -completion_logprobs(model, ids, target).sum() / total
         loss.backward()
         loss_sum += float(loss.detach())
-    positions = sum(len(prompt) + len(solution) for prompt, solution in examples)
-    loss_sum, = add_up(loss_sum)
+
+    positions = total + sum(len(prompt) for prompt, _ in examples)
+    loss_sum, = ranks.add_up(loss_sum)
     return {"loss": loss_sum, "flops": 3 * model.flops_per_token(positions // len(examples)) * positions}
 
 
-@one_run
+# ---- training --------------------------------------------------------------------------------------------
+
 def train(c: Config) -> Path:
     """Run (or resume) SFT; returns the path of the last checkpoint."""
-    check(c)
+    check_fields(c)
     device = setup(c.device, c.threads)
-    model, tokenizer, earlier, problems, validation = open_training(c, device, solutions=True)
+    model, tokenizer, parents = load_model(c.init, device)
+    model.set_memory(c)
+    problems, validation = training_problems(c, model, tokenizer, solutions=True)
     examples = make_examples(tokenizer, problems, c.gold, c.seed)
-    steps = -(-c.epochs * len(examples) // c.batch)
-    late = [s for s in c.checkpoints_at if not 0 < s <= steps]
-    require(not late, f"--checkpoints-at {','.join(map(str, late))}: not within the run's {steps} updates")
     require_fit(examples, model.config.context)
-    run = Run(c, {c.init: file_sha256(c.init)})
-    final = run.out / "final.pt"
-    if run.finished(final, steps):
-        return final
-    optimizer = make_optimizer(model, c, c.lr)
-    step, counts = 0, {"tokens": 0, "updates": 0, "flops": 0, "seconds": 0.0}
-    if run.last:
-        run.restore(model, optimizer)
-        step, counts = run.last["step"], run.last["counts"]
+    steps = -(-c.epochs * len(examples) // c.batch)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=c.weight_decay, fused=True)
 
-    def lineage() -> list[dict]:
-        return run.lineage(earlier, **counts)
-    bar = tqdm(total=steps, initial=step, unit="step", desc="sft")
-    scores: dict[str, float] = {}
-    while True:
-        # ---- learning rate
-        for group in optimizer.param_groups:
-            group["lr"] = (c.lr * min(1.0, (step + 1) / max(1, c.warmup))
-                           * (1 - step / steps if c.decay else 1))
-        # ---- evaluate and checkpoint
-        if step % c.eval_every == 0 or step == steps:
-            tried = validate(model, tokenizer, validation, c)
-            scores = {"val_pass@1": tried.score}
-            run.log(step=step, **scores)
-            run.write(f"======== step {step}")
-            for i, problem in enumerate(validation[:3]):
-                run.write(f"{problem['question']}   (answer {problem['answer']})\n"
-                          f"  [{tried.grades[i * c.eval_samples]}] {tried.texts[i * c.eval_samples]!r}")
-        if step in c.checkpoints_at:
-            save_checkpoint(run.out / f"step{step}.pt", model, tokenizer, lineage())
-        if step == steps:
-            break
-        # ---- collect
-        started = time.perf_counter()
-        batch = [examples[i] for i in batch_indices(len(examples), c.batch, step, c.seed, "sft")]
-        # ---- update
-        figures = sft_gradient(model, batch, c, tokenizer.pad)
-        skipped = run.skipped
-        norm = run.step(model, optimizer, c.grad_clip)
-        # ---- log
-        step += 1
-        counts["tokens"] += sum(len(solution) for _, solution in batch)
-        counts["updates"] += 1 - (run.skipped - skipped)
-        counts["flops"] += figures["flops"]
-        counts["seconds"] += time.perf_counter() - started
-        run.log(step=step, loss=figures["loss"], grad_norm=norm, lr=optimizer.param_groups[0]["lr"],
-                skipped=run.skipped, **{k: round(v, 3) for k, v in counts.items()})
-        bar.update(1)
-        shown = {"loss": figures["loss"], **scores}
-        bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in shown.items()), refresh=False)
-        # ---- stop
-        if step % c.save_every == 0 or step == steps or run.interrupted:
-            run.save_last(model, tokenizer, lineage(), [optimizer], step, counts=counts)
-        if run.interrupted and step < steps:
-            run.stop()
-    bar.close()
-    save_checkpoint(final, model, tokenizer, lineage())
-    run.save_last(model, tokenizer, lineage(), [optimizer], step, done=True, counts=counts)
-    print(f"{final}: {counts['updates']} updates, {len(examples):,} examples, {counts['seconds'] / 60:.1f} "
-          f"min, validation pass@1 {scores['val_pass@1']:.1%}\n"
-          f"next: python evaluate.py {final} {c.init} --data {c.data}")
-    return final
+    with Run(c, steps, parents) as run:
+        if run.finished():
+            return run.final
+        step = run.restore(model, optimizer)
+        while True:
+            # ---- learning rate
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(c, step, steps)
+
+            # ---- evaluate and checkpoint
+            if step % c.eval_every == 0 or step == steps:
+                attempts = validate(model, tokenizer, validation, c)
+                run.log(step, **{"val_pass@1": attempts.score})
+                run.write(transcript(step, validation, attempts))
+            if step in c.checkpoints_at:
+                run.keep(f"step{step}.pt", model, tokenizer)
+            if step == steps:
+                break
+
+            # ---- collect
+            started = time.perf_counter()
+            batch = [examples[i] for i in batch_indices(len(examples), c.batch, step, c.seed, "sft")]
+
+            # ---- update
+            metrics = sft_gradient(model, batch, c, tokenizer.pad)
+            ranks.sum_gradients(model)           # over the processes, if there are several
+            norm = float(clip_grad_norm_(model.parameters(), c.grad_clip))
+            if run.usable(norm, optimizer):      # finite; three bad ones in a row end the run
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            # ---- log
+            step += 1
+            run.count(tokens=sum(len(solution) for _, solution in batch), flops=metrics["flops"],
+                      seconds=time.perf_counter() - started)
+            run.log_step(step, loss=metrics["loss"], grad_norm=norm, lr=optimizer.param_groups[0]["lr"])
+
+            # ---- stop
+            run.end_step(step, model, tokenizer, optimizer)
+        return run.finish(model, tokenizer, optimizer,
+                          then=f"python evaluate.py {run.final} {c.init} --data {c.data}")
 
 
 if __name__ == "__main__":

@@ -8,12 +8,14 @@ the skill that reinforcement learning must improve.
 
 Easy problems have 1-2 operations, hard ones 3-4. Every problem belongs to exactly one split, computed from a
 hash of its canonical form, so that no list has to be kept and anyone can check any problem:
-`split_of(canonical(...))`.
+`split_of(canonical(...))`. The verifier `grade` is both the reward of rl.py and the scorer of evaluate.py.
 """
 import random
 import re
 from functools import cache
 from zlib import crc32
+
+from data.tokenizer import EOS, Tokenizer
 
 NAMES = ("Nora Tom Ann Ben Lena Omar Mia Sam Ivy Max Eva Leo Zoe Jack Ruth Paul Lily Hugo Rosa Dan Ella Finn "
          "Kate Adam Sara Noah Jane Karl Amy Luis Vera Mark Nina Otto Tess Rob Ida Ian Dora Hans").split()
@@ -26,8 +28,11 @@ LARGEST = 199           # no intermediate result of any solution style is larger
 DIFFICULTY = {"easy": (1, 2), "hard": (3, 4)}          # number of operations
 STYLES = ("equations", "words", "regrouped", "tens")   # plus "bare" (the answer alone), in pretraining only
 
+Operations = list[tuple[str, int]]   # of a problem: a sign and a number each
+Step = tuple[int, str, int, int]     # a, sign, b, result
 
-def canonical(start: int, operations: list[tuple[str, int]]) -> str:
+
+def canonical(start: int, operations: Operations) -> str:
     """The problem without its wording and order: gains sorted, then losses sorted, e.g. '37+48-20'.
 
     Addition commutes, so 'has 37, finds 48' and 'has 48, finds 37' are one problem and land in one split."""
@@ -51,8 +56,8 @@ def facts(text: str) -> list[str]:
             for a, sign, b in re.findall(r"([0-9]+)([+-])(?=([0-9]+))", text)]
 
 
-def chain(start: int, operations: list[tuple[str, int]]) -> list[tuple[int, str, int, int]]:
-    """Steps (a, sign, b, result) from left to right."""
+def chain(start: int, operations: Operations) -> list[Step]:
+    """The steps from left to right."""
     steps = []
     for sign, n in operations:
         result = start + n if sign == "+" else start - n
@@ -61,7 +66,7 @@ def chain(start: int, operations: list[tuple[str, int]]) -> list[tuple[int, str,
     return steps
 
 
-def solve(start: int, operations: list[tuple[str, int]]) -> dict[str, str]:
+def solve(start: int, operations: Operations) -> dict[str, str]:
     """Style -> complete solution, final line '#### answer' included.
     All end in the same answer and differ as text."""
     steps = chain(start, operations)
@@ -71,7 +76,8 @@ def solve(start: int, operations: list[tuple[str, int]]) -> dict[str, str]:
     losses = sorted((n for sign, n in operations if sign == "-"), reverse=True)
 
     def total(numbers: list[int]) -> list[str]:
-        lines = [f"{a}+{b}={c}" for a, _, b, c in chain(numbers[0], [("+", n) for n in numbers[1:]])]
+        sums = chain(numbers[0], [("+", n) for n in numbers[1:]])
+        lines = [f"{a}+{b}={c}" for a, _, b, c in sums]
         return lines or [str(numbers[0])]
     regrouped = ["plus: " + " ".join(total(gains))]
     if losses:
@@ -98,8 +104,45 @@ def style_of(completion: str) -> str:
     patterns = {"bare": rf"#### {number}", "equations": rf"{number}[+-]{number}={number}",
                 "words": rf"{number} (plus|minus) {number} is .*", "regrouped": r"plus: .*",
                 "tens": rf"{number}[+-]{number}: .*"}
-    return next((style for style, pattern in patterns.items() if re.fullmatch(pattern, first)), "other")
+    for style, pattern in patterns.items():
+        if re.fullmatch(pattern, first):
+            return style
+    return "other"
 
+
+# ---- the verifier ----------------------------------------------------------------------------------------
+
+ANSWER = r"-?(?:0|[1-9][0-9]*)"      # the form of an answer (ASCII digits only)
+ANSWER_IS = "an integer such as 12 or -3"
+
+
+def grade(completion: str, answer: str, finished: bool = True) -> str:
+    """'right', 'wrong' or 'unparsed' for the text before the first EOS.
+
+    Parsed means: it ends in exactly one line '#### N', N having the form ANSWER, and '####' occurs nowhere
+    else. Answers are compared as text: no eval, no int() of a model's text, no tolerance. A completion cut
+    off before its EOS counts only if the line is complete, that is, ended by a newline."""
+    if EOS in completion:
+        completion = completion.split(EOS)[0]
+        finished = True
+    match = re.fullmatch(rf"(?:[\s\S]*\n)?#### ({ANSWER})(\n?)", completion)
+    if not match or completion.count("####") != 1:
+        return "unparsed"
+    complete = finished or match[2] == "\n"
+    if not complete:
+        return "unparsed"
+    return "right" if match[1] == answer else "wrong"
+
+
+def read_answer(tokenizer: Tokenizer, ids: list[int], finished: bool, answer: str) -> tuple[str, str]:
+    """(text, grade) of sampled ids. EOS spelled out in ordinary bytes ends nothing: that is no answer."""
+    text = tokenizer.decode(ids[:-1] if finished else ids)
+    if EOS in text:
+        return text, "unparsed"
+    return text, grade(text, answer, finished)
+
+
+# ---- random problems and documents ------------------------------------------------------------------------
 
 def draw_problem(rng: random.Random, difficulty: str, split: str) -> dict:
     """One random problem of a split: {"question", "answer", "solutions": {style: text}, "difficulty",
@@ -120,7 +163,8 @@ def draw_problem(rng: random.Random, difficulty: str, split: str) -> dict:
         solutions = solve(start, operations)
         told = [canonical(start, operations[:n]) for n in range(1, len(operations))]
         told += [fact for text in solutions.values() for fact in facts(text)]
-        if split in ("pretrain", "train") and any(split_of(problem) in ("val", "test") for problem in told):
+        tells_held_out = any(split_of(problem) in ("val", "test") for problem in told)
+        if split in ("pretrain", "train") and tells_held_out:
             continue
         name, item = rng.choice(NAMES), rng.choice(ITEMS)
         sentences = [f"{name} {rng.choice(GAINS if sign == '+' else LOSSES)} {n}." for sign, n in operations]
@@ -134,8 +178,9 @@ def draw_document(rng: random.Random, hard_fraction: float, split: str = "pretra
     few-shot prompts are in the training distribution. Each text ends a sequence
     (the caller appends EOS to each)."""
     style = rng.choices(STYLES + ("bare",), weights=(25, 25, 15, 20, 15))[0]
+    n = rng.choices((1, 2, 3, 4), weights=(70, 10, 10, 10))[0]
     texts = []
-    for _ in range(rng.choices((1, 2, 3, 4), weights=(70, 10, 10, 10))[0]):
+    for _ in range(n):
         problem = draw_problem(rng, "hard" if rng.random() < hard_fraction else "easy", split)
         solution = f"#### {problem['answer']}" if style == "bare" else problem["solutions"][style]
         texts.append(f"{problem['question']}\n{solution}")

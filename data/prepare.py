@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # so that this file also runs as a script
 
-from checkpoint import UserError, atomic_write, file_sha256, main, require  # noqa: E402
+from checkpoint import UserError, atomic_write, check_fields, file_sha256, main, require  # noqa: E402
 from data import arithmetic, world  # noqa: E402
 from data.text import open_tokenizer, read_problems, read_texts  # noqa: E402
 from data.tokenizer import Tokenizer, train_tokenizer  # noqa: E402
@@ -44,37 +44,31 @@ from data.tokenizer import Tokenizer, train_tokenizer  # noqa: E402
 @dataclass
 class Config:
     out: str = "data/tiny"          # folder to write; a whole data set of these options is left as it is
-    seed: int = 0                   # of every text and of the population
-    tokens: int = 12_000_000        # pretraining tokens in train.bin, none of them repeated
-    math_fraction: float = 0.3      # share of arithmetic among them
-    hard_fraction: float = 0.3      # share of hard problems (3-4 operations) among arithmetic
-    vocab_size: int = 512           # tokens: 256 bytes, 2 special ones, the rest merges
-    val_tokens: int = 100_000       # in each of the two validation shards
-    train_problems: int = 6_000     # for SFT and RL, easy and hard together
-    eval_problems: int = 400        # easy, and as many hard, in each of val.jsonl and test.jsonl
-    benchmark_items: int = 250      # of each of the seven general benchmarks
+    seed: int = 0                   # >= 0: of every text and of the population
+    tokens: int = 12_000_000        # > 0: pretraining tokens in train.bin, none of them repeated
+    math_fraction: float = 0.3      # >= 0, <= 1: share of arithmetic among them
+    hard_fraction: float = 0.3      # >= 0, <= 1: share of hard problems (3-4 operations) among arithmetic
+    vocab_size: int = 512           # >= 260, <= 65536: tokens: 256 bytes, 2 special ones, the rest merges
+    val_tokens: int = 100_000       # > 0: in each of the two validation shards
+    train_problems: int = 6_000     # > 0: for SFT and RL, easy and hard together
+    eval_problems: int = 400        # > 0: easy, and as many hard, in each of val.jsonl and test.jsonl
+    benchmark_items: int = 250      # > 0: of each of the seven general benchmarks
     text: tuple[str, ...] = ()      # real text for the generated one: files .txt, .jsonl (or .gz), .parquet
-    text_share: float = 1.0         # share of --text in the general text; the generated world is the rest
+    text_share: float = 1.0         # > 0, <= 1: share of --text in the general text; the world is the rest
     tokenizer: str = ""             # instead of training one: tokenizer.json, checkpoint, gpt2, o200k_base
     problems: tuple[str, ...] = ()  # FILE[,TESTFILE] for the generated problems: GSM8K's JSON lines, or ours
     annotations: bool = False       # keep GSM8K's calculator annotations such as <<48/2=24>>
     device: str = "auto"            # every script takes it; not used here
-    threads: int = 0                # likewise: this is plain Python on one core
+    threads: int = 0                # >= 0, <= 4096: likewise: this is plain Python on one core
 
 
 HERE = ("out", "device", "threads")              # options that do not change the data
 
 
 def check(c: Config) -> None:
-    require(0 <= c.math_fraction <= 1, f"--math-fraction {c.math_fraction}: must be between 0 and 1")
-    require(0 <= c.hard_fraction <= 1, f"--hard-fraction {c.hard_fraction}: must be between 0 and 1")
-    require(260 <= c.vocab_size <= 65_536,
-            f"--vocab-size {c.vocab_size}: must be between 260 and 65536 (uint16)")
-    require(0 < c.text_share <= 1, f"--text-share {c.text_share}: must be above 0 and at most 1")
+    check_fields(c)
     require(len(set(c.problems)) == len(c.problems) <= 2,
             f"--problems {','.join(c.problems)}: must be one file, or two different ones: FILE,TESTFILE")
-    for name in ("tokens", "val_tokens", "train_problems", "eval_problems", "benchmark_items"):
-        require(getattr(c, name) > 0, f"--{name.replace('_', '-')} {getattr(c, name)}: must be positive")
 
 
 def general_split(text: str) -> str:

@@ -1,0 +1,126 @@
+"""Problem files and token shards as the other scripts read them: every file checked before it is used."""
+import json
+import typing
+from pathlib import Path
+
+import numpy as np
+
+from checkpoint import UserError, file_sha256, require
+from data.arithmetic import ANSWER_IS, grade
+from data.tokenizer import Tokenizer
+from model import GPT
+
+
+def open_data(folder: str) -> tuple[dict, Tokenizer, dict[str, np.ndarray]]:
+    """(manifest, tokenizer, shard name -> memory-mapped tokens), every file checked by its sha256."""
+    path = Path(folder)
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        sums = dict(manifest["sha256"])
+        names = [name for name in manifest["shards"] if name.endswith(".bin")]
+        dtype = np.dtype(manifest.get("dtype", "uint16"))
+        tokenizer = Tokenizer.load(path / "tokenizer.json")
+        require(manifest["tokenizer_sha256"] == tokenizer.sha256, f"{path / 'tokenizer.json'}: not the "
+                f"tokenizer that made the shards in {folder}; make the data again")
+        require("train.bin" in names, f"{path / 'manifest.json'}: lists no train.bin; make the data again")
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename}: not found; make the data with: "
+                        f"python data/prepare.py --out {folder}") from None
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(f"{folder}: manifest.json or tokenizer.json is damaged "
+                        f"({type(error).__name__}: {error}); make the data again") from None
+
+    for name, digest in sums.items():
+        require((path / name).is_file(), f"{path / name}: not found, although the manifest lists it")
+        require(file_sha256(path / name) == digest, f"{path / name}: checksum differs from manifest.json "
+                "(truncated or changed); make the data again")
+    shards = {name.removesuffix(".bin"): np.memmap(path / name, dtype=dtype, mode="r") for name in names}
+    return manifest, tokenizer, shards
+
+
+def load_problems(path: str | Path, difficulty: str = "all", solutions: bool = False) -> list[dict]:
+    """Problems of a JSON-lines file; one without a difficulty, or of "all", belongs to each. UserError names
+    file, line and fault."""
+    path = Path(path)
+    require(path.is_file(), f"{path}: no such problem file")
+    manifest = path.parent / "manifest.json"
+    if manifest.exists():                        # a file of ours: it must be the one that was made
+        known = json.loads(manifest.read_text()).get("sha256", {}).get(path.name)
+        require(known in (None, file_sha256(path)), f"{path}: checksum differs from manifest.json")
+
+    problems = []
+    for i, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if line.strip():
+            problem = read_problem(line, f"{path}, line {i}", solutions)
+            if difficulty == "all" or problem.get("difficulty", "all") in (difficulty, "all"):
+                problems.append(problem)
+    require(bool(problems), f"{path}: has no problem of difficulty {difficulty}")
+    return problems
+
+
+def read_problem(line: bytes, where: str, solutions: bool) -> dict:
+    """A line of a problem file. UserError if it is no problem, or if its solutions, where they are needed,
+    are not right."""
+    try:
+        p = json.loads(line.decode())
+        json.dumps(p, ensure_ascii=False).encode()           # a lone surrogate is not text
+    except (ValueError, RecursionError):
+        p = None
+    require(isinstance(p, dict), f"{where}: not a JSON object in UTF-8")
+    for key in ("question", "answer"):
+        require(isinstance(p.get(key), str) and p[key].strip() != "", f"{where}: {key!r} must be a text")
+    answer = p["answer"]
+    require(grade(f"#### {answer}", answer) == "right", f"{where}: answer {answer[:40]!r} is not {ANSWER_IS}")
+    require(isinstance(p.get("difficulty", "all"), str), f"{where}: 'difficulty' must be a text")
+    if solutions:
+        texts = p.get("solutions")
+        require(isinstance(texts, list) and texts and all(isinstance(t, str) for t in texts),
+                f"{where}: 'solutions' must be a list of at least one text")
+        for text in texts:
+            require(grade(text, answer) == "right",
+                    f"{where}: a solution does not end in the line '#### {answer}'")
+    return p
+
+
+def training_problems(c: typing.Any, model: GPT, tokenizer: Tokenizer, solutions: bool = False
+                      ) -> tuple[list[dict], list[dict]]:
+    """(training problems, validation problems) of a Config of rl.py, sft.py or merge.py. UserError if the
+    problems are not for training, or do not fit into the model's context."""
+    path = c.problem_file or f"{c.data}/train.jsonl"
+    problems = load_problems(path, c.difficulty, solutions)[:c.n_train or None]
+    require(all(p.get("split") not in ("val", "test") for p in problems),
+            f"{path}: holds validation or test problems; training on them would make every number void")
+    validation = load_problems(f"{c.data}/val.jsonl", c.difficulty)[:c.eval_problems]
+
+    longest = max(len(prompt_ids(tokenizer, p)) for p in problems + validation)
+    require(longest + c.max_new <= model.config.context, f"the longest prompt has {longest} tokens: with "
+            f"--max-new {c.max_new} that exceeds the model's context of {model.config.context}")
+    return problems, validation
+
+
+def prompt_ids(tokenizer: Tokenizer, problem: dict) -> list[int]:
+    """EOS, question, newline: in pretraining, too, every text follows the EOS of another."""
+    return [tokenizer.eos, *tokenizer.encode(problem["question"] + "\n")]
+
+
+def few_shot_prefix(tokenizer: Tokenizer, examples: list[dict], shots: int, seed: int) -> list[int]:
+    """Ids of `shots` solved examples in one style, as in documents of several questions."""
+    rng = np.random.default_rng(seed)
+    style = rng.integers(4)
+    ids = []
+    for i in rng.choice(len(examples), shots, replace=False):
+        solutions = examples[i]["solutions"]             # in the same order of styles for every problem
+        ids += prompt_ids(tokenizer, examples[i])
+        ids += tokenizer.encode(solutions[style % len(solutions)])
+    return ids
+
+
+def solved_examples(tokenizer: Tokenizer, data: str, shots: int, seed: int) -> list[int]:
+    """The ids that --shots puts before every question."""
+    if shots == 0:
+        return []
+    examples = load_problems(f"{data}/train.jsonl", "easy", solutions=True)
+    require(shots <= len(examples), f"--shots {shots}: there are only {len(examples)} examples")
+    return few_shot_prefix(tokenizer, examples, shots, seed)
