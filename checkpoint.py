@@ -15,7 +15,6 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import typing
 import zipfile
 from dataclasses import MISSING, asdict, fields
@@ -71,24 +70,19 @@ def atomic_write(path: Path, data: bytes) -> None:
     ranks, the first one writes."""
     if ranks.rank():
         return
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "wb") as f:
+        with open(temporary, "wb") as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)       # mkstemp alone would leave 0600
         os.replace(temporary, path)
-        if os.name == "posix":
+        if os.name == "posix":                   # the new name is on disk too
             folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            os.fsync(folder)
+            os.close(folder)
     except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             error.filename = str(path)           # so that the line on the screen names it
         raise
@@ -188,9 +182,11 @@ class Run:
         self.save_every = config.save_every
         self.script = Path(inspect.getfile(type(config))).name
         self.config = json.loads(json.dumps(asdict(config)))             # tuples become lists, as in the file
-        self.start = start or {config.init: file_sha256(config.init)}
-        late = [s for s in config.checkpoints_at if "init" in self.config and s > steps]
-        require(not late, f"--checkpoints-at {','.join(map(str, late))}: not within the run's {steps} steps")
+        if start is None:
+            start = {config.init: file_sha256(config.init)}
+            late = [step for step in config.checkpoints_at if step > steps]
+            require(not late, f"--checkpoints-at {late}: not within the run's {steps} steps")
+        self.start = start
         self.counts = {"tokens": 0, "updates": 0, "flops": 0, "seconds": 0.0}
         self.skipped = 0                         # updates left out because of a gradient that is not finite
         self.bad_in_a_row: dict[int, int] = {}   # id of an optimizer -> how many

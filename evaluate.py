@@ -108,6 +108,15 @@ class Attempts:
         hits = np.array([grade == "right" for grade in self.grades])
         return hits.reshape(-1, self.n).sum(1)
 
+    def transcript(self, problems: list[dict]) -> str:
+        """Up to two answers to each of the first three problems, with their grades."""
+        lines = []
+        for p, problem in enumerate(problems[:3]):
+            lines.append(f"{problem['question']}   (answer {problem['answer']})")
+            for row in range(p * self.n, p * self.n + min(2, self.n)):
+                lines.append(f"  [{self.grades[row]}] {self.texts[row]!r}")
+        return "\n".join(lines)
+
 
 def attempt(model: GPT, tokenizer: Tokenizer, problems: list[dict], n: int, temperature: float, max_new: int,
             gen: torch.Generator, prefix: list[int] = (), bar: tqdm | None = None) -> Attempts:
@@ -138,16 +147,6 @@ def validate(model: GPT, tokenizer: Tokenizer, validation: list[dict], c: typing
     """Validation during training, always from the same random numbers, which training does not use."""
     return attempt(model, tokenizer, validation, c.eval_samples, .6, c.max_new,
                    generator(c.seed, "evaluation"))
-
-
-def transcript(step: int, problems: list[dict], attempts: Attempts) -> str:
-    """Up to two answers to each of three problems, with their grades."""
-    lines = [f"======== step {step}"]
-    for p, problem in enumerate(problems[:3]):
-        lines.append(f"{problem['question']}   (answer {problem['answer']})")
-        for row in range(p * attempts.n, p * attempts.n + min(2, attempts.n)):
-            lines.append(f"  [{attempts.grades[row]}] {attempts.texts[row]!r}")
-    return "\n".join(lines)
 
 
 def measure_problems(model: GPT, tokenizer: Tokenizer, problems: list[dict], c: Config, prefix: list[int],

@@ -198,12 +198,11 @@ def train(c: Config) -> Path:
             rl.probe(model, tokenizer, problems[:c.n_problems], rl_config)
         while True:
             # ---- learning rate: constant
-
             # ---- evaluate and checkpoint
             if step % c.eval_every == 0 or step == steps:
                 attempts = evaluate.validate(model, tokenizer, validation, c)
                 run.log(step, **{"val_pass@1": attempts.score})
-                run.write(evaluate.transcript(step, validation, attempts))
+                run.write(f"======== step {step}\n{attempts.transcript(validation)}")
             if step in c.checkpoints_at:
                 run.keep(f"step{step}.pt", model, tokenizer)
             if step == steps:

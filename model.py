@@ -326,19 +326,8 @@ def sample(model: GPT, prompts: Ids, group: int,
     """Sample `group` completions of every prompt from softmax(logits / temperature), 0: greedy; on the CPU.
     The uniform numbers behind a row do not depend on the rows decoded with it. ValueError if a prompt is
     empty or leaves no room for max_new tokens."""
-    u = uniform_numbers(model, prompts, group, max_new, generator)
+    u = torch.rand(len(prompts), group, max_new, generator=generator)    # on the CPU: same for every device
     return decode_all(model, prompts, u, eos, pad, temperature, compact)
-
-
-def uniform_numbers(model: GPT, prompts: Ids, group: int, max_new: int,
-                    generator: torch.Generator) -> Tensor:
-    """Uniform numbers (P, G, max_new) for the tokens to sample, on the CPU: the same for every device."""
-    longest = max(map(len, prompts))
-    room = model.config.context - max_new
-    if min(map(len, prompts)) == 0 or longest > room:
-        raise ValueError(f"prompts must have 1 to {room} tokens (context {model.config.context}, of which "
-                         f"{max_new} are for the answer), found up to {longest}")
-    return torch.rand(len(prompts), group, max_new, generator=generator)
 
 
 @mixed                                          # weights are converted once, not at every token
@@ -346,10 +335,17 @@ def uniform_numbers(model: GPT, prompts: Ids, group: int, max_new: int,
 def decode_all(model: GPT, prompts: Ids, u: Tensor,
                eos: int, pad: int,
                temperature: float, compact: bool = True) -> Rollouts:
-    """Completions for uniform numbers u (P, G, max_new). Prompts of similar length are decoded together,
-    model.decode_rows rows at a time to bound memory."""
-    order = by_length(prompts)
-    at_once = max(1, model.decode_rows // u.shape[1])                    # prompts
+    """`sample` with uniform numbers u (P, G, max_new) for its tokens. Prompts of similar length are decoded
+    together, model.decode_rows rows at a time to bound memory."""
+    _, group, max_new = u.shape
+    lengths = [len(prompt) for prompt in prompts]
+    room = model.config.context - max_new
+    if min(lengths) == 0 or max(lengths) > room:
+        raise ValueError(f"prompts must have 1 to {room} tokens (context {model.config.context}, of which "
+                         f"{max_new} are for the answer), found up to {max(lengths)}")
+
+    order = sorted(range(len(prompts)), key=lambda p: lengths[p])
+    at_once = max(1, model.decode_rows // group)                         # prompts
     parts = []
     for i in range(0, len(order), at_once):
         chosen = order[i:i + at_once]
@@ -357,11 +353,6 @@ def decode_all(model: GPT, prompts: Ids, u: Tensor,
         some = [prompts[p] for p in chosen]
         parts.append(decode(model, some, uniform, eos, pad, temperature, compact))
     return together(parts, order)
-
-
-def by_length(prompts: Ids) -> list[int]:
-    """Numbers of the prompts, shortest first."""
-    return sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
 
 
 def together(parts: list[Rollouts], order: list[int]) -> Rollouts:

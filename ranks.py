@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from model import GPT, Ids, Rollouts, by_length, decode_all, sample, together, uniform_numbers
+from model import GPT, Ids, Rollouts, decode_all, sample, together
 
 
 def join() -> None:
@@ -65,12 +65,13 @@ def sample_together(model: GPT, prompts: Ids, group: int,
     its part of the prompts and receives all rows, which do not depend on the number of ranks."""
     if world_size() == 1:
         return sample(model, prompts, group, max_new, eos, pad, generator, temperature)
-    u = uniform_numbers(model, prompts, group, max_new, generator)
-    mine = my_part(by_length(prompts))
+    u = torch.rand(len(prompts), group, max_new, generator=generator)
+    mine = my_part(range(len(prompts)))
     parts = []
     if mine:
-        parts.append(decode_all(model, [prompts[p] for p in mine], u[mine], eos, pad, temperature))
-    return together(gather(parts), gather(mine))
+        some = [prompts[p] for p in mine]
+        parts.append(decode_all(model, some, u[list(mine)], eos, pad, temperature))
+    return together(gather(parts), gather(list(mine)))
 
 
 def sum_gradients(model: torch.nn.Module) -> None:

@@ -25,7 +25,7 @@ from checkpoint import Run, batch_indices, check_fields, generator, load_model, 
 from data.arithmetic import read_answer
 from data.problems import prompt_ids, training_problems
 from data.tokenizer import Tokenizer
-from evaluate import transcript, validate
+from evaluate import validate
 from model import GPT, SharedPrompts, completion_logprobs, micro_batches, pack, shared_logprobs
 
 
@@ -290,6 +290,11 @@ def rollout_metrics(batch: Batch, advantage: Tensor) -> dict[str, float]:
 
 # ---- training --------------------------------------------------------------------------------------------
 
+def learning_rate(c: Config, step: int, steps: int) -> float:
+    """Linear warm-up, then constant."""
+    return c.lr * min(1.0, (step + 1) / max(1, c.warmup))
+
+
 def train(c: Config) -> Path:
     """Run (or resume) RL; returns the path of the last checkpoint."""
     check(c)
@@ -310,13 +315,13 @@ def train(c: Config) -> Path:
         while True:
             # ---- learning rate
             for group in optimizer.param_groups:
-                group["lr"] = c.lr * min(1.0, (step + 1) / max(1, c.warmup))
+                group["lr"] = learning_rate(c, step, steps)
 
             # ---- evaluate and checkpoint
             if step % c.eval_every == 0 or step == steps:
                 attempts = validate(model, tokenizer, validation, c)
                 run.log(step, **{"val_pass@1": attempts.score})
-                run.write(transcript(step, validation, attempts))
+                run.write(f"======== step {step}\n{attempts.transcript(validation)}")
             if step in c.checkpoints_at:
                 run.keep(f"step{step}.pt", model, tokenizer)
             if step == steps:
@@ -344,8 +349,8 @@ def train(c: Config) -> Path:
                 optimizer.zero_grad(set_to_none=True)
                 updates.append(metrics | {"grad_norm": norm})
 
-            # ---- log: line s of log.jsonl is the s-th batch, sampled before its update
-            step += 1
+            # ---- log
+            step += 1                            # line s of log.jsonl is batch s, sampled before its update
             trained = sum(metrics.pop("positions") for metrics in updates)
             means = {name: float(np.mean([u[name] for u in updates])) for name in (updates or [{}])[0]}
             run.count(tokens=sum(map(len, batch.completions)), flops=grpo_flops(model, batch, trained, c),

@@ -18,7 +18,7 @@ import ranks
 from checkpoint import Run, batch_indices, check_fields, load_model, main, require, setup
 from data.problems import prompt_ids, training_problems
 from data.tokenizer import Tokenizer
-from evaluate import transcript, validate
+from evaluate import validate
 from model import GPT, completion_logprobs, micro_batches, pack
 
 
@@ -129,7 +129,7 @@ def train(c: Config) -> Path:
             if step % c.eval_every == 0 or step == steps:
                 attempts = validate(model, tokenizer, validation, c)
                 run.log(step, **{"val_pass@1": attempts.score})
-                run.write(transcript(step, validation, attempts))
+                run.write(f"======== step {step}\n{attempts.transcript(validation)}")
             if step in c.checkpoints_at:
                 run.keep(f"step{step}.pt", model, tokenizer)
             if step == steps:
