@@ -14,9 +14,7 @@ A class of your own takes the place of GPT (define it at the end of this file, t
     (B, H, T, D) with H = n_kv_heads and D = d_model / n_heads; after the last layer, cache.length += T
 """
 import copy
-import functools
 import typing
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -65,14 +63,10 @@ SIZES = {
 
 # ---- the Transformer -------------------------------------------------------------------------------------
 
-def mixed(function: Callable) -> Callable:
-    """Decorator of f(model, ...): on a GPU matrix products in bf16, the rest in fp32, weights and their
-    gradients too. On the model itself, so that sampling and scoring agree."""
-    @functools.wraps(function)
-    def wrapped(model: "GPT", *args: object, **options: object) -> object:
-        with torch.autocast("cuda", torch.bfloat16, enabled=model.device.type == "cuda"):
-            return function(model, *args, **options)
-    return wrapped
+def precision(model: "GPT") -> torch.autocast:
+    """On a GPU matrix products in bf16, the rest in fp32, weights and their gradients too. The model itself
+    enters it, so that sampling and scoring agree."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=model.device.type == "cuda")
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -104,7 +98,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     T = q.shape[2]
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
-
     if T > 1 or q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
@@ -195,7 +188,6 @@ class GPT(nn.Module):
     def device(self) -> torch.device:
         return self.norm.device
 
-    @mixed
     def hidden(self, ids: Tensor, cache: Cached = None) -> Tensor:
         """Final hidden states (B, T, d_model) of ids (B, T), which follow the tokens in the cache."""
         T = ids.shape[1]
@@ -205,13 +197,14 @@ class GPT(nn.Module):
         sin = self.sin[start:start + T]
 
         x = self.embed(ids)
-        for layer, block in enumerate(self.blocks):
-            if self.recompute and torch.is_grad_enabled():
-                x = compute_twice(block, x, cos, sin, mask, cache, layer, use_reentrant=False,
-                                  preserve_rng_state=False)
-            else:
-                x = block(x, cos, sin, mask, cache, layer)
-
+        recompute = self.recompute and torch.is_grad_enabled()
+        with precision(self):
+            for layer, block in enumerate(self.blocks):
+                inputs = (x, cos, sin, mask, cache, layer)
+                if recompute:
+                    x = compute_twice(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    x = block(*inputs)
         if cache:
             cache.length += T
         return rms_norm(x, self.norm)
@@ -330,7 +323,6 @@ def sample(model: GPT, prompts: Ids, group: int,
     return decode_all(model, prompts, u, eos, pad, temperature, compact)
 
 
-@mixed                                          # weights are converted once, not at every token
 @torch.inference_mode()
 def decode_all(model: GPT, prompts: Ids, u: Tensor,
                eos: int, pad: int,
@@ -351,7 +343,8 @@ def decode_all(model: GPT, prompts: Ids, u: Tensor,
         chosen = order[i:i + at_once]
         uniform = u[chosen].to(model.device)
         some = [prompts[p] for p in chosen]
-        parts.append(decode(model, some, uniform, eos, pad, temperature, compact))
+        with precision(model):                   # weights are converted once, not at every token
+            parts.append(decode(model, some, uniform, eos, pad, temperature, compact))
     return together(parts, order)
 
 
