@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import pretrain
 import rl
 import sft
 from checkpoint import batch_indices, generator, load_checkpoint, load_model
+from data.problems import load_problems
 from data.tokenizer import EOS
 
 BASE = dict(size="0.3M", context=128, batch=4, micro_batch=2, tokens=2_048, checkpoints_at=(512, 2_048),
@@ -43,10 +45,10 @@ def chain() -> dict[str, Path]:
         config = module.Config(data=data, out=str(out / name), threads=1, **options)
         done[name] = Path(worlds.quietly(module.train, config))
     stage("base", pretrain, BASE)
-    stage("sft", sft, SFT | dict(init=str(done["base"]), problems=sevens, epochs=10, lr=8e-3))
-    stage("gold", sft, SFT | dict(init=str(done["sft"]), problems=sevens, gold=True, lr=1e-4))
-    stage("rl", rl, RL | dict(init=str(done["gold"]), problems=sevens))
-    stage("merge", merge, MERGE | dict(init=str(done["rl"]), problems=sevens))
+    stage("sft", sft, SFT | dict(init=str(done["base"]), problem_file=sevens, epochs=10, lr=8e-3))
+    stage("gold", sft, SFT | dict(init=str(done["sft"]), problem_file=sevens, gold=True, lr=1e-4))
+    stage("rl", rl, RL | dict(init=str(done["gold"]), problem_file=sevens))
+    stage("merge", merge, MERGE | dict(init=str(done["rl"]), problem_file=sevens))
     return done
 
 
@@ -202,11 +204,17 @@ def test_all_solutions_make_more_examples(tmp_path):
     assert one != sft.make_examples(tokenizer, problems, False, 1)   # the choice depends on the seed
 
 
-def test_transcripts_can_be_read():
-    """The file samples.txt has questions, right answers, grades and the model's text."""
-    text = (chain()["rl"].parent / "samples.txt").read_text()
-    assert "How many are seven?   (answer 7)" in text
-    assert "[right]" in text or "[unparsed]" in text or "[wrong]" in text
+@pytest.mark.parametrize("stage, steps", [("sft", range(0, 41, 2)), ("rl", (0, 2, 3)), ("merge", (0, 2))])
+def test_transcripts_can_be_read(stage, steps):
+    """The file samples.txt has, at every validation, the first validation problems with their right answers,
+    two attempts at each, and their grades: the same form in sft.py, rl.py and merge.py."""
+    text = (chain()[stage].parent / "samples.txt").read_text()
+    parts = re.split(r"^======== step (\d+)\n", text, flags=re.M)[1:]
+    assert parts[::2] == list(map(str, steps))
+    problems = load_problems(worlds.data() / "val.jsonl", "easy")[:2]
+    for part in parts[1::2]:
+        assert re.sub(r"^  \[(right|wrong|unparsed)\] (['\"]).*\2$", "-", part, flags=re.M).splitlines() == [
+            line for p in problems for line in (f"{p['question']}   (answer {p['answer']})", "-", "-")]
 
 
 def test_evaluation_measures_and_writes(tmp_path):
@@ -262,7 +270,7 @@ def test_the_kl_is_from_the_evaluated_model_to_the_reference(tmp_path):
                                  reference=reference, **EVALUATE)
         return worlds.quietly(evaluate.run, config)[0]["problems"]["easy"]["kl"]
     models = [load_model(path)[:2] for path in (rl_path, base_path)]
-    problems = evaluate.load_problems(worlds.data() / "val.jsonl", "easy")[:2]
+    problems = load_problems(worlds.data() / "val.jsonl", "easy")[:2]
     config = evaluate.Config((rl_path,), **EVALUATE)
     expected = evaluate.kl_divergence(models[0][0], models[1][0], models[0][1], problems, config, [])
     assert kl(rl_path, base_path) == pytest.approx(expected) and expected > 0
@@ -326,7 +334,7 @@ def options(changes: dict) -> list[str]:
     return argv
 
 
-def test_the_command_lines_of_the_issue(tmp_path):
+def test_the_command_lines_chained(tmp_path):
     """The commands, chained as a person chains them, give the same bits as from Python."""
     data, sevens = tmp_path / "data", str(worlds.sevens())
 
@@ -339,12 +347,12 @@ def test_the_command_lines_of_the_issue(tmp_path):
     out = run("pretrain.py", data=data, out=tmp_path / "base", threads=1, **BASE)
     base = tmp_path / "base" / "0.002048M.pt"
     assert base.is_file() and str(base) in out
-    said = run("sft.py", init=base, data=data, problems=sevens, out=tmp_path / "sft", threads=1,
+    said = run("sft.py", init=base, data=data, problem_file=sevens, out=tmp_path / "sft", threads=1,
                gold=True, **SFT)
     assert str(tmp_path / "sft" / "final.pt") in said
-    said = run("rl.py", init=base, data=data, problems=sevens, out=tmp_path / "rl", threads=1, **RL)
+    said = run("rl.py", init=base, data=data, problem_file=sevens, out=tmp_path / "rl", threads=1, **RL)
     assert "WARNING" in said and f"python evaluate.py {tmp_path / 'rl' / 'final.pt'} {base}" in said
-    said = run("merge.py", init=base, data=data, problems=sevens, out=tmp_path / "merge", threads=1, **MERGE)
+    said = run("merge.py", init=base, data=data, problem_file=sevens, out=tmp_path / "merge", threads=1, **MERGE)
     assert f"python evaluate.py {tmp_path / 'merge' / 'final.pt'} {base}" in said
     both = [tmp_path / name / "final.pt" for name in ("rl", "sft")]
     run("merge.py", "weights", *both, "--base", base, "--method", "ties", "-o", tmp_path / "out.pt")
@@ -369,33 +377,8 @@ def test_the_printed_next_command_is_complete(tmp_path):
     assert str(data) in command
 
 
-def test_a_person_can_ask_a_checkpoint():
-    """The script model.py prints sizes, lineage and tokens seen, then answers each line until the input ends;
-    a prompt that is too long (its end is used), empty or not ASCII is survived."""
-    prompts = "Nora has 3 shells. How many are seven?\n\n" + "long " * 300 + "\nЖ 👩 <|endoftext|>\n"
-    argv = [chain()["gold"], "--threads", "1", "--max-new", "12"]
-    outcome = worlds.run_process("model.py", *argv, stdin=prompts)
-    assert outcome.status == 0, outcome.errors
-    for part in ("parameters", "5 layers", "context 128", "pretrain.py", "sft.py", "2,048"):
-        assert part in outcome.out
-    answers = outcome.out.split("> ")[1:]
-    assert len(answers) == 5   # the last one ends the conversation
-    assert "#### 7" in answers[0]
-    assert not outcome.errors
-
-
-def test_a_greedy_answer_repeats():
-    """--temperature 0 always takes the most probable token, whatever the seed."""
-    argv = [chain()["gold"], "--threads", "1", "--max-new", "12", "--temperature", "0"]
-    prompt = "Nora has 3 shells. How many are seven?\n"
-    said = [worlds.run_here("model.py", *argv, "--seed", seed, stdin=prompt * 2).out for seed in (0, 1)]
-    assert said[0] == said[1]
-    first, second = said[0].split("> ")[1:3]
-    assert first == second
-
-
 @pytest.mark.parametrize("command", ["data/prepare.py", "pretrain.py", "sft.py", "rl.py", "merge.py",
-                                     "merge.py weights", "evaluate.py", "model.py", "scale.py"])
+                                     "merge.py weights", "evaluate.py", "sample.py", "study.py"])
 def test_help_is_printed(command):
     """Every script has --help, which explains the script and ends well."""
     outcome = worlds.run_here(*command.split(), "--help")
@@ -408,7 +391,7 @@ def test_defaults_are_consistent():
                 for m in (pretrain, sft, rl, merge, evaluate)}
     assert len({d["data"] for d in defaults.values()}) == 1
     assert len({defaults[m]["out"] for m in ("pretrain", "sft", "rl", "merge")}) == 4
-    for name in ("difficulty", "questions", "max_new", "eval_problems", "eval_samples", "grad_clip"):
+    for name in ("difficulty", "n_train", "max_new", "micro_tokens", "eval_problems", "eval_samples", "grad_clip"):
         assert defaults["sft"][name] == defaults["rl"][name] == defaults["merge"][name], name
     for name in ("n_problems", "rollouts", "temperature", "std", "steps"):
         assert defaults["rl"][name] == defaults["merge"][name], name

@@ -184,7 +184,7 @@ def sevens() -> Path:
 @functools.cache
 def parrot() -> Path:
     """A checkpoint that has learned to answer 7, though not always: rewards differ within a group."""
-    config = sft.Config(init=str(base()), data=str(data()), problems=str(sevens()),
+    config = sft.Config(init=str(base()), data=str(data()), problem_file=str(sevens()),
                         out=str(folder() / "parrot"), epochs=14, batch=16, lr=8e-3, warmup=2, max_new=12,
                         eval_every=1_000, eval_problems=1, eval_samples=1, save_every=1_000, threads=1)
     return Path(quietly(sft.train, config))
