@@ -352,7 +352,8 @@ def test_the_command_lines_chained(tmp_path):
     assert str(tmp_path / "sft" / "final.pt") in said
     said = run("rl.py", init=base, data=data, problem_file=sevens, out=tmp_path / "rl", threads=1, **RL)
     assert "WARNING" in said and f"python evaluate.py {tmp_path / 'rl' / 'final.pt'} {base}" in said
-    said = run("merge.py", init=base, data=data, problem_file=sevens, out=tmp_path / "merge", threads=1, **MERGE)
+    said = run("merge.py", init=base, data=data, problem_file=sevens, out=tmp_path / "merge", threads=1,
+               **MERGE)
     assert f"python evaluate.py {tmp_path / 'merge' / 'final.pt'} {base}" in said
     both = [tmp_path / name / "final.pt" for name in ("rl", "sft")]
     run("merge.py", "weights", *both, "--base", base, "--method", "ties", "-o", tmp_path / "out.pt")
@@ -391,7 +392,8 @@ def test_defaults_are_consistent():
                 for m in (pretrain, sft, rl, merge, evaluate)}
     assert len({d["data"] for d in defaults.values()}) == 1
     assert len({defaults[m]["out"] for m in ("pretrain", "sft", "rl", "merge")}) == 4
-    for name in ("difficulty", "n_train", "max_new", "micro_tokens", "eval_problems", "eval_samples", "grad_clip"):
+    for name in ("difficulty", "n_train", "max_new", "micro_tokens", "eval_problems", "eval_samples",
+                 "grad_clip"):
         assert defaults["sft"][name] == defaults["rl"][name] == defaults["merge"][name], name
     for name in ("n_problems", "rollouts", "temperature", "std", "steps"):
         assert defaults["rl"][name] == defaults["merge"][name], name

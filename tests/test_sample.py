@@ -1,0 +1,96 @@
+"""sample.py: a conversation with one checkpoint, the answers of two side by side. Nothing is written."""
+import json
+
+import pytest
+import worlds
+
+import sample
+from checkpoint import UserError, save_checkpoint
+
+# ---- one checkpoint: a conversation -----------------------------------------------------------------------
+
+
+def test_a_person_can_ask_a_checkpoint():
+    """The script prints sizes, lineage and tokens seen, then answers each line until the input ends; a prompt
+    that is too long (its end is used), empty or not ASCII is survived."""
+    prompts = "Nora has 3 shells. How many are seven?\n\n" + "long " * 300 + "\nЖ 👩 <|endoftext|>\n"
+    argv = [worlds.parrot(), "--threads", "1", "--max-new", "12"]
+    outcome = worlds.run_process("sample.py", *argv, stdin=prompts)
+    assert outcome.status == 0, outcome.errors
+    for part in ("parameters", "5 layers", "context 128", "pretrain.py", "sft.py", "1,536"):
+        assert part in outcome.out
+    answers = outcome.out.split("> ")[1:]
+    assert len(answers) == 5   # the last one ends the conversation
+    assert "#### 7" in answers[0]
+    assert not outcome.errors
+
+
+def test_a_greedy_answer_repeats():
+    """--temperature 0 always takes the most probable token, whatever the seed."""
+    argv = [worlds.parrot(), "--threads", "1", "--max-new", "12", "--temperature", "0"]
+    prompt = "Nora has 3 shells. How many are seven?\n"
+    said = [worlds.run_here("sample.py", *argv, "--seed", seed, stdin=prompt * 2).out for seed in (0, 1)]
+    assert said[0] == said[1]
+    first, second = said[0].split("> ")[1:3]
+    assert first == second
+
+
+# ---- two checkpoints side by side -------------------------------------------------------------------------
+
+@pytest.fixture
+def shown(answering, answer_tokenizer, bigram, tmp_path, monkeypatch, capsys):
+    """The output for a model that always says '#### 7' and one that says Z sixty times, each with seven easy
+    and three hard problems; the folder must not gain a file."""
+    t = answer_tokenizer
+    newline, z = (t.encode(c)[0] for c in "\nZ")
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint("seven.pt", answering(wrong=0.), t, [])
+    save_checkpoint("z.pt", bigram({newline: {z: 1.}, z: {z: 1.}}, t.n_vocab), t, [])
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(
+        {"question": f"q{i}", "answer": "7" if i else "8", "difficulty": "easy" if i < 7 else "hard"}) + "\n"
+        for i in range(10)))
+
+    def run(*checkpoints, **options):
+        before = worlds.snapshot(tmp_path)
+        capsys.readouterr()
+        sample.run(sample.Config(checkpoints, problem_file="p.jsonl", max_new=60, **options))
+        assert worlds.snapshot(tmp_path) == before
+        return capsys.readouterr().out
+    return run
+
+
+def test_samples_of_two_checkpoints_stand_side_by_side(shown):
+    """Question, right answer, and per checkpoint how often which answer was given, with its grade; a long one
+    is wrapped within its column: no line is wider than 110."""
+    first, *others = shown("seven.pt", "z.pt").strip().split("\n\n")
+    assert first.splitlines() == [
+        "q0   (easy, answer 8)",
+        f"{'seven.pt: 0 of 64 right, 1 different':57s}z.pt: 0 of 64 right, 1 different",
+        f"  64 × wrong    {'#### 7'!r:41s}  64 × unparsed '" + 36 * "Z",
+        73 * " " + 24 * "Z" + "'"]
+    assert [part.split()[0] for part in others] == ["q1", "q2", "q3", "q4", "q7", "q8", "q9"]
+    assert all("seven.pt: 64 of 64 right" in part and part.count("Z") == 60 for part in others)
+
+
+def test_the_options_mean_the_same_as_elsewhere(shown):
+    """--n-problems counts problems of each difficulty, --n-samples answers to each; three checkpoints are too
+    many."""
+    lines = shown("z.pt", "seven.pt", n_problems=1, n_samples=40).splitlines()
+    assert lines[1:3] == ["q0   (easy, answer 8)", f"{'z.pt: 0 of 40 right, 1 different':57s}"
+                          "seven.pt: 0 of 40 right, 1 different"]
+    assert [line.split()[0] for line in lines if line.startswith("q")] == ["q0", "q7"]
+    with pytest.raises(UserError, match="3 checkpoints given"):
+        shown("z.pt", "z.pt", "z.pt")
+
+
+def test_samples_show_the_most_frequent_answers_first(shown, answering, answer_tokenizer):
+    """Half right, a quarter wrong and a quarter unreadable at T = 1: counted from 256 samples. The seed draws
+    the same answers for both checkpoints."""
+    save_checkpoint("mixed.pt", answering(1 / 3, .25), answer_tokenizer, [])
+    out = shown("mixed.pt", "mixed.pt", n_samples=256, temperature=1.0)
+    halves = [(line[:53].rstrip(), line[57:]) for line in out.split("\n\n")[1].splitlines()[1:]]
+    assert all(left == right for left, right in halves)
+    counts, grades = zip(*(left.replace("×", "").split()[:2] for left, _ in halves[1:]))
+    assert grades[0] == "right" and set(grades) == {"right", "wrong", "unparsed"}
+    assert sum(map(int, counts)) == 256 and abs(int(counts[0]) - 128) < 32
+    assert halves[0][0].endswith(f" {counts[0]} of 256 right, 3 different")
