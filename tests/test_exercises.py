@@ -1,8 +1,10 @@
-"""The exercises of README.md: a test fails without its function and passes as soon as that is written."""
+"""The exercises: a test fails without its function and passes as soon as that is written."""
+import json
 import re
 import subprocess
 import sys
 from collections import Counter
+from itertools import takewhile
 from pathlib import Path
 
 import exercises
@@ -11,23 +13,49 @@ import worlds
 
 from checkpoint import UserError
 
-TABLE = exercises.table()
+TABLE = {e.function: [f"tests/{test}" for test in e.tests] for e in exercises.EXERCISES}
 NAMES = list(TABLE)
 
 
-def run_tests(folder: Path, tests: list[str]) -> dict[str, set[str]]:
-    """Test -> the outcome of its cases, and why they failed."""
-    command = [sys.executable, "-m", "pytest", "-rfEp", "-q", "--tb=line", "-p", "no:cacheprovider", *tests]
-    out = subprocess.run(command, cwd=folder, env=worlds.environment(COLUMNS="500"), text=True,
-                         capture_output=True, timeout=300).stdout
-    outcomes: dict[str, set[str]] = {}
-    for status, test, why in re.findall(r"^([A-Z]+) (tests/\S+?)(?:\[.*\])?(?: - (.*))?$", out, re.M):
-        outcomes.setdefault(test, set()).add(f"{status} {why}".strip())
-    return outcomes
+# imports everything but the project once, then runs pytest in a fork of itself for each line that it reads
+WARM = """
+import json, os, sys
+import matplotlib, numpy, pytest, regex, tiktoken, torch, tqdm
+for line in sys.stdin:
+    if os.fork() == 0:
+        try:
+            folder, *argv = json.loads(line)
+            os.chdir(folder)
+            pytest.main(argv)
+            sys.stdout.flush()
+        finally:
+            os._exit(0)
+    os.wait()
+    print("end", flush=True)
+"""
+OPTIONS = ["-rfEp", "-q", "--tb=line", "-p", "no:cacheprovider", "-p", "no:xdist"]
+
+
+@pytest.fixture(scope="module")
+def run_tests():
+    """run_tests(folder, tests) -> test -> the outcome of its cases, and why they failed."""
+    process = subprocess.Popen([sys.executable, "-c", WARM], env=worlds.environment(COLUMNS="500"), text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def run(folder: Path, tests: list[str]) -> dict[str, set[str]]:
+        print(json.dumps([str(folder), *OPTIONS, *tests]), file=process.stdin, flush=True)
+        out = "".join(takewhile(lambda line: line != "end\n", process.stdout))
+        outcomes: dict[str, set[str]] = {}
+        for status, test, why in re.findall(r"^([A-Z]+) (tests/\S+?)(?:\[.*\])?(?: - (.*))?$", out, re.M):
+            outcomes.setdefault(test, set()).add(f"{status} {why}".strip())
+        return outcomes
+    yield run
+    process.stdin.close()
+    process.wait()
 
 
 @pytest.mark.parametrize("done", range(len(NAMES) + 1))
-def test_a_student_works_down_the_table(done, tmp_path):
+def test_a_student_works_down_the_list(done, tmp_path, run_tests):
     """The first `done` functions are written, the others blank: the last one's tests pass, and the next one's
     fail because its body is missing. So each test needs its function, and none that comes later."""
     course, missing = tmp_path / "course", ",".join(NAMES[done:])
@@ -39,11 +67,16 @@ def test_a_student_works_down_the_table(done, tmp_path):
     assert run_tests(course if missing else exercises.ROOT, list(expected)) == expected
 
 
-def test_every_row_of_the_table_is_an_exercise():
-    """A row that the tool cannot read would be promised to students and never blanked out."""
-    section = (exercises.ROOT / "README.md").read_text().split("\n## Exercises\n")[1].split("\n\n")
-    rows = next(part for part in section if part.startswith("|")).splitlines()[2:]
-    assert len(rows) == len(TABLE) > 9
+def test_the_list_names_every_exercise_and_its_command():
+    """Without arguments: a student sees each title, function, seconds and the command that grades it; and
+    README.md names the same twelve in the same order."""
+    lines = worlds.run_here("tests/exercises.py").out.splitlines()
+    assert lines[::2] == [f"{i:2d}  {e.title}: {e.function}" for i, e in enumerate(exercises.EXERCISES, 1)]
+    assert [line.strip() for line in lines[1::2]] == [
+        f"python -m pytest -q {' '.join(TABLE[e.function])}   # {e.seconds} s" for e in exercises.EXERCISES]
+    section = (exercises.ROOT / "README.md").read_text().partition("\n## Exercises\n")[2]
+    text = " ".join(section.partition("\n## ")[0].split())
+    assert ", ".join(e.title for e in exercises.EXERCISES) in text and len(NAMES) == 12
 
 
 SOURCE = '''def f(a,
@@ -86,7 +119,7 @@ def test_without_options_every_function_is_blank(tmp_path):
 
 
 @pytest.mark.parametrize("folder, only, line", [
-    ("", (), "exists already"), ("new", ("rl.py::loss",), "rl.py::loss.*table")])
+    ("", (), "exists already"), ("new", ("rl.py::loss",), "rl.py::loss.*not an exercise")])
 def test_what_cannot_be_written_is_refused(folder, only, line, tmp_path):
     """An existing folder may hold a student's work."""
     with pytest.raises(UserError, match=line):
