@@ -245,7 +245,7 @@ def estimate(command: list[str], c: dict) -> float:
     examples = c.get("epochs", 0) * c.get("questions", 0) * (4 if c.get("gold") else 1)
     return {"data/prepare.py": c.get("tokens", 0) / 4e7, "pretrain.py": c.get("tokens", 0) / 5.4e5,
             "sft.py": examples / 9e3, "rl.py": rollouts / 2.2e4, "merge.py": rollouts / 2e4,
-            "evaluate.py": c.get("n_problems", 0) * c.get("n_samples", 0) / 1.9e4}[command[0]]
+            "evaluate.py": c.get("n_problems", 0) * c.get("n_samples", 0) / 1.9e4}.get(command[0], 1.0)
 
 
 def grid(study: Study, c: Config) -> list[Cell]:
