@@ -4,14 +4,15 @@ Axes: B rows, T positions, V vocabulary, L layers, H heads, D head size, P promp
 Left out: dropout, biases and weight tying, as OLMo-2 has none of them.
 
 A class of your own takes the place of GPT (define it at the end of this file, then `GPT = Mine`) if it offers
-    GPT(config, generator)      an nn.Module, its initial weights drawn from the generator
+    GPT(config, generator=None) an nn.Module, its initial weights drawn from the generator
     config, device              its ModelConfig (context and n_vocab are read by others), its device
     hidden(ids, cache=None)     final states (B, T, d) of ids (B, T), which follow the tokens in the cache
     logits(hidden)              (..., d) -> (..., n_vocab) in fp32; forward(ids) is both in a row
     flops_per_token(length)     forward FLOPs of a token in a sequence of that length, for the log
     decode_rows, set_memory(c)  rows sampled at once; takes the options of a run about memory
-    given a cache: the mask is visible(cache, T); layer i attends to cache.store(i, k, v), k and v being
-    (B, H, T, D) with H = n_kv_heads and D = d_model / n_heads; after the last layer, cache.length += T
+    given a cache: rows are padded on the left, so position t is number cache.length + t - cache.padding (B,);
+    the mask is visible(cache, T); layer i attends to cache.store(i, k, v), k and v being (B, H, T, D) with
+    H = n_kv_heads and D = d_model / n_heads; after the last layer, cache.length += T
 """
 import copy
 import typing
