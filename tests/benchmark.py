@@ -1,7 +1,7 @@
 """Speed and memory of every stage beside the limits of this machine. A script, not a timed test; Linux, CPU.
 
-    python tests/benchmark.py               every figure, on a quiet machine: about 12 minutes on two cores
-    python tests/benchmark.py --quick       tiny workloads: does it run at all? The figures mean nothing
+    python tests/benchmark.py               every number, on a quiet machine: about 12 minutes on two cores
+    python tests/benchmark.py --quick       tiny workloads: does it run at all? The numbers mean nothing
 
 Writes results/benchmark/benchmark.json and, beside it, scaling.png: cost against rollouts and answer length.
 Limit: a model's FLOPs (GPT.flops_per_token; backward twice forward) at the rate that its own weight matrices
@@ -38,27 +38,28 @@ import pretrain
 import ranks
 import rl
 import sft
-from checkpoint import atomic_write, generator, main, require, require_positive, setup
+from checkpoint import atomic_write, check_fields, generator, main, require, setup
+from data.problems import prompt_ids
 from data.tokenizer import PATTERN, Tokenizer
 from model import GPT, SIZES, Cache, ModelConfig, completion_logprobs, micro_batches, pack
 
 
 @dataclass
 class Config:
-    sizes: tuple[str, ...] = ("0.5M", "3M")     # names from model.SIZES: d 96 x 4 layers, d 192 x 6 layers
-    threads: tuple[int, ...] = (1, 0)           # CPU threads of one process, 0 = all cores
-    processes: int = 0              # then this many of one thread, as torchrun starts them, 0 = all cores
-    n_problems: int = 64            # P, problems per GRPO step, with prompts of 24 tokens on average
-    rollouts: int = 16              # G, sampled answers per problem
-    max_new: int = 48               # tokens of each answer
-    eval_problems: int = 200        # problems evaluated
-    eval_samples: int = 64          # samples of each
-    eval_new: int = 24              # tokens of each, fixed: about as many as real answers have
-    scale: tuple[int, ...] = (16, 64, 256, 1024)        # problems per step in the figure
-    lengths: tuple[int, ...] = (12, 24, 48, 96, 192)    # answer tokens in the figure
-    matrix: int = 3072              # side of the big matrix product
-    repeats: int = 3                # of each measurement, after a small warm-up; the median counts
-    patience: float = 20            # seconds after which a measurement is not repeated any more
+    sizes: tuple[str, ...] = ("0.5M", "3M")     # one of 0.3M, 0.5M, 1M, 3M, 10M, 30M, 124M: models
+    threads: tuple[int, ...] = (1, 0)           # >= 0: CPU threads of one process, 0 = all cores
+    processes: int = 0              # >= 0: then so many of one thread, as torchrun starts them, 0 = all cores
+    n_problems: int = 64            # > 0: P, problems per GRPO step, with prompts of 24 tokens on average
+    rollouts: int = 16              # >= 2: G, sampled answers per problem
+    max_new: int = 48               # > 0: tokens of each answer
+    eval_problems: int = 200        # > 0: problems evaluated
+    eval_samples: int = 64          # > 0: samples of each
+    eval_new: int = 24              # > 0: tokens of each, fixed: about as many as real answers have
+    scale: tuple[int, ...] = (16, 64, 256, 1024)        # > 0: problems per step in the figure
+    lengths: tuple[int, ...] = (12, 24, 48, 96, 192)    # > 0: answer tokens in the figure
+    matrix: int = 3072              # > 0: side of the big matrix product
+    repeats: int = 3                # > 0: of each measurement, after a small warm-up; the median counts
+    patience: float = 20            # > 0: seconds after which a measurement is not repeated any more
     quick: bool = False             # tiny workloads instead of all these
     out: str = "results/benchmark/benchmark.json"       # file to write
 
@@ -90,7 +91,8 @@ def make_advantages(n: int, group: int) -> torch.Tensor:
 
 
 def update(model: GPT, optimizer: torch.optim.Optimizer) -> None:
-    ranks.sum_gradients(list(model.parameters()))
+    """As it stands in every loop, but for the books."""
+    ranks.sum_gradients(model)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -98,7 +100,7 @@ def update(model: GPT, optimizer: torch.optim.Optimizer) -> None:
 
 def grpo_step(model: GPT, reference: GPT, optimizer: torch.optim.Optimizer, n: int, c: rl.Config) -> None:
     batch = rl.collect(model, TOKENIZER, make_problems(n), c.rollouts, c, generator(0, "rollouts"))
-    rl.kl_to_start(reference, batch, c, TOKENIZER.pad)
+    rl.kl_to_reference(reference, batch, c, TOKENIZER.pad)
     rl.policy_gradient(model, reference, batch, make_advantages(n, c.rollouts), range(n * c.rollouts), c,
                        TOKENIZER.pad)
     update(model, optimizer)
@@ -186,7 +188,7 @@ def pretraining(c: Config, size: str, compiled: bool = False) -> dict:
 
     def work(updates: int = 3) -> None:
         for _ in range(updates):
-            for part in ranks.share(sequences).split(p.micro_batch):
+            for part in ranks.my_part(sequences).split(p.micro_batch):
                 (pretrain.next_token_loss(forward, part) * (len(part) / p.batch)).backward()
             update(model, optimizer)
     work(1)
@@ -213,7 +215,8 @@ def learning(c: Config, size: str) -> dict:
     clock, parts = Counter(), []                 # seconds of the parts of a GRPO step; those of every step
     model.hidden = watched(clock, lambda ids, cache=None: "prefill" if isinstance(cache, Cache)
                            and ids.shape[1] > 1 else "other", model.hidden)
-    for name in ("sample", "collect", "kl_to_start", "policy_gradient"):
+    ranks.sample_together = watched(clock, lambda *_: "sample", ranks.sample_together)
+    for name in ("collect", "kl_to_reference", "policy_gradient"):
         setattr(rl, name, watched(clock, lambda *_, name=name: name, getattr(rl, name)))
     torch.Tensor.backward = watched(clock, lambda *_: "backward", torch.Tensor.backward)
     step = watched(clock, lambda *_: "step", grpo_step)
@@ -233,9 +236,9 @@ def learning(c: Config, size: str) -> dict:
     seconds = repeat(work, c)
     breakdowns = [
         {"prefill": t["prefill"], "decode": t["sample"] - t["prefill"], "grading": t["collect"] - t["sample"],
-         "scoring": t["kl_to_start"], "forward": t["policy_gradient"] - t["backward"],
+         "scoring": t["kl_to_reference"], "forward": t["policy_gradient"] - t["backward"],
          "backward": t["backward"],
-         "optimizer": t["step"] - t["collect"] - t["kl_to_start"] - t["policy_gradient"]} for t in parts]
+         "optimizer": t["step"] - t["collect"] - t["kl_to_reference"] - t["policy_gradient"]} for t in parts]
     breakdown, t = ({k: median(part[k] for part in every) for k in every[0]} for every in (breakdowns, parts))
     B, length = c.n_problems * c.rollouts, PROMPT + c.max_new
     row, sampled = (length * model.flops_per_token(length),
@@ -251,12 +254,12 @@ def learning(c: Config, size: str) -> dict:
 def plain_update(c: Config, size: str) -> dict:
     """The same gradient, but each row with its prompt; measured on 16 problems, given for them all."""
     (model, _), n = build(size), min(16, c.n_problems)
-    prompts = ranks.share([evaluate.prompt_ids(TOKENIZER, p) for p in make_problems(n)
+    prompts = ranks.my_part([prompt_ids(TOKENIZER, p) for p in make_problems(n)
                            for _ in range(c.rollouts)])
     answers, advantage = random_ids(len(prompts), c.max_new), make_advantages(n, c.rollouts)
 
     def work() -> None:
-        for rows in micro_batches([len(p) + c.max_new for p in prompts], rl.Config.micro_batch):
+        for rows in micro_batches([len(p) + c.max_new for p in prompts], rl.Config.micro_tokens):
             ids, target = pack([prompts[r] for r in rows], [answers[r] for r in rows], TOKENIZER.pad)
             logp = completion_logprobs(model, ids, target)
             loss = rl.policy_loss(logp, logp.detach(), advantage[rows].repeat_interleave(c.max_new), .2, .2)
@@ -305,9 +308,7 @@ def draw(series: dict[str, list[dict]], path: Path) -> None:
 
 def run(c: Config) -> None:
     c = dataclasses.replace(c, **QUICK) if c.quick else c
-    require_positive(c, "n_problems rollouts max_new eval_problems eval_samples eval_new repeats patience")
-    require_positive(c, "processes", zero=True)
-    require(set(c.sizes) <= set(SIZES), f"--sizes {','.join(c.sizes)}: must be from {' '.join(SIZES)}")
+    check_fields(c)
     require(all((c.sizes, c.threads, c.scale)), "--sizes, --threads and --scale must not be empty")
     started, out, cores = time.perf_counter(), Path(c.out), torch.get_num_threads()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -315,7 +316,7 @@ def run(c: Config) -> None:
     about = {"cpu": cpu[0], "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2),
              "torch": torch.__version__, "date": datetime.now().isoformat(timespec="minutes")}
     print(", ".join(f"{k} {v}" for k, v in about.items())
-          + ("\nWARNING: the machine is busy; the figures say little about it" if about["load"] > .5 else ""))
+          + ("\nWARNING: the machine is busy; the numbers say little about it" if about["load"] > .5 else ""))
     result = {"machine": about, "config": dataclasses.asdict(c), "limits": [], "figures": [], "breakdown": []}
     ways = dict.fromkeys([*((1, n or cores) for n in c.threads), (c.processes or cores, 1)])
     for (processes, threads), size in product(ways, c.sizes):

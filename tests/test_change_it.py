@@ -29,7 +29,6 @@ def recipe(title: str) -> tuple[list[str], list[list[str]]]:
 
 
 def replace(path: str, pattern: str, new: str) -> None:
-    """Replace the one match of a pattern in a file."""
     text, times = re.subn(pattern, new, Path(path).read_text(), flags=re.M | re.S)
     assert times == 1
     Path(path).write_text(text)
@@ -101,7 +100,7 @@ def test_a_loss(copy):
     code, (command,) = recipe("A loss")
     end_with("rl.py", "policy_loss", code)
     cell = listed(command, "rl.py")[0]
-    assert cell[cell.index("--out") + 1].startswith("runs/mine/")
+    assert "--out runs/mine/" in shlex.join(cell)
     rl(cell, "--out", "mine")
     before, after = (worlds.lines(Path(out, "log.jsonl"))[1] for out in (unchanged()[0], "mine"))
     assert before["reward"] == after["reward"] and before["loss"] != after["loss"]
@@ -113,12 +112,12 @@ def test_a_reward(copy):
     are still counted, not rewards."""
     code, (command,) = recipe("A reward")
     end_with("rl.py", "reward", code)
-    said, before = rl(command), unchanged()[1]
+    said = rl(command)
     step, plain = (worlds.lines(Path(out, "log.jsonl"))[1] for out in ("runs/shaped", unchanged()[0]))
     wrong = 1 - plain["reward"] - plain["unparsed"]
     assert step["reward"] == pytest.approx(plain["reward"] + .1 * wrong) and wrong > 0
     assert 16 * step["reward"] % 1 > .05                         # of 16 rollouts
-    assert said.split(" answers right")[0] == before.split(" answers right")[0]
+    assert said.split(" answers right")[0] == unchanged()[1].split(" answers right")[0]
     assert not torch.equal(weights("runs/shaped"), weights(unchanged()[0]))
 
 
@@ -128,9 +127,8 @@ def test_a_task(copy):
     pattern, = (line for line in code if line.startswith("ANSWER ="))
     replace("data/arithmetic.py", r'^ANSWER = r"[^"]*"', pattern)
     end_with("data/arithmetic.py", "grade", code)
-    animals = [{"question": f"Nora has {i} pets. Which?", "answer": "cat", "solutions": ["#### Cat"]}
-               for i in range(32)]
-    Path("my.jsonl").write_text("\n".join(map(json.dumps, animals)))
+    cat = {"question": "Nora has a pet. Which?", "answer": "cat", "solutions": ["#### Cat"]}
+    Path("my.jsonl").write_text(32 * (json.dumps(cat) + "\n"))
     run(sft, "--init", worlds.base(), *SMALL_SFT)
     run(grpo, *SMALL)
     assert worlds.lines(Path("runs/task/log.jsonl"))[1]["reward"] > 0
