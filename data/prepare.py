@@ -2,11 +2,10 @@
 
     python data/prepare.py --out data/tiny
 
-or with real text instead of the generated world, and real problems (download.py fetches them):
+or with real text instead of the generated world, and real problems (beyond/README.md has the addresses):
 
     python data/prepare.py --out data/stories --math-fraction 0 --vocab-size 2048 \\
-        --text data/raw/tinystories/TinyStoriesV2-GPT4-train.txt \\
-        --problems data/raw/gsm8k/train.jsonl,data/raw/gsm8k/test.jsonl
+        --text data/raw/TinyStoriesV2-GPT4-train.txt --problems data/raw/train.jsonl,data/raw/test.jsonl
 
 writes into the folder
     train.bin, val_general.bin,          token shards, uint16 (uint32 for a vocabulary above 65,536),
@@ -16,7 +15,7 @@ writes into the folder
                                          generated general text
     tokenizer.json, manifest.json        the manifest has the options, counts and sha256 of every file
 The same options and files write the same bytes.
-See arithmetic.py and world.py for what the texts are and what is held out, text.py for what is read.
+See arithmetic.py and world.py for the texts and what is held out, beyond/text.py for the files that are read.
 """
 import json
 import os
@@ -37,7 +36,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # so that this
 
 from checkpoint import UserError, atomic_write, check_fields, file_sha256, main, require  # noqa: E402
 from data import arithmetic, world  # noqa: E402
-from data.text import open_tokenizer, read_problems, read_texts  # noqa: E402
 from data.tokenizer import Tokenizer, train_tokenizer  # noqa: E402
 
 
@@ -78,7 +76,11 @@ def general_split(text: str) -> str:
 
 def real_texts(c: Config, split: str) -> Iterator[str]:
     """The documents of --text that belong to a split, in the order of the files."""
-    return (text for text in read_texts(c.text) if general_split(text) == split)
+    if c.text:
+        from beyond.text import read_texts
+        for text in read_texts(c.text):
+            if general_split(text) == split:
+                yield text
 
 
 def dtype_of(tokenizer: Tokenizer) -> str:
@@ -194,6 +196,7 @@ def prepare(c: Config) -> None:
 def make_tokenizer(c: Config, people: dict, problems: list[dict]) -> Tokenizer:
     """The one asked for, or one trained on texts like those of the shards and on real problems."""
     if c.tokenizer:
+        from beyond.tokenizers import open_tokenizer
         return open_tokenizer(c.tokenizer)
     rng = random.Random(f"{c.seed} tokenizer")
     sample = [text for kind in ["arithmetic"] * 3 + ["general"] * (7 * generates(c)) for _ in range(600)
@@ -224,6 +227,7 @@ def write_all(folder: Path, c: Config) -> dict:
     except ValueError as error:
         raise UserError(str(error)) from None
     if c.problems:
+        from beyond.text import read_problems
         problems, more["left_out"] = read_problems(c.problems, c.annotations)
     else:
         hard = round(c.train_problems * c.hard_fraction)

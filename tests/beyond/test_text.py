@@ -1,15 +1,12 @@
-"""Real text, real problems, tokenizers of others, and the downloads: what is read is what stands in the
-files, what is held out is held out, and whatever is wrong ends in one clear line. Nothing here needs a
-network: the server is a thread."""
+"""beyond/text.py and data sets made with it: every document and problem of the files is read, the held-out
+ones are held out, and every fault ends in one clear line."""
 import functools
 import gzip
 import hashlib
-import http.server
 import json
 import random
 import re
 import sys
-import threading
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -17,17 +14,18 @@ from zlib import crc32
 
 import numpy as np
 import pytest
-import tiktoken
 import worlds
 
 import evaluate
 import pretrain
 import rl
 import sft
-from checkpoint import UserError, load_checkpoint
-from data import download, prepare
-from data.text import open_tokenizer, read_problems, read_texts
-from data.tokenizer import EOS, PATTERN, Tokenizer, from_tiktoken, to_huggingface, train_bpe
+from beyond.text import read_problems, read_texts
+from checkpoint import UserError
+from data import prepare
+from data.arithmetic import grade
+from data.problems import load_problems, open_data
+from data.tokenizer import EOS, Tokenizer
 
 OPTIONS = worlds.TINY_OPTIONS | dict(vocab_size=300)
 
@@ -57,13 +55,13 @@ def story_file(tmp_path) -> str:
     return str(path)
 
 
-# ---- reading text ------------------------------------------------------------------------------------------
+# ---- reading text ----------------------------------------------------------------------------------------
 
 def test_a_text_is_split_where_its_documents_end(tmp_path):
     """TinyStories' convention, by hand: at '<|endoftext|>' wherever it stands; empty documents and the white
     space around a document go, line breaks inside stay."""
     path = tmp_path / "t.txt"
-    long = "\n\n".join(["a line"] * 3_000)       # longer than what is cut where there are no separators
+    long = "\n\n".join(["a line"] * 3_000)       # longer than the pieces of a file without separators
     path.write_text(f"\n one\n\ntwo \n{EOS}\n{EOS}three{EOS}{long}{EOS}four\n")
     assert list(read_texts((str(path),))) == ["one\n\ntwo", "three", long, "four"]
 
@@ -93,10 +91,9 @@ def test_every_form_of_file_gives_the_same_documents(story_file, tmp_path):
     """.txt, .txt.gz, .jsonl, .jsonl.gz, one file or two."""
     lines = "".join(json.dumps({"text": text, "id": 3}) + "\n" for text in stories())
     (tmp_path / "s.jsonl").write_text(lines)
-    half = 200
     for name, text in (("s.txt.gz", Path(story_file).read_text()), ("s.jsonl.gz", lines),
-                       ("a.txt.gz", EOS.join(stories()[:half])),
-                       ("b.jsonl.gz", "\n".join(lines.split("\n")[half:]))):
+                       ("a.txt.gz", EOS.join(stories()[:200])),
+                       ("b.jsonl.gz", "\n".join(lines.split("\n")[200:]))):
         (tmp_path / name).write_bytes(gzip.compress(text.encode()))
     for names in ("stories.txt", "s.txt.gz", "s.jsonl", "s.jsonl.gz", "a.txt.gz b.jsonl.gz"):
         assert list(read_texts(tuple(str(tmp_path / name) for name in names.split()))) == stories(), names
@@ -114,7 +111,7 @@ def test_parquet_is_read(tmp_path):
 
 
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
-    """pyarrow is optional: one line says what to install."""
+    """pyarrow is optional: one line says which package to install."""
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     (tmp_path / "t.parquet").write_bytes(b"")
@@ -135,38 +132,40 @@ def test_a_large_text_is_not_loaded_whole(separator, tmp_path):
     assert n >= 9_000 and peak < 1e6
 
 
-# ---- text in the shards ------------------------------------------------------------------------------------
+# ---- text in the shards ----------------------------------------------------------------------------------
 
 def test_the_shards_hold_the_text(story_file, tmp_path):
     """With --text alone the general text is the file's, in train.bin and in val_general.bin; no document is
-    in both (1 in 50 by its CRC-32) or twice in one."""
-    make(tmp_path / "d", text=(story_file,), math_fraction=0., tokens=9_000, val_tokens=100)
+    in both (1 in 50 by its CRC-32) or twice in one; benchmarks, which ask for the generated world, are not
+    there."""
+    made = make(tmp_path / "d", text=(story_file,), math_fraction=0., tokens=9_000, val_tokens=100)
     train, val = read(tmp_path / "d", "train.bin"), read(tmp_path / "d", "val_general.bin")
     assert len(train) > 80 and val
     assert set(train) | set(val) <= set(stories())
     assert len(set(train)) == len(train)
     assert all(crc32(text.encode()) % 50 for text in train)
     assert not any(crc32(text.encode()) % 50 for text in val)
+    assert made["benchmarks"] == {} and not (tmp_path / "d" / "benchmarks.jsonl").exists()
 
 
 @pytest.mark.parametrize("math, share", [(.3, 1.), (.3, .5), (0., .25)])
 def test_the_mixture_with_text_is_as_asked(math, share, story_file, tmp_path):
     """--math-fraction is the share of arithmetic in train.bin, --text-share that of the text in the rest: by
-    tokens, within two documents."""
-    options = dict(math_fraction=math, text_share=share, tokens=12_000, val_tokens=200)
-    make(tmp_path / "d", text=(story_file,), **options)
+    tokens, within two documents; benchmarks are there if the generated world is."""
+    made = make(tmp_path / "d", text=(story_file,), math_fraction=math, text_share=share, tokens=12_000,
+                val_tokens=200)
     tokenizer, size = Tokenizer.load(tmp_path / "d" / "tokenizer.json"), Counter()
     for text in read(tmp_path / "d", "train.bin"):
         kind = "real" if text in set(stories()) else "arithmetic" if "How many" in text else "general"
         size[kind] += len(tokenizer.encode(text)) + 1
     assert size["arithmetic"] / 12_000 == pytest.approx(math, abs=.03)
     assert size["real"] / 12_000 == pytest.approx((1 - math) * share, abs=.03)
-    assert (size["general"] > 0) == (share < 1)
+    assert (size["general"] > 0) == (share < 1) == (len(made["benchmarks"]) == 7)
 
 
 def test_a_text_that_runs_out(story_file, tmp_path):
-    """Nothing is repeated in silence: the line tells for how many --tokens the text is enough; with so many
-    all goes well, with one more it does not."""
+    """Nothing is repeated in silence: the line names the --tokens for which the text is enough; with that
+    number all goes well, with more it does not."""
     def line(tokens: int) -> str:
         with pytest.raises(UserError) as error:
             make(tmp_path / "d", text=(story_file,), math_fraction=.25, tokens=tokens, val_tokens=100)
@@ -187,28 +186,20 @@ def test_the_tokenizer_is_trained_on_the_text(tmp_path):
     assert len(Tokenizer.load(tmp_path / "d" / "tokenizer.json").encode(" zyxwvu")) == 1
 
 
-def test_benchmarks_belong_to_the_generated_text(story_file, tmp_path):
-    """The benchmarks ask what the generated text tells: they are there if it is."""
-    assert make(tmp_path / "a", text=(story_file,), val_tokens=100)["benchmarks"] == {}
-    assert not (tmp_path / "a" / "benchmarks.jsonl").exists()
-    assert len(make(tmp_path / "b", text=(story_file,), text_share=.5, val_tokens=100)["benchmarks"]) == 7
+# ---- the same bytes --------------------------------------------------------------------------------------
 
+GOLDEN = {"benchmarks.jsonl": "41db9e8e9a3a19ce", "test.jsonl": "f5e7dd17e4025b5a",
+          "tokenizer.json": "d9ef16c062b56a3e", "train.bin": "e4b29111cffa479c",
+          "train.jsonl": "ab3312231101a48d", "val.jsonl": "b7ef6b1b61a2abd7",
+          "val_arithmetic.bin": "04570f4b3c573256", "val_general.bin": "b1f8ef283af638eb"}
 
-# ---- the same bytes ----------------------------------------------------------------------------------------
 
 def test_the_default_data_set_is_what_it_was(tmp_path):
     """The published results were computed on data made before --text and its like existed: these sums are of
-    that code (commit d0bb873)."""
+    that code. Nothing in beyond/ is read for it."""
     worlds.quietly(prepare.prepare, prepare.Config(out=str(tmp_path / "d"), **worlds.TINY_OPTIONS))
     sums = json.loads((tmp_path / "d" / "manifest.json").read_text())["sha256"]
     assert {name: digest[:16] for name, digest in sums.items()} == GOLDEN
-
-
-GOLDEN = {
-    "benchmarks.jsonl": "41db9e8e9a3a19ce", "test.jsonl": "f5e7dd17e4025b5a",
-    "tokenizer.json": "d9ef16c062b56a3e", "train.bin": "e4b29111cffa479c", "train.jsonl": "ab3312231101a48d",
-    "val.jsonl": "b7ef6b1b61a2abd7", "val_arithmetic.bin": "04570f4b3c573256",
-    "val_general.bin": "b1f8ef283af638eb"}
 
 
 def test_the_same_files_write_the_same_bytes(story_file, problem_file, tmp_path):
@@ -238,91 +229,12 @@ def test_a_folder_made_before_these_options_is_whole(tmp_path, capsys):
     (tmp_path / "d" / "manifest.json").write_text(json.dumps(manifest))
     prepare.prepare(prepare.Config(out=str(tmp_path / "d"), **OPTIONS))
     assert "complete" in capsys.readouterr().out
-    assert evaluate.open_data(str(tmp_path / "d"))[2]["train"].dtype == np.uint16
+    assert open_data(str(tmp_path / "d"))[2]["train"].dtype == np.uint16
     with pytest.raises(UserError, match="annotations"):
         make(tmp_path / "d", annotations=True)
 
 
-# ---- tokenizers --------------------------------------------------------------------------------------------
-
-def a_vocabulary() -> tiktoken.Encoding:
-    """One as tiktoken has them: bytes in another order, merges, special ids behind a gap."""
-    merges, order = train_bpe(stories(), 400), [*range(97, 256), *range(97)]
-    tokens = [bytes([b]) for b in range(256)]
-    for a, b in merges:
-        tokens.append(tokens[a] + tokens[b])
-    ranks = {bytes([b]): i for i, b in enumerate(order)} | {t: 256 + i for i, t in enumerate(tokens[256:])}
-    special = {EOS: len(ranks) + 5}
-    return tiktoken.Encoding("own", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
-
-
-def test_a_vocabulary_of_tiktoken(monkeypatch):
-    """from_tiktoken: the same ids for every text; EOS and PAD follow the ordinary tokens without a gap, for
-    an id without a token could be sampled and not be decoded."""
-    own = a_vocabulary()
-    monkeypatch.setattr(tiktoken, "get_encoding", {"own": own}.get)
-    tokenizer = Tokenizer(from_tiktoken("own"))
-    for text in (*stories(), "\x00\x01ÿ", "zebra <|endoftext|>"):
-        assert tokenizer.encode(text) == own.encode_ordinary(text)
-    n = len(own._mergeable_ranks)
-    assert (tokenizer.eos, tokenizer.pad, tokenizer.n_vocab) == (n, n + 1, n + 2)
-    assert Tokenizer(json.loads(json.dumps(tokenizer.spec))).sha256 == tokenizer.sha256
-
-
-def test_a_vocabulary_that_merges_cannot_make(monkeypatch):
-    """A token whose parts are no tokens is refused, not silently encoded in another way."""
-    ranks = {bytes([b]): b for b in range(256)} | {b"abc": 256}
-    odd = tiktoken.Encoding("odd", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={EOS: 257})
-    monkeypatch.setattr(tiktoken, "get_encoding", {"odd": odd}.get)
-    with pytest.raises(UserError, match="--tokenizer odd"):
-        open_tokenizer("odd")
-
-
-def test_a_vocabulary_offline(tmp_path, monkeypatch):
-    """gpt2 without a network: one line, no folder."""
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
-    for name in ("HTTPS_PROXY", "https_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
-    argv = ["--out", tmp_path / "d", "--tokenizer", "gpt2", "--benchmark-items", 3]
-    outcome = worlds.run_here("data/prepare.py", *argv)
-    assert outcome.status == 2 and len(outcome.errors) == 1, outcome.errors
-    assert "--tokenizer gpt2" in outcome.errors[0] and "offline" in outcome.errors[0]
-    assert not (tmp_path / "d").exists()
-
-
-def test_the_tokenizer_of_a_checkpoint(tmp_path):
-    """--tokenizer CHECKPOINT: shards and problems that fit this checkpoint, which evaluate.py takes; the same
-    from its tokenizer.json in our form and in Hugging Face's."""
-    manifest = make(tmp_path / "d", tokenizer=str(worlds.base()))
-    spec = load_checkpoint(worlds.base())["tokenizer"]
-    assert manifest["tokenizer_sha256"] == Tokenizer(spec).sha256
-    (tmp_path / "theirs.json").write_text(json.dumps(to_huggingface(spec)))
-    for path in (tmp_path / "theirs.json", tmp_path / "d" / "tokenizer.json"):
-        assert open_tokenizer(str(path)).sha256 == Tokenizer(spec).sha256
-    path = tmp_path / "base.pt"
-    path.write_bytes(worlds.base().read_bytes())
-    result = worlds.quietly(lambda c: evaluate.evaluate(str(path), c), evaluate.Config(
-        (str(path),), data=str(tmp_path / "d"), n_problems=2, n_samples=2, k=(1,), max_new=4, threads=1))
-    assert result["bits_per_byte"] > 0
-
-
-def test_a_large_vocabulary_takes_four_bytes(tmp_path):
-    """More than 65,536 tokens (here: every pair of bytes): the manifest says uint32, and the shards, read as
-    it says, are the texts."""
-    spec = {"pattern": PATTERN, "merges": [[a, b] for a in range(256) for b in range(256)]}
-    (tmp_path / "t.json").write_text(json.dumps(spec))
-    manifest = make(tmp_path / "d", tokenizer=str(tmp_path / "t.json"))
-    assert (manifest["dtype"], manifest["n_vocab"]) == ("uint32", 65_794)
-    assert (tmp_path / "d" / "train.bin").stat().st_size == 4 * OPTIONS["tokens"]
-    _, tokenizer, shards = evaluate.open_data(str(tmp_path / "d"))
-    ids = shards["train"].tolist()
-    assert ids.count(65_792) > 20
-    text = tokenizer.decode(ids)
-    assert "How many" in text and text.isprintable() is False and text.isascii()
-
-
-# ---- problems ----------------------------------------------------------------------------------------------
+# ---- problems --------------------------------------------------------------------------------------------
 
 def gsm(i: int, question: str = "", answer: str = "") -> dict:
     """A line as GSM8K publishes them; its annotations and its thousands are there."""
@@ -357,11 +269,11 @@ def test_a_published_problem_becomes_ours(tmp_path):
 
 
 def test_every_solution_is_right_for_the_scorer(problem_file):
-    """What is written down as a solution is what evaluate.grade, the reward, calls right."""
+    """The scorer, which is the reward, calls every solution right."""
     splits, _ = read_problems((problem_file,), False)
     problems = sum(splits.values(), [])
     assert len(problems) == 200
-    assert all(evaluate.grade(s, p["answer"]) == "right" for p in problems for s in p["solutions"])
+    assert all(grade(s, p["answer"]) == "right" for p in problems for s in p["solutions"])
 
 
 def test_our_own_problems_pass_through(tmp_path):
@@ -382,8 +294,8 @@ def words(question: str) -> str:
 
 
 def test_problems_are_held_out(problem_file, tmp_path):
-    """P5 for real problems: train, val and test share no question whatever its case and white space, and
-    which is which depends neither on the order of the file nor on what else is in it."""
+    """train, val and test share no question whatever its case and white space, and which is which depends
+    neither on the order of the file nor on the other problems in it."""
     splits, left_out = read_problems((problem_file,), False)
     assert {split: len(problems) > 3 for split, problems in splits.items()} == dict.fromkeys(splits, True)
     assert len(splits["train"]) > 150
@@ -395,8 +307,8 @@ def test_problems_are_held_out(problem_file, tmp_path):
 
 
 def test_duplicates_are_dropped_and_counted(tmp_path):
-    """The same question in other case and white space, in one file or in TESTFILE too, is one problem; what
-    TESTFILE has is not for training, and the test problems are TESTFILE's."""
+    """The same question in other case and white space, in one file or in TESTFILE too, is one problem; those
+    of TESTFILE are not for training, and the test problems are TESTFILE's."""
     lines = [gsm(i) for i in range(1, 101)]
     shouted = [gsm(i, question=gsm(i)["question"].upper() + "\n") for i in range(1, 11)]
     train, test = write(tmp_path / "a.jsonl", lines + shouted), write(tmp_path / "b.jsonl", shouted[:5])
@@ -411,12 +323,12 @@ def test_duplicates_are_dropped_and_counted(tmp_path):
 
 def test_answers_that_are_not_integers_are_counted(tmp_path):
     """The scorer compares integers only: 2.5, 1/2 and $3 are left out and counted; -1,000 and 0 are not."""
-    answers = ("2.5", "1/2", "$3", "07", "1,00", "٣", "?")
+    answers = ("2.5", "1/2", "$3", "07", "1,00", "٣", "?", "-0")
     odd = [gsm(101 + i, answer=answer) for i, answer in enumerate(answers)]
     good = [gsm(201, answer="-1,000"), gsm(202, answer=" 0")]
     path = write(tmp_path / "g.jsonl", [gsm(i) for i in range(1, 101)] + odd + good)
     splits, left_out = read_problems((path,), False)
-    assert left_out == {"duplicates": 0, "answers that are not integers": 7}
+    assert left_out == {"duplicates": 0, "answers that are not integers": 8}
     answers = Counter(p["answer"] for problems in splits.values() for p in problems)
     assert sum(answers.values()) == 102 and answers["-1000"] == answers["0"] == 1
 
@@ -427,7 +339,7 @@ def test_a_problem_without_difficulty_belongs_to_each(tmp_path):
              for q, d in zip("abcd", ("", "all", "easy", "hard"))]
     path = write(tmp_path / "p.jsonl", lines)
     for difficulty, expected in (("easy", "abc"), ("hard", "abd"), ("all", "abcd")):
-        assert "".join(p["question"] for p in evaluate.load_problems(path, difficulty)) == expected
+        assert "".join(p["question"] for p in load_problems(path, difficulty)) == expected
 
 
 def test_the_whole_way_on_real_data(story_file, problem_file, tmp_path, capsys):
@@ -439,7 +351,7 @@ def test_the_whole_way_on_real_data(story_file, problem_file, tmp_path, capsys):
         out=str(tmp_path / "base"), size="0.3M", context=192, batch=2, micro_batch=2, tokens=768,
         checkpoints_at=(768,), **common))
     tuned = worlds.quietly(sft.train, sft.Config(
-        init=str(base), out=str(tmp_path / "sft"), questions=8, epochs=1, batch=4, **few, **common))
+        init=str(base), out=str(tmp_path / "sft"), n_train=8, epochs=1, batch=4, **few, **common))
     final = worlds.quietly(rl.train, rl.Config(
         init=str(tuned), out=str(tmp_path / "rl"), n_problems=2, rollouts=2, steps=1, **few, **common))
     config = evaluate.Config((str(final), str(base)), split="test", n_problems=2, n_samples=2, k=(1,),
@@ -451,117 +363,3 @@ def test_the_whole_way_on_real_data(story_file, problem_file, tmp_path, capsys):
     result = json.loads(final.with_suffix(".test.0shot.json").read_text())
     assert result["problems"]["all"]["problems"] == 2 and result["bits_per_byte"] > 0
     assert "benchmarks" not in result and "general_mean" not in result
-
-
-# ---- downloads ---------------------------------------------------------------------------------------------
-
-CONTENT = bytes(random.Random(0).randbytes(300_000))
-RIGHT = hashlib.sha256(CONTENT).hexdigest()
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """/file as GitHub sends it, /whole without ranges, /short breaks off after 1,000 bytes, /hub redirects to
-    /file and states the sha256 as Hugging Face does, /silent redirects without it."""
-    asked: list[tuple[str, str | None]] = []
-
-    def do_GET(self):
-        self.asked.append((self.path, self.headers["Range"]))
-        if self.path in ("/hub", "/silent"):
-            self.send_response(302)
-            self.send_header("Location", "/file")
-            if self.path == "/hub":
-                self.send_header("X-Linked-Etag", f'"{RIGHT}"')
-            self.end_headers()
-            return
-        if self.path not in ("/file", "/whole", "/short"):
-            self.send_error(404)
-            return
-        start = int(self.headers["Range"][6:-1]) if self.headers["Range"] and self.path != "/whole" else 0
-        if start >= len(CONTENT):
-            self.send_error(416)
-            return
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(CONTENT) - start))
-        self.end_headers()
-        self.wfile.write(CONTENT[start:start + 1_000] if self.path == "/short" else CONTENT[start:])
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def server():
-    """Its address, and what it was asked."""
-    Handler.asked = []
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as made:
-        threading.Thread(target=made.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{made.server_address[1]}"
-        made.shutdown()
-
-
-@pytest.mark.parametrize("place, have, ranges", [
-    ("file", 0, [None]), ("file", 100_000, ["bytes=100000-"]), ("whole", 100_000, ["bytes=100000-"]),
-    ("file", 300_000, ["bytes=300000-"]), ("hub", 7, ["bytes=7-"] * 2)])
-def test_a_download_goes_on(place, have, ranges, server, tmp_path):
-    """What came before is not fetched again, unless the server cannot send a part; the Range survives a
-    redirection; in the end the file is whole and the partial one is gone."""
-    path = tmp_path / "x" / "f.bin"
-    if have:
-        path.parent.mkdir()
-        (path.parent / "f.bin.partial").write_bytes(CONTENT[:have])
-    download.fetch(f"{server}/{place}", path, RIGHT)
-    assert worlds.snapshot(tmp_path) == {"x/f.bin": CONTENT}
-    assert [asked for _, asked in Handler.asked] == ranges
-
-
-def test_a_download_that_breaks_off(server, tmp_path):
-    """The connection ends early: a line says where, what came is kept, and the next call goes on from it."""
-    path = tmp_path / "f.bin"
-    with pytest.raises(UserError, match=rf"{server}/short.*goes on"):
-        download.fetch(f"{server}/short", path, RIGHT)
-    assert worlds.snapshot(tmp_path) == {"f.bin.partial": CONTENT[:1_000]}
-    download.fetch(f"{server}/file", path, RIGHT)
-    assert Handler.asked[-1] == ("/file", "bytes=1000-") and path.read_bytes() == CONTENT
-
-
-def test_a_wrong_checksum(server, tmp_path):
-    """A file with another sha256 never appears under its name, and what came is not gone on with."""
-    for have in (0, 300_000):
-        (tmp_path / "f.bin.partial").write_bytes(b"x" * have)
-        with pytest.raises(UserError, match="sha256"):
-            download.fetch(f"{server}/file", tmp_path / "f.bin", RIGHT if have else "0" * 64)
-        assert worlds.snapshot(tmp_path) == {}
-
-
-def test_the_checksum_that_the_hub_states(server, tmp_path):
-    """Without a fixed sha256 the one in the redirection's X-Linked-Etag decides; without either: refused."""
-    download.fetch(f"{server}/hub", tmp_path / "f.bin")
-    assert (tmp_path / "f.bin").read_bytes() == CONTENT
-    (tmp_path / "g.bin.partial").write_bytes(b"?" * 10)
-    with pytest.raises(UserError, match="sha256"):
-        download.fetch(f"{server}/hub", tmp_path / "g.bin")
-    with pytest.raises(UserError, match="states no sha256"):
-        download.fetch(f"{server}/silent", tmp_path / "h.bin")
-    assert not (tmp_path / "g.bin").exists() and not (tmp_path / "h.bin").exists()
-
-
-@pytest.mark.parametrize("address, expected", [("/nowhere", "404"), ("offline", "offline")])
-def test_a_download_without_a_source(address, expected, server, tmp_path, monkeypatch):
-    """The whole command: no such file, or no connection: one line with the address, nothing written."""
-    address = "http://127.0.0.1:9/x" if address == "offline" else server + address
-    monkeypatch.setitem(download.SOURCES, "gsm8k", [(address, RIGHT)])
-    with pytest.raises(UserError, match=rf"{address}.*{expected}"):
-        download.download(download.Config(("gsm8k",), str(tmp_path)))
-    assert worlds.snapshot(tmp_path) == {}
-
-
-def test_the_command_downloads_what_is_missing(server, tmp_path, monkeypatch, capsys):
-    """Each file lands in OUT/NAME under its own name; one that is there is not fetched again."""
-    monkeypatch.setitem(download.SOURCES, "tinystories", [(f"{server}/file", RIGHT), (f"{server}/hub", "")])
-    (tmp_path / "tinystories").mkdir()
-    (tmp_path / "tinystories" / "file").write_text("mine")
-    download.download(download.Config(("tinystories",), str(tmp_path)))
-    assert worlds.snapshot(tmp_path) == {"tinystories/file": b"mine", "tinystories/hub": CONTENT}
-    assert "there already" in capsys.readouterr().out
-    outcome = worlds.run_here("data/download.py", "shakespeare", "--out", tmp_path)
-    assert outcome.status == 2 and "shakespeare" in outcome.errors[0] and len(outcome.errors) == 1
