@@ -206,29 +206,22 @@ def test_enough_memory_is_not_refused(capsys):
         assert summed in (capsys.readouterr().out if fits else str(refusal.value))
 
 
-def options_for(gib: float, capsys, **given) -> str:
-    """The options that are printed for OLMo-2 1B."""
-    memory.show(memory.Config(size="olmo-1b", memory=gib, **given))
-    return capsys.readouterr().out.splitlines()[0].split("fits with ")[1]
+SMALL = "--decode-rows 64 --micro-tokens 512"
 
 
-def test_only_the_savings_that_are_needed_are_taken(capsys):
+@pytest.mark.parametrize("gib, given, expected", [
+    (120, {}, "--decode-rows 1024 --micro-tokens 2048"), (60, {}, "--decode-rows 128 --micro-tokens 2048"),
+    (45, {}, SMALL), (36, {}, f"{SMALL} --recompute"), (30, {}, f"{SMALL} --recompute --no-reference"),
+    (24, {}, f"{SMALL} --recompute --no-reference --freeze-embeddings"),
+    (24, dict(decode_rows=16, micro_tokens=400, freeze_embeddings=True),
+     "--decode-rows 16 --micro-tokens 400 --recompute --no-reference --freeze-embeddings")])
+def test_only_the_savings_that_are_needed_are_taken(gib, given, expected, capsys):
     """With less memory, one option after the other joins: first those that cost time, then the KL, last the
-    one that trains another model. With all of them OLMo-2 1B takes 22.4 of the 23.3 GiB of a 24 GB card."""
-    small = "--decode-rows 64 --micro-tokens 512"
-    expected = {120: "--decode-rows 1024 --micro-tokens 2048", 60: "--decode-rows 128 --micro-tokens 2048",
-                45: small, 36: f"{small} --recompute", 30: f"{small} --recompute --no-reference",
-                24: f"{small} --recompute --no-reference --freeze-embeddings"}
-    assert {gib: options_for(gib, capsys) for gib in expected} == expected
-    memory.show(memory.Config(size="olmo-1b", memory=24))
-    printed = capsys.readouterr().out
-    assert "23.28 of 24 GiB" in printed and " 22.37 GiB = " in printed
-
-
-def test_smaller_numbers_stay(capsys):
-    """Options given are part of the answer, and no saving makes a number larger."""
-    found = options_for(24, capsys, decode_rows=16, micro_tokens=400, freeze_embeddings=True)
-    assert found == "--decode-rows 16 --micro-tokens 400 --recompute --no-reference --freeze-embeddings"
+    one that trains another model. Options given stay, and no saving makes a number larger."""
+    memory.show(memory.Config(size="olmo-1b", memory=gib, **given))
+    first, summed = capsys.readouterr().out.splitlines()
+    assert first == f"olmo-1b, {.97 * gib:.2f} of {gib} GiB: fits with {expected}"
+    assert (" 22.37 GiB = " in summed) == (gib == 24 and not given)
 
 
 @pytest.mark.parametrize("options, named", [

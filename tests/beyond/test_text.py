@@ -66,29 +66,19 @@ def test_a_text_is_split_where_its_documents_end(tmp_path):
     assert list(read_texts((str(path),))) == ["one\n\ntwo", "three", long, "four"]
 
 
-def test_a_text_without_separators_is_cut_at_paragraphs(tmp_path):
+@pytest.mark.parametrize("between, low, high", [("\n\n", 2_000, 2_550), ("\n", 8_000, 8_062)])
+def test_a_text_without_separators_is_cut(between, low, high, tmp_path):
     """No separator in the file: documents of 2,000 characters or a little more, which end where a paragraph
-    does; nothing is lost."""
+    does; without any blank line of 8,000 or a little more, which end where a line does; nothing is lost."""
     rng = random.Random(1)
-    paragraphs = ["\n".join("x" * rng.randint(1, 60) for _ in range(rng.randint(1, 9))) for _ in range(300)]
-    path = tmp_path / "t.txt"
-    path.write_text("\n\n".join(paragraphs))
-    found = list(read_texts((str(path),)))
-    assert "\n\n".join(found) == path.read_text()
-    assert all(2_000 <= len(text) + 2 < 2_000 + 9 * 61 for text in found[:-1]) and len(found) > 10
-
-
-def test_a_text_without_paragraphs_is_cut_at_lines(tmp_path):
-    """No blank line at all: documents of 8,000 characters or a little more."""
-    lines = [f"line {i}" for i in range(5_000)]
-    (tmp_path / "t.txt").write_text("\n".join(lines))
+    paragraphs = ["\n".join("x" * rng.randint(1, 60) for _ in range(rng.randint(1, 9))) for _ in range(400)]
+    (tmp_path / "t.txt").write_text(between.join(paragraphs))
     found = list(read_texts((str(tmp_path / "t.txt"),)))
-    assert "\n".join(found).split("\n") == lines
-    assert all(8_000 <= len(text) + 1 < 8_020 for text in found[:-1]) and len(found) > 4
+    assert between.join(found) == between.join(paragraphs)
+    assert all(low <= len(text) + len(between) < high for text in found[:-1]) and len(found) > 4
 
 
 def test_every_form_of_file_gives_the_same_documents(story_file, tmp_path):
-    """.txt, .txt.gz, .jsonl, .jsonl.gz, one file or two."""
     lines = "".join(json.dumps({"text": text, "id": 3}) + "\n" for text in stories())
     (tmp_path / "s.jsonl").write_text(lines)
     for name, text in (("s.txt.gz", Path(story_file).read_text()), ("s.jsonl.gz", lines),
@@ -179,7 +169,6 @@ def test_a_text_that_runs_out(story_file, tmp_path):
 
 
 def test_the_tokenizer_is_trained_on_the_text(tmp_path):
-    """A word that only the text has becomes one token."""
     path = tmp_path / "t.txt"
     path.write_text(f"\n{EOS}\n".join(f"number {i} zyxwvu zyxwvu" for i in range(3_000)))
     make(tmp_path / "d", text=(str(path),), val_tokens=100)
@@ -289,10 +278,6 @@ def test_our_own_problems_pass_through(tmp_path):
                for split in splits for i, p in enumerate(splits[split]))
 
 
-def words(question: str) -> str:
-    return " ".join(question.upper().split())
-
-
 def test_problems_are_held_out(problem_file, tmp_path):
     """train, val and test share no question whatever its case and white space, and which is which depends
     neither on the order of the file nor on the other problems in it."""
@@ -317,7 +302,7 @@ def test_duplicates_are_dropped_and_counted(tmp_path):
     splits, left_out = read_problems((train, test), False)
     assert left_out["duplicates"] == 15
     assert [p["question"] + "\n" for p in splits["test"]] == [p["question"] for p in shouted[:5]]
-    sets = [{words(p["question"]) for p in problems} for problems in splits.values()]
+    sets = [{" ".join(p["question"].upper().split()) for p in problems} for problems in splits.values()]
     assert len(set.union(*sets)) == sum(map(len, sets)) == 100
 
 
