@@ -163,10 +163,11 @@ def test_a_vocabulary_of_tiktoken(monkeypatch):
     assert Tokenizer(json.loads(json.dumps(tokenizer.spec))).sha256 == tokenizer.sha256
 
 
-def test_a_vocabulary_that_merges_cannot_make(monkeypatch):
-    """A token whose parts are no tokens is refused, not silently encoded in another way."""
-    ranks = {bytes([b]): b for b in range(256)} | {b"abc": 256}
-    odd = tiktoken.Encoding("odd", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={EOS: 257})
+@pytest.mark.parametrize("token, rank", [(b"abc", 256), (b"ab", 300)])
+def test_a_vocabulary_that_merges_cannot_make(token, rank, monkeypatch):
+    """A token whose parts are no tokens, or an id that no merge has, is refused, not encoded in another way."""
+    ranks = {bytes([b]): b for b in range(256)} | {token: rank}
+    odd = tiktoken.Encoding("odd", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={EOS: 301})
     monkeypatch.setattr(tiktoken, "get_encoding", {"odd": odd}.get)
     with pytest.raises(UserError, match="--tokenizer odd"):
         open_tokenizer("odd")
