@@ -165,7 +165,7 @@ def test_a_vocabulary_of_tiktoken(monkeypatch):
 
 @pytest.mark.parametrize("token, rank", [(b"abc", 256), (b"ab", 300)])
 def test_a_vocabulary_that_merges_cannot_make(token, rank, monkeypatch):
-    """A token whose parts are no tokens, or an id that no merge has, is refused, not encoded in another way."""
+    """A token whose parts are no tokens, or a gap in the ids, is refused, not encoded in another way."""
     ranks = {bytes([b]): b for b in range(256)} | {token: rank}
     odd = tiktoken.Encoding("odd", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={EOS: 301})
     monkeypatch.setattr(tiktoken, "get_encoding", {"odd": odd}.get)
