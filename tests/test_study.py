@@ -1,26 +1,26 @@
-"""The grid, its resumption, the statistics behind the verdicts, and the report from stored results."""
+"""The grid, its resumption, its waves, and how long it will take."""
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import worlds
 
-import merge
 import rl
-import scale
 import study
-from checkpoint import UserError, load_checkpoint, parse
+from checkpoint import UserError, load_checkpoint
 
 ROOT = Path(study.__file__).parent
-STORED = sorted((ROOT / "results").glob("*/results.jsonl"))
-MINI = """
+ALL = ("RL", "SFT", "SFT-Gold", "SFT→RL", "SFT-Gold→RL", "parallel")
+RECIPES = ALL if worlds.LONG else ("RL", "SFT", "SFT→RL")
+STARTS = ("0.016M", "0.032M") if worlds.LONG else ("0.016M",)
+MINI = f"""
 import sys
 import study
 study.EVALUATION = "--split test --n-problems 2 --n-samples 32 --max-new 8"
@@ -34,9 +34,8 @@ for name, command in study.RECIPES.items():
     command = command.replace(" --checkpoints-at 10,25", " --checkpoints-at 1")
     study.RECIPES[name] = command + size + small
 study.STUDIES["mini"] = study.Study(
-    {"base": (data, pretraining, ("0.016M", "0.032M"))},
-    ("RL", "SFT", "SFT-Gold", "SFT→RL", "SFT-Gold→RL", "parallel"), seeds=(0,), shots=0,
-    trace={("0.016M", "RL"): (1,)})
+    {{"base": (data, pretraining, {STARTS})}}, {RECIPES}, seeds=(0,), shots=0,
+    trace={{("0.016M", "RL"): (1,)}})
 study.main(study.study, study.Config)
 """
 
@@ -58,25 +57,33 @@ def results(folder: Path) -> list[dict]:
     return records
 
 
+def scripts(folder: Path) -> Path:
+    """A folder that has the scripts, but runs and results of its own."""
+    folder.mkdir()
+    for script in ("data", *(p.name for p in ROOT.glob("*.py"))):
+        (folder / script).symlink_to(ROOT / script)
+    return folder
+
+
 def test_a_miniature_study_interrupted_and_continued_gives_the_same_results(tmp_path):
-    """Two checkpoints, all recipes, two steps each; Ctrl-C after the first recipes, and the command again."""
-    for name in ("whole", "broken"):
-        (tmp_path / name).mkdir()
-        for script in ("data", *(p.name for p in ROOT.glob("*.py"))):
-            (tmp_path / name / script).symlink_to(ROOT / script)
-    broken = start(tmp_path / "broken")
-    while not list((tmp_path / "broken/runs").glob("sft-*/final.pt")):
-        assert broken.poll() is None, broken.stdout.read()
-        time.sleep(.1)
-    os.killpg(broken.pid, signal.SIGINT)
-    assert broken.wait() != 0 and not (tmp_path / "broken/results").exists()
-    for name in ("broken", "whole"):
-        process = start(tmp_path / name)
+    """Two steps of each recipe; Ctrl-C after the first recipes, and the command again. EARLYBIRD_LONG=1: from
+    two checkpoints, all recipes of the main study, and data and base model made twice too."""
+    broken, whole = (scripts(tmp_path / name) for name in ("broken", "whole"))
+    process = start(broken)
+    while not list((broken / "runs").glob("sft-*/final.pt")):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait() != 0 and not (broken / "results").exists()
+    for run in () if worlds.LONG else [*(broken / "runs").glob("data-*"), *(broken / "runs").glob("base-*")]:
+        shutil.copytree(run, whole / run.relative_to(broken))
+
+    for process in [start(folder) for folder in (broken, whole)]:
         output = process.communicate()[0]
         assert process.returncode == 0, output
-    assert "SFT→RL" in (tmp_path / "broken/results/mini/report.md").read_text()
-    assert len(results(tmp_path / "whole")) == 2 * 7 + 1
-    assert results(tmp_path / "whole") == results(tmp_path / "broken")
+    assert "SFT→RL" in (broken / "results/mini/report.md").read_text()
+    assert len(results(whole)) == 2 + len(STARTS) * len(RECIPES) + 1
+    assert results(whole) == results(broken)
 
 
 def cell(tmp_path: Path, name: str, code: str, needs: tuple[str, ...] = ()) -> study.Cell:
@@ -86,7 +93,7 @@ def cell(tmp_path: Path, name: str, code: str, needs: tuple[str, ...] = ()) -> s
 
 
 def test_failures_are_named_and_do_not_stop_the_others(tmp_path):
-    """What waits for a failed cell is reported too; what does not wait for it is run; what exists is not."""
+    """A cell that waits for a failed one is reported too; the others are run, unless their file exists."""
     write = "open({out!r}, 'a').write('x')"
     (tmp_path / "there").write_text("old")
     cells = [cell(tmp_path, "there", write), cell(tmp_path, "broken", "raise SystemExit(3)"),
@@ -142,28 +149,31 @@ def commands(capsys, wave: int, **options) -> list[str]:
 
 def test_waves_from_a_shell_make_the_files_that_the_study_makes(tiny, tmp_path, monkeypatch, capsys):
     """Line by line through `sh -c`, in a folder whose name needs quotes; then nothing is left to do, and the
-    study finds every file as its own."""
+    study finds every file as its own. Without EARLYBIRD_LONG=1 only the first wave is run: the others are the
+    study's commands, word by word."""
     runs = "my 'runs'"
     for name in ("study", "queue"):
-        (tmp_path / name).mkdir()
-        for script in ("data", *(p.name for p in ROOT.glob("*.py"))):
-            (tmp_path / name / script).symlink_to(ROOT / script)
-    monkeypatch.chdir(tmp_path / "study")
+        scripts(tmp_path / name)
     cells = study.grid(study.STUDIES["tiny"], study.Config(runs=runs))
-    assert study.run_cells(cells, Path(runs), jobs=1) == []
+    run = cells if worlds.LONG else cells[:1]
+    monkeypatch.chdir(tmp_path / "study")
+    assert study.run_cells(run, Path(runs), jobs=1) == []
     monkeypatch.chdir(tmp_path / "queue")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    for wave in (1, 2, 3):
+    for wave, x in enumerate(cells, 1):
         lines = commands(capsys, wave, runs=runs)
-        assert len(lines) == 1
-        subprocess.run(["sh", "-c", lines[0]], check=True, capture_output=True)
-        assert commands(capsys, wave, runs=runs) == []
+        assert [shlex.split(line) for line in lines] == [["python", *x.argv(threads=1)]]
+        if x in run:
+            subprocess.run(["sh", "-c", lines[0]], check=True, capture_output=True)
+            assert commands(capsys, wave, runs=runs) == [] and study.done(x)
+
     data, base, evaluation = (x.makes for x in cells)
     assert (tmp_path / "study" / data).read_bytes() == (tmp_path / "queue" / data).read_bytes()
-    a, b = (load_checkpoint(tmp_path / name / base) for name in ("study", "queue"))
-    assert worlds.same(a, b) and a["lineage"][0]["updates"] == 3
-    a, b = (json.loads((tmp_path / name / evaluation).read_text()) for name in ("study", "queue"))
-    assert worlds.same(a, b) and a["problems"]["easy"]["samples"] == 32
+    if worlds.LONG:
+        a, b = (load_checkpoint(tmp_path / name / base) for name in ("study", "queue"))
+        assert worlds.same(a, b) and a["lineage"][0]["updates"] == 3
+        a, b = (json.loads((tmp_path / name / evaluation).read_text()) for name in ("study", "queue"))
+        assert worlds.same(a, b) and a["problems"]["easy"]["samples"] == 32
 
 
 def test_the_list_has_a_heading_per_wave(tiny, capsys):
@@ -186,9 +196,8 @@ def test_a_wave_that_is_not_there_is_refused(tiny, wave):
 def test_an_evaluation_with_other_options_is_not_done(tiny, tmp_path, changed, expected):
     """The file beside a checkpoint has the same name whatever the options were."""
     x = study.grid(study.STUDIES["tiny"], study.Config(runs=str(tmp_path)))[-1]
-    config = {k: v for k, v in study.configuration(x.command).items() if k != "samples"}
     x.makes.parent.mkdir()
-    x.makes.write_text(json.dumps({"config": config | changed}))
+    x.makes.write_text(json.dumps({"config": study.configuration(x.command) | changed}))
     assert study.done(x) == expected
 
 
@@ -197,7 +206,7 @@ def test_an_evaluation_older_than_an_option_had_its_default(tmp_path, recipe, ex
     """--reference is younger than some evaluations: without it, those of the base are whole, no others."""
     x = next(x for x in study.grid(study.STUDIES["quick"], study.Config(runs=str(tmp_path)))
              if x.evaluation and x.recipe == recipe)
-    config = {k: v for k, v in study.configuration(x.command).items() if k not in ("samples", "reference")}
+    config = {k: v for k, v in study.configuration(x.command).items() if k != "reference"}
     x.makes.parent.mkdir()
     x.makes.write_text(json.dumps({"config": config}))
     assert study.done(x) == expected
@@ -209,7 +218,7 @@ def folder_of(recipe: str) -> Path:
 
 
 def test_a_changed_option_gives_a_new_folder_to_it_and_its_descendants(monkeypatch):
-    """SFT's learning rate concerns SFT and what is merged from it, not RL."""
+    """SFT's learning rate concerns SFT and the merges with it, not RL."""
     before = {name: folder_of(name) for name in ("SFT", "ties", "RL")}
     monkeypatch.setitem(study.RECIPES, "SFT", study.RECIPES["SFT"] + " --lr 0.002")
     after = {name: folder_of(name) for name in before}
@@ -218,132 +227,100 @@ def test_a_changed_option_gives_a_new_folder_to_it_and_its_descendants(monkeypat
 
 def test_a_changed_default_gives_a_new_folder(monkeypatch):
     """A researcher edits a default in rl.py: all options are hashed, not only those on the command line."""
-    import rl
     before = folder_of("RL")
     monkeypatch.setattr(rl.Config.__dataclass_fields__["lr"], "default", 7e-4)
     assert folder_of("RL") != before
 
 
-# ---- statistics ------------------------------------------------------------------------------------------
-
-def record(recipe: str, right: list[int], seed: int = 0, at: str = "4M", hits: str = "10", **more) -> dict:
-    """A made-up evaluation: 64 samples of each problem, easy and hard alike."""
-    d = {"samples": 64, "right_per_problem": right, "styles": {"tens": 1.0}, "answer_entropy": 1.0,
-         "distinct_completions": 2.0, "unparsed": 0.0}
-    return {"base": "base", "at": at, "recipe": recipe, "seed": seed, "step": -1, "shots": 0,
-            "cost": {"flops": 1, "seconds": 60}, "curve": [[1, .2, 0., 5]], "validation": [[1, .1]],
-            "problems": {"easy": d, "hard": d}, "benchmarks": {"recall": {"hits": hits}}, "general_mean": .5,
-            "bits_per_byte": .3} | more
+def test_an_arrow_in_a_recipe_s_name_says_where_it_starts():
+    """The figures rely on it: SFT→RL starts from SFT's result, a name without an arrow from the base."""
+    for name, command in study.RECIPES.items():
+        if not study.merges(command.split()):
+            assert f"--init {{{name.rpartition('→')[0] or 'base'}}}" in command, name
 
 
-@pytest.mark.parametrize("low, high, expected", [
-    (10.1, 20, "reproduced"), (9.9, 20, "undecided"), (-5, 10.1, "undecided"), (-5, 9.9, "not reproduced")])
-def test_verdict_on_each_side_of_the_margin(low, high, expected):
-    assert study.verdict(low, high, 10) == expected
+# ---- how long it will take --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("preset, recipe, expected", [
+    ("main", "base", 1954), ("main", "SFT", 188), ("main", "SFT-Gold", 500), ("main", "RL", 50),
+    ("long", "RL×4", 200), ("controls", "fused", 50), ("controls", "ties", 0), ("main", "data", 0)])
+def test_the_steps_of_a_cell_are_known_before_it_runs(preset, recipe, expected):
+    """As many as the published studies counted updates (results/*/results.jsonl)."""
+    x = next(x for x in study.grid(study.STUDIES[preset], study.Config()) if x.recipe == recipe)
+    assert x.steps == expected
 
 
-def test_the_interval_of_equal_values_is_a_point():
-    assert study.bootstrap(np.full((3, 50), 7.0)) == (7.0, 7.0, 7.0)
+def planned(name: str, minutes: float, *needs: str, **more) -> study.Cell:
+    return study.Cell("b", "", "data", 0, [], Path(name, "final.pt"), [Path(n, "final.pt") for n in needs],
+                      minutes, **more)
 
 
-def test_the_interval_has_the_width_of_the_normal_approximation():
-    """One seed, many problems: mean ± 1.96 sd/√N."""
-    x = np.random.default_rng(1).normal(5, 10, (1, 400))
-    mean, low, high = study.bootstrap(x)
-    assert (high - low) / 2 == pytest.approx(1.96 * 10 / 20, rel=.15) and low < mean < high
+@pytest.mark.parametrize("log, steps, expected", [
+    (None, 20, 0), ("", 20, 0), ('{"step": 0, "val": 1}\n{"step": 5}\n{"st', 20, .25),
+    ('{"step": 20}\n', 20, 1), (None, 0, .5), ('{"step": 5}\n', 0, .5)])
+def test_the_part_done_is_read_from_the_last_step_of_the_log(tmp_path, log, steps, expected):
+    """A line that is being written does not count; without steps 2 of 4 minutes are half."""
+    x = planned(str(tmp_path), 4, steps=steps)
+    if log is not None:
+        (tmp_path / "log.jsonl").write_text(log)
+    assert study.part_done(x, minutes=2) == expected
 
 
-def test_seeds_that_disagree_widen_the_interval():
-    """Three seeds with means 0, 10, 20 and no spread over problems: the interval reaches the extremes."""
-    x = np.repeat([[0.0], [10.0], [20.0]], 100, axis=1)
-    mean, low, high = study.bootstrap(x)
-    assert mean == 10 and low == 0 and high == 20
+def test_a_cell_that_takes_longer_than_estimated_is_not_done():
+    assert study.part_done(planned("x", 4), minutes=40) < 1
 
 
-def test_a_difference_pairs_seeds_and_repeats_the_base():
-    records = [record("base", [0, 32]), record("RL", [32, 32]), record("RL", [64, 32], seed=1)]
-    x = study.difference(records, "RL", "base", "easy pass@1", ["4M"])
-    assert x == pytest.approx(np.array([[50, 0], [100, 0]]))
-    assert study.difference(records, "RL", "SFT", "easy pass@1", ["4M"]) is None
+A, B, C = planned("a", 3), planned("b", 2, "a"), planned("c", 4)
+E = planned("e", 1, "c", evaluation=True)
 
 
-def test_a_missing_run_leaves_the_seeds_that_both_have():
-    """RL has seeds 0 and 2, SFT 0 and 1: only seed 0 is compared, and never one seed with another."""
-    records = [record("RL", [64]), record("RL", [0], 2), record("SFT", [32]), record("SFT", [48], 1)]
-    assert study.difference(records, "RL", "SFT", "easy pass@1", ["4M"]) == pytest.approx(np.array([[50]]))
+@pytest.mark.parametrize("jobs, expected", [(1, 10), (2, 5), (3, 5)])
+def test_the_time_left_is_that_of_a_schedule(jobs, expected):
+    """A 3 min, then B 2; C 4, then E 1. In two slots: A 0-3, C 0-4, B 3-5, E 4-5."""
+    assert study.time_left([E, A, B, C], {}, jobs) == pytest.approx(expected)
 
 
-def test_the_largest_of_several_pairs_is_judged_by_a_wider_interval():
-    x = np.random.default_rng(1).normal(0, 10, (1, 200))
-    assert study.bootstrap(x, 3)[1] < study.bootstrap(x)[1] < study.bootstrap(x)[2] < study.bootstrap(x, 3)[2]
+def test_the_time_left_begins_with_the_running_cells():
+    """A has 1 min left: B 1-3, C 0-4, E 4-5; with one slot A, B, C, E one after the other: 1 + 2 + 4 + 1."""
+    assert study.time_left([B, C, E], {A.makes: 1}, jobs=2) == pytest.approx(5)
+    assert study.time_left([B, C, E], {A.makes: 1}, jobs=1) == pytest.approx(8)
+    assert study.time_left([], {A.makes: 1, C.makes: 2.5}, jobs=2) == 2.5
 
 
-@pytest.mark.parametrize("gain, expected", [(0, "not reproduced"), (32, "reproduced")])
-def test_claim_1_is_judged_by_the_gain_at_early_checkpoints(gain, expected):
-    """4 M of 8 M tokens is early; a gain of 50 points is above the margin of 10, none is below it."""
-    records = [record("base", [16] * 20), record("base", [40] * 20, at="8M")]
-    records += [record("RL", [16 + gain] * 20, seed) for seed in range(3)]
-    rows = [row for row in study.judge(records) if row[0] == "C1"]
-    assert [row[2] for row in rows] == ["4M of 8M", "4M of 8M"] and rows[0][5] == expected
+def test_cells_that_cannot_start_take_no_time():
+    """C failed, so nobody makes it: E never starts."""
+    assert study.time_left([B, E], {A.makes: 1}, jobs=2) == pytest.approx(1 + 2)
 
 
-@pytest.mark.parametrize("lost, expected", [(0, "not reproduced"), (1, "reproduced")])
-def test_claim_6_is_judged_by_what_sft_loses(lost, expected):
-    """Half of the benchmark items lost is more than 2 points; none is not."""
-    records = [record("base", [1] * 5, hits="1" * 40),
-               *(record("SFT", [1] * 5, seed, hits="01"[1 - lost] * 40) for seed in range(3))]
-    row = next(row for row in study.judge(records) if row[1].startswith("SFT costs"))
-    assert row[5] == expected
+def test_a_pretraining_alone_has_all_cores(monkeypatch):
+    """With twice the speed for two threads: 6 min become 3; beside another pretraining it has one core."""
+    monkeypatch.setattr(study, "SPEED_UP", 1.0)
+    base, other = planned("base", 6), planned("other", 6)
+    base.recipe = other.recipe = "base"
+    assert study.time_left([base], {}, jobs=2) == pytest.approx(3)
+    assert study.time_left([base, other], {}, jobs=2) == pytest.approx(6)
 
 
-@pytest.mark.parametrize("right, reward, expected", [
-    (16, .2, "not reproduced"), (32, .2, "reproduced"), (32, .3, "undecided")])
-def test_claim_9_needs_equal_rewards_and_different_scores(right, reward, expected):
-    """Seeds at 25 % and 50 % count only if their training rewards agree."""
-    records = [record("base", [0] * 30), record("RL", [16] * 30), record("RL", [16] * 30, at="8M"),
-               record("RL", [right] * 30, 1, curve=[[1, reward, 0., 5]]), record("base", [0] * 30, at="8M")]
-    verdicts = [row[5] for row in study.judge(records) if row[0] == "C9"]
-    assert len(verdicts) == 1 and verdicts[0].startswith(expected)
+def test_the_forecast_learns_the_speed_of_the_machine(tmp_path, monkeypatch):
+    """10 min were estimated for 100 steps; 40 steps took 2 min, so the machine is twice as fast: 3 min for
+    the other 60 steps and 2 for the 4 that wait. If 20 of the 40 steps were made in an earlier attempt, it is
+    as fast as estimated."""
+    monkeypatch.setattr(study.time, "monotonic", lambda: 1_000.0)
+    (tmp_path / "log.jsonl").write_text('{"step": 40}\n')
+    x = planned(str(tmp_path), 10, steps=100)
+    for before, pace in ((0., .5), (.2, 1.)):
+        r = study.Running(x, None, minutes=10, before=before, since=1_000.0 - 120)
+        minutes, work = study.forecast([planned("y", 4, str(tmp_path))], [r], [(0.0, 0.0)], jobs=1)
+        assert minutes == pytest.approx(10 * pace, rel=.1) and work == pytest.approx(10)
 
 
-def test_problems_newly_solved_and_lost_are_counted():
-    """Base solves problems 0 and 1, the run solves 1 and 2: one new, one lost."""
-    records = [record("base", [64, 1, 0]), record("RL", [0, 64, 64])]
-    row = next(r for r in study.solved(records) if r[2] == "RL" and r[4] == "easy")
-    assert row[5:11] == [2, 2, 1, 1, 1, 1]
-
-
-# ---- the report ------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("stored", STORED, ids=lambda p: p.parent.name)
-def test_the_published_report_is_what_its_results_say(stored, tmp_path):
-    """Text equal to the published one; pass@1 of the first record is its share of right samples."""
-    records = [json.loads(line) for line in stored.read_text().splitlines()]
-    out = tmp_path / stored.parent.name
-    out.mkdir()
-    claims = study.markdown(study.CLAIMS_HEADER, study.judge(records))
-    assert study.report(out, records, claims) + "\n" == stored.with_name("report.md").read_text()
-    assert all((out / f"{name}.png").stat().st_size > 5_000 for name in ("main", "parallel", "forgetting"))
-    easy = records[0]["problems"]["easy"]
-    share = 100 * sum(easy["right_per_problem"]) / (easy["problems"] * easy["samples"])
-    assert study.values(records[0], "easy pass@1").mean() == pytest.approx(share)
-
-
-# ---- one consumer GPU -------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("gib", [8, 12, 24])
-def test_the_gpu_presets_fit_by_the_memory_plan(gib):
-    """RL, and parallel averaging with its two optimizers, as the grid calls them; a size more would not fit a
-    card of 8 GB, so that the plan decides something."""
-    cells = study.grid(study.STUDIES[f"gpu-{gib}"], study.Config())
-    base = next(x.command for x in cells if x.recipe == "base" and not x.evaluation)
-    size = base[base.index("--size") + 1]
-    for script in (rl, merge):
-        name = f"{script.__name__}.py"
-        config = parse(script.Config, next(x.command for x in cells if x.command[0] == name)[1:])
-        assert config.micro_batch >= 8192
-
-        def gpu(model: str, config=config) -> float:
-            return scale.needed(scale.plan(scale.MODELS[model], config, 64, True)) + scale.CONTEXT
-        assert gpu(size) <= scale.CARD * gib
-        assert gpu("124M") > scale.CARD * 8
+def test_the_bar_moves_while_a_cell_runs(tmp_path, monkeypatch, capsys):
+    """A cell that logs two steps of four, waits and ends: the bar shows 50 %, and its name."""
+    monkeypatch.setattr(study, "REDRAW", 0.0)
+    code = ("import pathlib, time; pathlib.Path({log!r}).write_text(chr(123) + '\"step\": 2' + chr(125)); "
+            "time.sleep(1.5); pathlib.Path({out!r}).write_text('')")
+    x = cell(tmp_path, "made", code.replace("{log!r}", repr(str(tmp_path / "log.jsonl"))))
+    x.steps = 4
+    assert study.run_cells([x], tmp_path, jobs=1) == []
+    states = [line for line in capsys.readouterr().err.split("\r") if "50%" in line]
+    assert states and all("min left: b  data seed 0" in line for line in states)
