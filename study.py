@@ -206,7 +206,7 @@ def estimate(script: str, c: dict) -> float:
     return .07 + minutes[script]()                       # 4 s: to start Python and check the files
 
 
-SPEED_UP = .9               # n threads pretrain at n ** .9 times the speed of one (measured: two, 1.85 times)
+SERIAL = .08                # part of pretraining that more threads do not shorten (measured: two, 1.85 times)
 
 
 def new_cell(runs: str, base: str, at: str, recipe: str, seed: int, command: str, final: str,
@@ -340,8 +340,8 @@ def ready(waiting: list[Cell], unmade: set[Path]) -> list[Cell]:
 
 
 def expected(x: Cell, threads: int) -> float:
-    """Minutes that a cell takes with this number of threads."""
-    return x.minutes / threads ** SPEED_UP
+    """Minutes that a cell takes with this number of threads, by Amdahl's law."""
+    return x.minutes * (SERIAL + (1 - SERIAL) / threads)
 
 
 def threads_of(x: Cell, startable: int, busy: int, jobs: int) -> int:
@@ -361,7 +361,7 @@ def part_done(x: Cell, minutes: float) -> float:
 
 
 def time_left(waiting: list[Cell], running: dict[Path, float], jobs: int) -> float:
-    """Minutes until all is made, by playing run_cells with the estimates; `running`: file -> minutes left."""
+    """Minutes until all is made, if run_cells goes by the estimates; `running`: file -> minutes left."""
     waiting = list(waiting)
     ends = dict(running)                                 # file -> when it will be there
     now = 0.0
@@ -373,10 +373,8 @@ def time_left(waiting: list[Cell], running: dict[Path, float], jobs: int) -> flo
             x = startable[0]
             waiting.remove(x)
             ends[x.makes] = now + expected(x, threads_of(x, len(startable), busy, jobs))
-        elif busy:
+        else:
             now = min(end for end in ends.values() if end > now)
-        else:                                            # the rest needs something that failed
-            break
     return max(ends.values(), default=0.0)
 
 
@@ -388,7 +386,7 @@ def forecast(waiting: list[Cell], running: list[Running], past: list[tuple[float
     for r in running:
         if r.cell.steps:
             seen.append((r.spent, (part_done(r.cell, 0) - r.before) * r.minutes))
-    pace = sum(spent for spent, _ in seen) / sum(estimated for _, estimated in seen)
+    pace = sum(minutes for minutes, _ in seen) / sum(estimated for _, estimated in seen)
 
     left = {r.cell.makes: 1 - part_done(r.cell, r.spent / pace) for r in running}
     ends = {r.cell.makes: left[r.cell.makes] * r.minutes for r in running}
@@ -417,7 +415,7 @@ def run_cells(cells: list[Cell], runs: Path, jobs: int) -> list[str]:
     failed: list[str] = []
     drawn = 0.0
     (runs / "logs").mkdir(parents=True, exist_ok=True)
-    bar = tqdm(total=sum(x.minutes for x in cells), desc="study", disable=not waiting,
+    bar = tqdm(total=sum(x.minutes for x in cells), desc="study",
                bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}")
     try:
         while waiting or running:
@@ -443,9 +441,9 @@ def run_cells(cells: list[Cell], runs: Path, jobs: int) -> list[str]:
                 if r.process.poll() is None:
                     continue
                 del running[slot]
-                past.append((r.spent, (1 - r.before) * r.minutes))
                 if r.process.returncode == 0 and r.cell.makes.exists():
                     unmade.discard(r.cell.makes)
+                    past.append((r.spent, (1 - r.before) * r.minutes))
                 else:
                     failed.append(r.cell.name)
                     bar.write(f"FAILED: {r.cell.name}, see {runs / 'logs' / r.cell.log}")
@@ -453,6 +451,8 @@ def run_cells(cells: list[Cell], runs: Path, jobs: int) -> list[str]:
         for r in running.values():       # after Ctrl-C, which they received too, they save and stop
             r.process.wait()
         raise
+    bar.n = bar.total - sum(x.minutes for x in waiting)
+    bar.set_postfix_str("")
     bar.close()
     return failed
 

@@ -287,18 +287,16 @@ def test_the_time_left_begins_with_the_running_cells():
     assert study.time_left([], {A.makes: 1, C.makes: 2.5}, jobs=2) == 2.5
 
 
-def test_cells_that_cannot_start_take_no_time():
-    """C failed, so nobody makes it: E never starts."""
-    assert study.time_left([B, E], {A.makes: 1}, jobs=2) == pytest.approx(1 + 2)
-
-
 def test_a_pretraining_alone_has_all_cores(monkeypatch):
-    """With twice the speed for two threads: 6 min become 3; beside another pretraining it has one core."""
-    monkeypatch.setattr(study, "SPEED_UP", 1.0)
+    """If two threads are twice as fast, 6 min become 3; beside another pretraining it has one core. If a
+    third of the work is serial, 6 min become 2 + 4/2."""
+    monkeypatch.setattr(study, "SERIAL", 0.0)
     base, other = planned("base", 6), planned("other", 6)
     base.recipe = other.recipe = "base"
     assert study.time_left([base], {}, jobs=2) == pytest.approx(3)
     assert study.time_left([base, other], {}, jobs=2) == pytest.approx(6)
+    monkeypatch.setattr(study, "SERIAL", 1 / 3)
+    assert study.time_left([base], {}, jobs=2) == pytest.approx(4)
 
 
 def test_the_forecast_learns_the_speed_of_the_machine(tmp_path, monkeypatch):
