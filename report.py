@@ -267,16 +267,17 @@ def mean(runs: list[dict], metric: str) -> float:
     return float(np.mean([values(r, metric).mean() for r in runs]))
 
 
-def curve(axis: Axes, points: list[tuple[float, list[dict]]], metric: str, color: object, line: str = "-",
-          label: str = "", marker: str = "o", bars: bool = True) -> None:
+def curve(axis: Axes, points: list[tuple[float, list[dict]]], metric: str, fmt: str, color: object,
+          label: str = "", bars: bool = True) -> None:
     """The mean over seeds at each x of points (x, runs), where there are runs, with its 95 % interval."""
     points = [(x, runs) for x, runs in points if runs]
-    for x, runs in points if bars else ():
-        middle, low, high = bootstrap(np.stack([values(r, metric) for r in runs]))
-        around = [[middle - low], [high - middle]]
-        axis.errorbar([x], [middle], around, color=color, fmt=marker, ms=4, capsize=2)
-    axis.plot([x for x, _ in points], [mean(runs, metric) for _, runs in points], line, color=color, lw=1,
-              label=label or None)
+    if not points:
+        return
+    intervals = [bootstrap(np.stack([values(r, metric) for r in runs])) for _, runs in points]
+    middle, low, high = np.array(intervals).T
+    around = [middle - low, high - middle] if bars else None
+    axis.errorbar([x for x, _ in points], middle, around, fmt=fmt, color=color, ms=4, lw=1, capsize=2,
+                  label=label or None)
 
 
 def against_tokens(s: Shown) -> Figure:
@@ -285,13 +286,13 @@ def against_tokens(s: Shown) -> Figure:
     shots = max(r["shots"] for r in s.records)
     for axis, metric in zip(figure.subplots(2, 3).flat, METRICS):
         base = [(millions(at), find(s.here, "base", at)) for at in s.ats]
-        curve(axis, base, metric, "0.5", "o-", "base", bars=False)
+        curve(axis, base, metric, "o-", "0.5", "base", bars=False)
         few = [(millions(at), find(s.records, "base", at, s.base, shots=shots)) for at in s.ats]
-        curve(axis, few, metric, "0.5", ":", f"base, {shots}-shot", bars=False)
+        curve(axis, few, metric, ":", "0.5", f"base, {shots}-shot", bars=False)
         for i, recipe in enumerate(s.recipes):
             aside = .06 * (i - len(s.recipes) / 2)       # else error bars would cover each other
             points = [(millions(at) + aside, find(s.here, recipe, at)) for at in s.ats]
-            curve(axis, points, metric, s.colors[recipe], "-" if len(s.recipes) < 8 else "", recipe)
+            curve(axis, points, metric, "o-" if len(s.recipes) < 8 else "o", s.colors[recipe], recipe)
         axis.set_title(f"{metric} (%)")
         axis.set_xlabel("pretraining tokens (millions)")
     figure.axes[0].legend(fontsize=7)
@@ -314,7 +315,7 @@ def along_steps(s: Shown) -> Figure | None:
                 end = find(s.records, recipe, at)
                 if end and end[0]["curve"]:
                     points.append((end[0]["curve"][-1][0], end))
-                curve(axis, points, metric, s.colors[recipe], label=recipe)
+                curve(axis, points, metric, "o-", s.colors[recipe], recipe)
             axis.set_title(f"from {at}: {metric} (%)")
             axis.set_xlabel("RL steps")
     figure.axes[0].legend()
@@ -329,7 +330,7 @@ def side_by_side(s: Shown) -> Figure:
     for axis, metric in zip(figure.subplots(2, 2).flat, (PASS_1, PASS_32, "hard pass@32", "general")):
         for x, recipe in enumerate(recipes):
             runs = find(s.here, recipe, at)
-            curve(axis, [(x, runs)], metric, s.colors[recipe], marker="s")
+            curve(axis, [(x, runs)], metric, "s", s.colors[recipe])
             axis.plot([x] * len(runs), [mean([r], metric) for r in runs], "k_", ms=9, alpha=.5)
         axis.set_xticks(range(len(recipes)), recipes, rotation=35, ha="right", fontsize=8)
         axis.set_title(f"from {at}: {metric} (%), seeds as dashes")
@@ -394,7 +395,7 @@ def composition(s: Shown) -> Figure | None:
         for x, (base, at) in enumerate(places):
             for aside, recipe in ((-.1, "base"), (.1, "RL on hard")):
                 runs = find(s.ends, recipe, at, base)
-                curve(axis, [(x + aside, runs)], metric, s.colors[recipe], marker="s")
+                curve(axis, [(x + aside, runs)], metric, "s", s.colors[recipe])
         axis.set_xticks(range(len(places)), [f"{base}\n{at} tokens" for base, at in places], fontsize=8)
         axis.set_title(f"{metric} (%), base (grey) and after RL on hard ones", fontsize=10)
     return figure
