@@ -27,7 +27,8 @@ study.EVALUATION = "--split test --n-problems 2 --n-samples 32 --max-new 8"
 small = " --eval-problems 2 --eval-samples 2 --max-new 8"
 data = ("--tokens 40000 --val-tokens 5000 --train-problems 60 --eval-problems 4 --benchmark-items 4 "
         "--vocab-size 300")
-pretraining = "--tokens 32k --size 0.3M --context 192 --batch 8 --micro-batch 8 --checkpoints-at 16k,32k"
+pretraining = ("--size 0.3M --context 192 --batch 8 --micro-batch 8 --tokens {STARTS[-1]} "
+               "--checkpoints-at {','.join(STARTS)}")
 for name, command in study.RECIPES.items():
     size = " --epochs 1 --batch 4 --questions 8" if command.startswith("sft") else (
         " --steps 2 --n-problems 2 --rollouts 2 --questions 8")
@@ -82,7 +83,7 @@ def test_a_miniature_study_interrupted_and_continued_gives_the_same_results(tmp_
         output = process.communicate()[0]
         assert process.returncode == 0, output
     assert "SFT→RL" in (broken / "results/mini/report.md").read_text()
-    assert len(results(whole)) == 2 + len(STARTS) * len(RECIPES) + 1
+    assert len(results(whole)) == len(STARTS) * (1 + len(RECIPES)) + 1
     assert results(whole) == results(broken)
 
 
