@@ -253,7 +253,7 @@ class Shown:
         self.base = records[0]["base"]
         self.ends = [r for r in records if r["step"] < 0 and r["shots"] == 0]
         self.here = [r for r in self.ends if r["base"] == self.base]
-        self.recipes = [name for name in dict.fromkeys(r["recipe"] for r in self.ends) if name != "base"]
+        self.recipes = list(dict.fromkeys(r["recipe"] for r in self.ends if r["recipe"] != "base"))
         self.ats = sorted({r["at"] for r in self.here}, key=millions)
         trained = {r["at"] for r in self.here if r["recipe"] != "base"}
         self.trained = [at for at in self.ats if at in trained]
@@ -273,7 +273,9 @@ def curve(axis: Axes, points: list[tuple[float, list[dict]]], metric: str, fmt: 
     points = [(x, runs) for x, runs in points if runs]
     if not points:
         return
-    intervals = [bootstrap(np.stack([values(r, metric) for r in runs])) for _, runs in points]
+    intervals = []
+    for _, runs in points:
+        intervals.append(bootstrap(np.stack([values(r, metric) for r in runs])))
     middle, low, high = np.array(intervals).T
     around = [middle - low, high - middle] if bars else None
     axis.errorbar([x for x, _ in points], middle, around, fmt=fmt, color=color, ms=4, lw=1, capsize=2,
@@ -284,6 +286,7 @@ def against_tokens(s: Shown) -> Figure:
     """Everything against pretraining tokens."""
     figure = Figure(figsize=(13, 7))
     shots = max(r["shots"] for r in s.records)
+
     for axis, metric in zip(figure.subplots(2, 3).flat, METRICS):
         base = [(millions(at), find(s.here, "base", at)) for at in s.ats]
         curve(axis, base, metric, "o-", "0.5", "base", bars=False)
@@ -305,6 +308,7 @@ def along_steps(s: Shown) -> Figure | None:
     ats = sorted({r["at"] for r in traced}, key=millions)
     if not traced:
         return None
+
     figure = Figure(figsize=(3.4 * len(ats), 6))
     for at, column in zip(ats, figure.subplots(2, len(ats), squeeze=False).T):
         for axis, metric in zip(column, (PASS_1, PASS_32)):
@@ -316,6 +320,7 @@ def along_steps(s: Shown) -> Figure | None:
                 if end and end[0]["curve"]:
                     points.append((end[0]["curve"][-1][0], end))
                 curve(axis, points, metric, "o-", s.colors[recipe], recipe)
+
             axis.set_title(f"from {at}: {metric} (%)")
             axis.set_xlabel("RL steps")
     figure.axes[0].legend()
@@ -342,6 +347,7 @@ def forgetting(s: Shown) -> Figure:
     panels = 1 + any("kl" in r["problems"]["easy"] for r in s.here)
     figure = Figure(figsize=(5.5 * panels, 4.5))
     axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
+
     for recipe in s.recipes:
         runs = [r for r in s.here if r["recipe"] == recipe]
         starts = [find(s.here, "base", r["at"]) for r in runs]
@@ -350,6 +356,7 @@ def forgetting(s: Shown) -> Figure:
         moved = [r["problems"]["easy"].get("kl", np.nan) for r in runs]
         for axis, x in zip(axes, (gained, moved)):
             axis.plot(x, lost, "o", color=s.colors[recipe], label=recipe, ms=4)
+
     labels = ("easy pass@1 gained over the base (points)",
               "KL to the base on its own answers to easy problems (nats per token)")
     for axis, label in zip(axes, labels):
@@ -368,15 +375,19 @@ def seeds(s: Shown) -> Figure | None:
         return None
     figure = Figure(figsize=(13, 3.8))
     axes = figure.subplots(1, 3)
+
     for r in runs:
         style = {"color": s.colors[r["recipe"]], "lw": 1}
         flops = {0: 0.0} | {step: f / 1e12 for step, _, _, f in r["curve"]}
         validated = [(step, 100 * score) for step, score in r["validation"] if step in flops]
         scores = [score for _, score in validated]
-        axes[0].plot([point[0] for point in r["curve"]], [100 * point[1] for point in r["curve"]], **style)
+        steps = [point[0] for point in r["curve"]]
+        rewards = [100 * point[1] for point in r["curve"]]
+        axes[0].plot(steps, rewards, **style)
         axes[1].plot([step for step, _ in validated], scores, **style,
                      label=r["recipe"] if r["seed"] == 0 else None)
         axes[2].plot([flops[step] for step, _ in validated], scores, **style)
+
     for axis, title, unit in zip(axes, ("training reward (%)", "validation pass@1 (%)", "the same"),
                                  ("steps of 64 problems", "steps of 64 problems", "10¹² FLOPs")):
         axis.set_title(f"from {at}: {title}, a line per seed")
@@ -487,6 +498,7 @@ def solved(records: list[dict]) -> list[list]:
         for difficulty, d in r["problems"].items():
             before = np.array(start[0]["problems"][difficulty]["right_per_problem"]) > 0
             after = np.array(d["right_per_problem"]) > 0
+
             moved = values(r, f"{difficulty} pass@32") - values(start[0], f"{difficulty} pass@32")
             styles = ", ".join(f"{name} {part:.0%}" for name, part in d["styles"].items() if part >= .01)
             rows.append([
@@ -527,6 +539,7 @@ def report(out: Path, records: list[dict], claims: str, order: tuple[str, ...] =
         markdown(f"{START_OF_ROW} seed | problems | solved by the base | now | newly solved | newly lost "
                  "| jumped | dropped | answer entropy | distinct of 64 | unparsed | KL | styles |",
                  solved(records))])
+
     atomic_write(out / "report.md", (text + "\n").encode())
     return text + "\n"
 
@@ -535,12 +548,16 @@ def all_claims(folder: Path, studies: dict[str, list[dict]]) -> None:
     """Write the claims of all studies (name -> records) as one table into folder/README.md, between BEGIN and
     END; the rest of the file stays as it is."""
     readme = folder / "README.md"
-    begin, end = BEGIN.encode(), END.encode()
+    begin = BEGIN.encode()
+    end = END.encode()
     lines = readme.read_bytes().split(b"\n") if readme.is_file() else []
     require(begin in lines and end in lines[lines.index(begin):],
             f"{readme}: must exist and have the line {BEGIN} and, below it, the line {END}")
-    rows = [[name, *row] for name, records in studies.items() for row in judge(records) if row[0]]
-    rows.sort(key=lambda row: row[1])                    # by claim; within a claim by study
+    rows = []
+    for name, records in studies.items():
+        rows += [[name, *row] for row in judge(records) if row[0]]
+    order = {(c.id, c.says, c.paper): i for i, c in enumerate(CLAIMS)}       # "the same ..." after its like
+    rows.sort(key=lambda row: (row[1], order.get((row[1], row[2], row[-1]), 0)))
     table = markdown(ALL_CLAIMS_HEADER, rows).encode()
 
     before = lines[:lines.index(begin) + 1]

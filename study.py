@@ -103,7 +103,7 @@ STUDIES = {
     "quick": Study({"base": ("--math-fraction 0.6", "--tokens 4M --checkpoints-at 2M,3M,4M", ("4M",))},
                    ("RL", "SFT", "SFT→RL", "parallel"), seeds=(0,)),
     "main": Study({"base": ("", KEPT, ("4M", "5M", "6M", "8M"))}, PIPELINES,
-                  trace={(at, recipe): (10, 25) for at in ("6M",) for recipe in ("RL", "SFT→RL")}),
+                  trace={("6M", recipe): (10, 25) for recipe in ("RL", "SFT→RL")}),
     "controls": Study({"base": ("", KEPT, ("6M",))},
                       ("RL", "SFT", "parallel", "SFT at RL's lr", "RL at lr/2", "SFT at lr/2", "fused",
                        "alternating", "H=10", "H=all", "linear", "task", "ties")),
@@ -286,7 +286,10 @@ def waves(cells: list[Cell]) -> list[list[Cell]]:
     depth: dict[Path, int] = {}
     for x in cells:                                      # each comes after those that it needs
         depth[x.makes] = 1 + max((depth[made] for made in x.needs), default=-1)
-    return [[x for x in cells if depth[x.makes] == i] for i in sorted(set(depth.values()))]
+    groups: list[list[Cell]] = [[] for _ in set(depth.values())]
+    for x in cells:
+        groups[depth[x.makes]].append(x)
+    return groups
 
 
 def print_commands(rounds: list[list[Cell]], only: int = 0) -> None:
@@ -365,16 +368,17 @@ def time_left(waiting: list[Cell], running: dict[Path, float], jobs: int) -> flo
     waiting = list(waiting)
     ends = dict(running)                                 # file -> when it will be there
     now = 0.0
+
     while waiting:
-        unmade = {x.makes for x in waiting} | {made for made, end in ends.items() if end > now}
+        busy = {made for made, end in ends.items() if end > now}
+        unmade = busy.union(x.makes for x in waiting)
         startable = ready(waiting, unmade)
-        busy = len(unmade) - len(waiting)
-        if startable and busy < jobs:
+        if startable and len(busy) < jobs:
             x = startable[0]
             waiting.remove(x)
-            ends[x.makes] = now + expected(x, threads_of(x, len(startable), busy, jobs))
+            ends[x.makes] = now + expected(x, threads_of(x, len(startable), len(busy), jobs))
         else:
-            now = min(end for end in ends.values() if end > now)
+            now = min(ends[made] for made in busy)
     return max(ends.values(), default=0.0)
 
 
@@ -386,11 +390,15 @@ def forecast(waiting: list[Cell], running: list[Running], past: list[tuple[float
     for r in running:
         if r.cell.steps:
             seen.append((r.spent, (part_done(r.cell, 0) - r.before) * r.minutes))
-    pace = sum(minutes for minutes, _ in seen) / sum(estimated for _, estimated in seen)
+    minutes, estimated = map(sum, zip(*seen))
+    pace = minutes / estimated
 
-    left = {r.cell.makes: 1 - part_done(r.cell, r.spent / pace) for r in running}
-    ends = {r.cell.makes: left[r.cell.makes] * r.minutes for r in running}
-    work = sum(x.minutes for x in waiting) + sum(left[r.cell.makes] * r.cell.minutes for r in running)
+    ends = {}                                            # file -> estimated minutes left
+    work = sum(x.minutes for x in waiting)
+    for r in running:
+        left = 1 - part_done(r.cell, r.spent / pace)
+        ends[r.cell.makes] = left * r.minutes
+        work += left * r.cell.minutes
     return pace * time_left(waiting, ends, jobs), work
 
 

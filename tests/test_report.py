@@ -160,8 +160,9 @@ def test_the_claims_of_all_studies_are_written_between_the_markers(results):
                        "margin", "verdict", "the paper (%)"]
     assert ["one", "C5", "direct RL lifts pass@1", "4M of 8M", "+25.0 [+25.0, +25.0]", "+0",
             "reproduced (1 seed)", "4 → 39 along RL"] in rows
-    lifts = [row for row in rows if row[2] == "direct RL lifts pass@1"]
-    assert [row[:2] for row in lifts] == [["one", "C5"], ["two", "C5"]] and lifts[1][3] == "4M, 8M of 8M"
+    lifts = [i for i, row in enumerate(rows) if row[2] == "direct RL lifts pass@1"]
+    assert [rows[i][:2] for i in lifts] == [["one", "C5"], ["two", "C5"]] and lifts[1] == lifts[0] + 1
+    assert rows[lifts[1]][3] == "4M, 8M of 8M"
     assert all(row[1] for row in rows) and not list(results.glob("*/report.md"))
 
 
