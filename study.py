@@ -28,16 +28,16 @@ import torch
 from tqdm import tqdm
 
 import report
-from checkpoint import atomic_write, main, number, parse, require
+from checkpoint import atomic_write, check_fields, main, number, parse, require
 from evaluate import Config as EvaluateConfig
 
 # ---- recipes and studies ---------------------------------------------------------------------------------
 
 # Recipe -> command. {base} is the checkpoint that a cell starts from, {SFT} the one that recipe SFT made of
 # it; so A→B in a name means B from A's result. Their order is that of the colours in the figures.
-# The settings of RL are the same wherever RL appears. Chosen on validation problems: README, "The search".
+# The settings of RL are the same wherever RL appears. Chosen on validation problems: results/README.md.
 RL = "rl.py --init {base} --checkpoints-at 10,25"
-SFT_50 = "sft.py --init {base} --no-decay --warmup 0 --questions 1600 --epochs 1"     # 50 updates
+SFT_50 = "sft.py --init {base} --decay 0 --warmup 0 --n-train 1600 --epochs 1"        # 50 updates
 RECIPES = {
     "RL": RL,
     "SFT": "sft.py --init {base}",
@@ -82,13 +82,13 @@ class Study:
     more: dict[str, str] = field(default_factory=dict)   # script -> options that its commands get besides
 
 
-def gpu(size: str, width: int, millions: int, micro_batch: int) -> Study:
-    """For one consumer GPU, by scale.py's memory plan; nobody has measured it. The learning rates are those
-    of the default model, of width 96, times 96 / `width` (Yang et al. 2022), not searched."""
+def gpu(size: str, width: int, millions: int, micro_tokens: int) -> Study:
+    """For one consumer GPU, by the plan of beyond/memory.py; nobody has measured it. The learning rates are
+    those of the default model, of width 96, times 96 / `width` (Yang et al. 2022), not searched."""
     kept = [f"{millions // part}M" for part in (4, 2, 1)]
     slower = 96 / width
     sft_lr = f"{1e-3 * slower:.1e}"
-    rl_lr = f"{3e-4 * slower:.1e} --micro-batch {micro_batch}"
+    rl_lr = f"{3e-4 * slower:.1e} --micro-tokens {micro_tokens}"
     pretraining = (f"--size {size} --batch 64 --micro-batch 64 --lr {3e-3 * slower:.1e} --tokens {millions}M "
                    f"--checkpoints-at {','.join(kept)}")
     more = {"rl.py": f"--lr {rl_lr}", "sft.py": f"--lr {sft_lr}",
@@ -179,7 +179,7 @@ def configuration(command: list[str]) -> dict:
 
 def examples(c: dict) -> int:
     """Solutions that SFT sees in one epoch; --gold takes all four of a problem."""
-    return c["questions"] * (4 if c["gold"] else 1)
+    return c["n_train"] * (4 if c["gold"] else 1)
 
 
 def steps_of(script: str, c: dict) -> int:
@@ -500,7 +500,7 @@ def stored(folder: Path) -> list[dict]:
 
 def study(c: Config) -> None:
     """Run the preset's grid (or print it), then report; or only report."""
-    require(c.jobs >= 0, f"--jobs {c.jobs}: must be 0 (one per core, or per GPU) or more")
+    check_fields(c)
     require(c.preset in STUDIES, f"--preset {c.preset}: must be one of {', '.join(STUDIES)}")
     out = Path(c.report or Path(c.out, c.preset))
     several = [] if (out / "results.jsonl").exists() else sorted(out.glob("*/results.jsonl"))
