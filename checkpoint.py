@@ -241,13 +241,13 @@ class Run:
                      if k not in HERE and there.get(k) != v]
         require(not different, f"{path}: this folder holds a run with another configuration "
                                f"({'; '.join(different)}); choose another --out")
+        state = {"step", "done", "bytes", "skipped", "start", "optimizers", "counts"}
+        require(not self.last or state <= self.last.keys(),
+                f"{self.out / 'last.pt'}: a checkpoint, but not the state of a run; choose another --out")
         steps = ranks.gather([self.last["step"] if self.last else 0])
         require(len(set(steps)) == 1, f"{self.out}: the processes see different states (steps {steps}); they "
                                       "need one folder on a disk that they share")
         if self.last:
-            state = {"step", "done", "bytes", "skipped", "start", "optimizers", "counts"}
-            require(state <= self.last.keys(),
-                    f"{self.out / 'last.pt'}: a checkpoint, but not the state of a run; choose another --out")
             for name, digest in self.start.items():
                 require(self.last["start"].get(name) == digest,
                         f"{name}: changed since the run in {self.out} started from it; choose another --out")
@@ -427,7 +427,7 @@ def within(domain: str, value: typing.Any) -> bool:
     """Whether a value lies in a domain such as '> 0', '>= 0, <= 1' or 'one of easy, hard, all'."""
     if domain.startswith("one of "):
         return value in domain.removeprefix("one of ").split(", ")
-    bounds = re.findall(r"([<>]=?) ([0-9.]+)", domain)
+    bounds = re.findall(r"([<>]=?) (-?[0-9.]+)", domain)
     return math.isfinite(value) and all(COMPARE[sign](float(value), float(bound)) for sign, bound in bounds)
 
 
@@ -440,8 +440,9 @@ def check_fields(config: typing.Any) -> None:
         many = typing.get_origin(hints[f.name]) is tuple
         kind = typing.get_args(hints[f.name])[0] if many else hints[f.name]
         allowed = (int, float) if kind is float else kind
-        domain = re.match(r"((?:[<>]=? [0-9.]+(?:, )?)+|one of [^:]+):", help_texts(type(config))[f.name])
+        domain = re.match(r"((?:[<>]=? -?[0-9.]+(?:, )?)+|one of [^:]+):", help_texts(type(config))[f.name])
         option = f"--{f.name.replace('_', '-')}"
+        require(not many or isinstance(value, (tuple, list)), f"{option} {value}: must be a tuple")
         for x in value if many else [value]:
             right = isinstance(x, allowed) and isinstance(x, bool) == (kind is bool)
             require(right, f"{option} {x}: must be of type {kind.__name__}")
