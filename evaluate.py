@@ -52,8 +52,8 @@ class Config:
 def check(c: Config) -> None:
     require(len(c.checkpoints) in (1, 2), f"{len(c.checkpoints)} checkpoints given: one, or two to compare")
     check_fields(c)
-    largest = max(c.k, default=c.n_samples + 1)
-    require(largest <= c.n_samples, f"--n-samples {c.n_samples}: pass@{largest} needs at least that many")
+    require(len(c.k) > 0, "--k: no number given")
+    require(max(c.k) <= c.n_samples, f"--n-samples {c.n_samples}: pass@{max(c.k)} needs at least that many")
 
 
 # ---- pass@k and intervals --------------------------------------------------------------------------------

@@ -47,7 +47,10 @@ def load_problems(path: str | Path, difficulty: str = "all", solutions: bool = F
     require(path.is_file(), f"{path}: no such problem file")
     manifest = path.parent / "manifest.json"
     if manifest.exists():                        # a file of ours: it must be the one that was made
-        known = json.loads(manifest.read_text()).get("sha256", {}).get(path.name)
+        try:
+            known = json.loads(manifest.read_text()).get("sha256", {}).get(path.name)
+        except (ValueError, AttributeError):
+            raise UserError(f"{manifest}: damaged; make the data again") from None
         require(known in (None, file_sha256(path)), f"{path}: checksum differs from manifest.json")
 
     problems = []
