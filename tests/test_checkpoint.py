@@ -3,9 +3,12 @@ every run can be repeated."""
 import argparse
 import contextlib
 import copy
+import functools
+import importlib
 import inspect
 import io
 import json
+import math
 import os
 import random
 import re
@@ -29,30 +32,30 @@ import rl
 import sft
 from checkpoint import (Run, UserError, atomic_write, batch_indices, generator, load_checkpoint, load_model,
                         number, parse, save_checkpoint)
-from data import prepare
 from data.tokenizer import PATTERN, Tokenizer
 
-CONFIGS = {m.__name__.split(".")[-1]: m.Config for m in (prepare, pretrain, sft, rl, merge, evaluate)}
-CONFIGS |= {"merge weights": merge.WeightsConfig, "model": evaluate.ChatConfig}
+TRAINERS = {"pretrain": pretrain, "sft": sft, "rl": rl, "merge": merge}
+CONFIGS = {name: importlib.import_module(name).Config
+           for name in ("data.prepare", *TRAINERS, "evaluate", "sample", "study", "beyond.memory")
+           if (worlds.ROOT / f"{name.replace('.', '/')}.py").exists()}
+CONFIGS["merge weights"] = merge.WeightsConfig
 
 
 @dataclass
 class Config:
     """A configuration such as the trainers have."""
     out: str
+    init: str = ""
     lr: float = .1
-    steps: tuple[int, ...] = (1, 2)
+    checkpoints_at: tuple[int, ...] = (1, 2)
+    save_every: int = 1
     device: str = "cpu"
     threads: int = 1
 
 
-@pytest.fixture(autouse=True)
-def own_signals():
-    """Ctrl-C stops pytest again after a test that made a Run."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for sign, handler in handlers.items():
-        signal.signal(sign, handler)
+def run_in(folder: Path, **changes) -> Run:
+    """A run of nine steps, or what is left of it."""
+    return Run(Config(str(folder), **changes), 9, [], start={"": "sha256 of the start"})
 
 
 def weights(path: Path) -> dict:
@@ -88,13 +91,15 @@ def test_what_is_saved_comes_back(gpt, byte_tokenizer, tmp_path):
 
 
 def test_a_loaded_model_computes_the_same(make_gpt, tmp_path):
-    """The checkpoint is self-contained; model and tokenizer rebuilt from it give the same logits, bitwise."""
+    """The checkpoint is self-contained; model and tokenizer rebuilt from it give the same logits, bitwise;
+    the lineage is the one that was saved."""
     gpt, tokenizer = make_gpt(vocab_size=320, n_vocab=258), Tokenizer({"pattern": PATTERN, "merges": []})
-    save_checkpoint(tmp_path / "a.pt", gpt, tokenizer, [])
-    again, tokenizer_again, _ = load_model(tmp_path / "a.pt")
+    lineage = [dict.fromkeys(("script", "config", "tokens", "updates", "flops", "seconds"), 1)]
+    save_checkpoint(tmp_path / "a.pt", gpt, tokenizer, lineage)
+    again, tokenizer_again, lineage_again = load_model(tmp_path / "a.pt")
     ids = torch.tensor([[5, 60, 3, 200]])
     assert torch.equal(again(ids), gpt(ids))
-    assert tokenizer_again.spec == tokenizer.spec
+    assert tokenizer_again.spec == tokenizer.spec and lineage_again == lineage
 
 
 def test_a_view_does_not_save_its_whole_storage(gpt, byte_tokenizer, tmp_path):
@@ -260,21 +265,17 @@ def test_every_stream_has_its_own_order():
 
 def short_run(kind: str, out: Path, **changes) -> Path:
     """A run of a few steps in which something is learned."""
-    options = dict(problems=str(worlds.sevens()), max_new=12, eval_problems=2, eval_samples=2)
-    if kind == "pretrain":
-        module, options = pretrain, worlds.PRETRAIN
-    elif kind == "sft":
-        module, options = sft, options | dict(init=str(worlds.base()), batch=8, epochs=1)
-    elif kind == "merge":
-        module, options = merge, options | dict(init=str(worlds.parrot()), n_problems=4, rollouts=4, batch=8,
-                                                steps=4, inner=2)
-    else:
-        module, options = rl, options | dict(init=str(worlds.parrot()), n_problems=4, rollouts=4, steps=3)
+    options = dict(problem_file=str(worlds.sevens()), max_new=12, eval_problems=2, eval_samples=2)
+    options |= {"sft": dict(init=str(worlds.base()), batch=8, epochs=1),
+                "rl": dict(init=str(worlds.parrot()), n_problems=4, rollouts=4, steps=3),
+                "merge": dict(init=str(worlds.parrot()), n_problems=4, rollouts=4, batch=8, steps=4, inner=2),
+                "pretrain": {}}[kind]
+    options = worlds.PRETRAIN if kind == "pretrain" else options
     options = options | dict(data=str(worlds.data()), out=str(out), threads=1) | changes
-    return worlds.quietly(module.train, module.Config(**options))
+    return worlds.quietly(TRAINERS[kind].train, TRAINERS[kind].Config(**options))
 
 
-@pytest.mark.parametrize("kind", ["pretrain", "sft", "rl", "merge"])
+@pytest.mark.parametrize("kind", TRAINERS)
 def test_evaluation_never_changes_training(kind, tmp_path):
     """Evaluating at every step and (almost) never gives the same weights, bitwise, and so does repeating."""
     often = short_run(kind, tmp_path / "often", eval_every=1)
@@ -290,20 +291,17 @@ def test_evaluation_never_changes_training(kind, tmp_path):
 
 # ---- options -----------------------------------------------------------------------------------------------
 
-def help_of(cls) -> dict[str, str]:
+@functools.cache
+def help_of(name: str) -> dict[str, str]:
     """Option or positional -> its help text, read from the output of --help."""
-    printed, columns = io.StringIO(), os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "1000"
-    try:
-        with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as stop:
-            parse(cls, ["--help"])
-    finally:
-        os.environ.pop("COLUMNS") if columns is None else os.environ.update(COLUMNS=columns)
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed), \
+            pytest.raises(SystemExit) as stop:
+        patch.setenv("COLUMNS", "1000")
+        parse(CONFIGS[name], ["--help"])
     assert not stop.value.code
-    after = printed.getvalue().split("positional arguments:" if "positional arguments:" in printed.getvalue()
-                                     else "options:")[1]
     found, option = {}, None
-    for line in after.splitlines():
+    for line in re.split("positional arguments:|options:", printed.getvalue(), maxsplit=1)[1].splitlines():
         match = re.match(r"  (?:-h, |-o X, )?(?:--)?([a-z0-9-]+)(?:, --no-[a-z0-9-]+|)(?: X|)(?:  +(.*))?$",
                          line)
         if match and line[2] != " ":
@@ -315,67 +313,54 @@ def help_of(cls) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_option_is_a_field_and_the_other_way_round(name):
-    """Everything the command line does, train(Config(...)) can do, and the reverse."""
-    assert help_of(CONFIGS[name]).keys() == {f.name for f in fields(CONFIGS[name])}
+def positional(name: str) -> dict:
+    return {f.name: ("a.pt",) for f in fields(CONFIGS[name]) if f.default is MISSING}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_option_is_explained(name):
-    """Every hyperparameter has a reason or a unit, and --help shows it beside the default."""
-    for option, text in help_of(CONFIGS[name]).items():
-        field = CONFIGS[name].__dataclass_fields__[option]
-        explained = text.split("(default")[0].strip()
-        assert len(explained) >= 8 and " " in explained, f"{option}: {text!r}"
-        source = "".join(map(inspect.getsource, CONFIGS[name].__mro__[:-1]))     # all but object
-        comment = re.search(rf"^ +{option}:.*# *(.*)$", source, re.MULTILINE)
-        assert explained == comment[1].strip()
-        if field.default not in (MISSING, "", ()) and field.type not in (bool, "bool"):
-            shown = field.default if isinstance(field.default, tuple) else (field.default,)
-            assert f"(default: {','.join(map(str, shown))})" in text
+def test_the_command_line_and_python_are_the_same(name):
+    """Every option is a field and the other way round; no option means the default, of which there are not
+    two; every script of a run takes --seed, --device and --threads."""
+    names = {f.name for f in fields(CONFIGS[name])}
+    assert help_of(name).keys() == names
+    assert parse(CONFIGS[name], ["a.pt"] * len(positional(name))) == CONFIGS[name](**positional(name))
+    assert {"seed", "device", "threads"} <= names or name in ("study", "beyond.memory")
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_no_option_means_the_default(name):
-    """There are no two defaults for one option."""
-    cls = CONFIGS[name]
-    positional = {f.name: ("a.pt",) for f in fields(cls) if f.default is MISSING}
-    assert parse(cls, ["a.pt"] if positional else []) == cls(**positional)
+GIVEN = {int: ("12k", 12_000), float: ("1.5e-3", .0015), str: ("x y", "x y"),
+         (int,): ("3,4k", (3, 4000)), (float,): ("3,1e-3", (3., .001)), (str,): ("3,x y", ("3", "x y"))}
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_option_reaches_its_field(name):
-    """An option sets its own field, with its own type, and no other."""
-    cls = CONFIGS[name]
-    positional = ["a.pt"] if any(f.default is MISSING for f in fields(cls)) else []
-    plain = parse(cls, positional)
-    for f in (f for f in fields(cls) if f.default is not MISSING):
-        option, default = "--" + f.name.replace("_", "-"), f.default
-        if isinstance(default, bool):
-            given, expected = [option if not default else option.replace("--", "--no-", 1)], not default
-        elif isinstance(default, tuple):
-            given, expected = {int: ([option, "3,4k"], (3, 4000)), float: ([option, "3,1e-3"], (3., .001)),
-                               str: ([option, "3,x y"], ("3", "x y"))}[
-                                   typing.get_args(typing.get_type_hints(cls)[f.name])[0]]
-        else:
-            given, expected = {int: ([option, "12k"], 12_000), float: ([option, "1.5e-3"], .0015),
-                               str: ([option, "x y"], "x y")}[type(default)]
-        changed = parse(cls, positional + given)
-        assert getattr(changed, f.name) == expected and type(getattr(changed, f.name)) is type(expected)
-        assert {k: v for k, v in vars(changed).items() if k != f.name} == {
-            k: v for k, v in vars(plain).items() if k != f.name}
-
-
-@pytest.mark.parametrize("name", CONFIGS.keys() - {"prepare"})
-def test_common_options_exist_everywhere(name):
-    """Every script takes --seed, --device and --threads."""
-    assert {"seed", "device", "threads"} <= {f.name for f in fields(CONFIGS[name])}
+@pytest.mark.parametrize("name, option",
+                         [(name, f.name) for name, cls in CONFIGS.items() for f in fields(cls)])
+def test_every_option(name, option):
+    """--help gives a reason or a unit, as the field's comment has it, beside the default; the option sets its
+    own field, with its own type, and no other."""
+    cls, text = CONFIGS[name], help_of(name)[option]
+    default, hint = cls.__dataclass_fields__[option].default, typing.get_type_hints(cls)[option]
+    explained = text.rsplit(" (default:", 1)[0]
+    assert len(explained) >= 8 and " " in explained
+    comment = re.search(rf"^ +{option}:.*# *(.*)$", inspect.getsource(cls), re.MULTILINE)
+    assert explained == comment[1].strip()
+    if default is MISSING:
+        return
+    if default not in ("", ()) and hint is not bool:
+        shown = default if isinstance(default, tuple) else (default,)
+        assert f"(default: {','.join(map(str, shown))})" in text
+    typed = "--" + option.replace("_", "-")
+    if hint is bool:
+        given, expected = [typed if not default else typed.replace("--", "--no-", 1)], not default
+    else:
+        value, expected = GIVEN[typing.get_args(hint)[:1] or hint]
+        given = [typed, value]
+    plain, changed = (parse(cls, ["a.pt"] * len(positional(name)) + more) for more in ([], given))
+    assert getattr(changed, option) == expected and type(getattr(changed, option)) is type(expected)
+    assert vars(changed) == vars(plain) | {option: expected}
 
 
 def test_o_means_out():
     """Whoever types -o, as with most programs, names the output; every script that writes one knows both."""
-    for name in ("prepare", "pretrain", "sft", "rl", "merge", "merge weights"):
+    for name in ("data.prepare", *TRAINERS, "merge weights"):
         checkpoints = ["a.pt", "b.pt"] if name == "merge weights" else []
         short, long = (parse(CONFIGS[name], [*checkpoints, option, "x/y"]) for option in ("-o", "--out"))
         assert short == long and short.out == "x/y"
@@ -415,62 +400,71 @@ def test_options_are_not_abbreviated(capsys):
 
 # ---- the run folder ----------------------------------------------------------------------------------------
 
-def one_update(out: Path) -> None:
-    """SFT of one update, with the signal handlers and the lock left as train() leaves them."""
-    config = sft.Config(init=str(worlds.base()), data=str(worlds.data()), problems=str(worlds.sevens()),
-                        out=str(out), epochs=1, batch=32, max_new=4, eval_problems=1, eval_samples=1,
-                        threads=1)
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        sft.train(config)
-
-
-def test_the_lock_goes_with_the_run(tmp_path):
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_gives_lock_and_signals_back(fails, tmp_path, monkeypatch):
     """From Python, a finished or failed train() must not block the folder for the rest of the process (it
-    did: the signal handler kept the Run, and with it the lock, alive)."""
-    for _ in range(2):
-        one_update(tmp_path / "run")
+    did: the signal handler kept the Run, and with it the lock, alive); and in a notebook Ctrl-C must stop the
+    next cell, not announce 'stopping after this step'. During the run both are the run's."""
+    before, taken = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}, []
+    real = sft.sft_gradient
+
+    def gradient(*args):
+        taken.append({s: signal.getsignal(s) for s in before})
+        with pytest.raises(UserError, match="another process"):
+            Run(Config(str(tmp_path / "run"), init=str(worlds.base())), 9, [])
+        if fails:
+            raise MemoryError
+        return real(*args)
+    monkeypatch.setattr(sft, "sft_gradient", gradient)
+    config = sft.Config(init=str(worlds.base()), data=str(worlds.data()), problem_file=str(worlds.sevens()),
+                        out=str(tmp_path / "run"), epochs=1, batch=32, max_new=4, eval_problems=1,
+                        eval_samples=1, threads=1)
+    for attempt in range(2):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), \
+                pytest.raises(MemoryError) if fails else contextlib.nullcontext():
+            sft.train(config)
+        assert {s: signal.getsignal(s) for s in before} == before
+        assert len(taken) == (attempt + 1 if fails else 1) and taken[-1] != before
 
 
-def test_training_gives_the_signal_handlers_back(tmp_path):
-    """After train() in a notebook Ctrl-C must stop the next cell, not announce 'stopping after this step'."""
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    one_update(tmp_path / "run")
-    assert {s: signal.getsignal(s) for s in before} == before
-
-
-def test_another_configuration_is_refused(tmp_path):
+@pytest.mark.parametrize("changes, named", [(dict(lr=.25), ("lr", "0.1", "0.25")),
+                                            (dict(checkpoints_at=(1, 3)), ("checkpoints_at", "[1, 2]", "3"))])
+def test_another_configuration_is_refused(changes, named, tmp_path):
     """Resuming with another option would be neither run; the line names option and values."""
-    free(Run(Config(str(tmp_path / "run"))))
+    with run_in(tmp_path / "run"):
+        pass
     with pytest.raises(UserError) as error:
-        Run(Config(str(tmp_path / "run"), lr=.25))
-    assert all(part in str(error.value) for part in (str(tmp_path / "run"), "lr", "0.1", "0.25"))
+        run_in(tmp_path / "run", **changes)
+    assert all(part in str(error.value) for part in (str(tmp_path / "run"), *named))
     assert json.loads((tmp_path / "run" / "config.json").read_text())["lr"] == .1
-    free(Run(Config(str(tmp_path / "b"))))
-    with pytest.raises(UserError, match="steps"):
-        Run(Config(str(tmp_path / "b"), steps=(1, 3)))
 
 
 def test_device_and_threads_may_differ_when_resuming(tmp_path):
     """A run may be resumed with other threads or on another device, and a folder may have been moved."""
-    free(Run(Config(str(tmp_path / "run"))))
+    with run_in(tmp_path / "run"):
+        pass
     shutil.move(tmp_path / "run", tmp_path / "moved")
-    Run(Config(str(tmp_path / "moved"), threads=2, device="auto"))
+    with run_in(tmp_path / "moved", threads=2, device="auto"):
+        pass
 
 
 def test_log_sizes_are_true_after_resuming(gpt, byte_tokenizer, tmp_path):
     """Lines logged after the last state are cut off on resuming. (The next state once recorded the old,
     longer size of a file that nothing had been written to since, and resuming from it appended NUL bytes.)"""
     optimizer = torch.optim.SGD(gpt.parameters(), lr=.1)
-    run = Run(Config(str(tmp_path)))
-    run.log(step=1)
-    run.write("kept")
-    run.save_last(gpt, byte_tokenizer, [], [optimizer], 1)
-    run.log(step=2)
-    run.write("written after the state was saved, lost in the crash")
-    run = resume(run, tmp_path)
-    run.log(step=2)
-    run.save_last(gpt, byte_tokenizer, [], [optimizer], 2)
-    run = resume(run, tmp_path)
+    with run_in(tmp_path) as run:
+        assert run.restore(gpt, optimizer) == 0
+        run.log(step=1)
+        run.write("kept")
+        run.end_step(1, gpt, byte_tokenizer, optimizer)
+        run.log(step=2)
+        run.write("written after the state was saved, lost in the crash")
+    with run_in(tmp_path) as run:
+        assert run.restore(gpt, optimizer) == 1
+        run.log(step=2)
+        run.end_step(2, gpt, byte_tokenizer, optimizer)
+    with run_in(tmp_path) as run:
+        assert run.restore(gpt, optimizer) == 2
     assert (tmp_path / "samples.txt").read_bytes() == b"kept\n"
     assert worlds.lines(tmp_path / "log.jsonl") == [{"step": 1}, {"step": 2}]
 
@@ -478,128 +472,107 @@ def test_log_sizes_are_true_after_resuming(gpt, byte_tokenizer, tmp_path):
 def test_each_optimizer_gets_its_own_state_back(gpt, byte_tokenizer, tmp_path):
     """Two AdamW over the same weights, as merge.py has: one has done three updates and one none; after a
     resume each continues exactly where it was, on the weights that were saved."""
-    def optimizers() -> list[torch.optim.Optimizer]:
-        return [torch.optim.AdamW(gpt.parameters(), lr=lr) for lr in (.1, .2)]
-    run, before = Run(Config(str(tmp_path))), optimizers()
-    for _ in range(3):
-        give_gradient(gpt.parameters(), 1.)
-        run.step(gpt, before[1], 1.)
-    run.save_last(gpt, byte_tokenizer, [], before, 3)
-    saved, after = copy.deepcopy(gpt.state_dict()), optimizers()
+    before, after = ([torch.optim.AdamW(gpt.parameters(), lr=lr) for lr in (.1, .2)] for _ in range(2))
+    with run_in(tmp_path) as run:
+        run.restore(gpt, *before)
+        for p in gpt.parameters():
+            p.grad = torch.ones_like(p)
+        for _ in range(3):
+            before[1].step()
+        run.end_step(3, gpt, byte_tokenizer, *before)
+    saved = copy.deepcopy(gpt.state_dict())
     with torch.no_grad():
         gpt.norm.zero_()
-    resume(run, tmp_path).restore(gpt, *after)
+    with run_in(tmp_path) as run:
+        assert not run.finished()
+        run.restore(gpt, *after)
     assert same_weights(gpt.state_dict(), saved)
     assert after[0].state_dict() == before[0].state_dict() and not after[0].state
-    a, b = (optimizer.state_dict() for optimizer in (after[1], before[1]))
-    assert a["param_groups"] == b["param_groups"] and a["state"][0]["step"] == 3
-    for i, moments in b["state"].items():
-        assert all(torch.equal(a["state"][i][key], moments[key]) for key in moments)
+    assert after[1].state_dict()["state"][0]["step"] == 3
+    assert worlds.same(after[1].state_dict(), before[1].state_dict())
 
 
-def free(run: Run) -> None:
-    """Like the end of a process: the files are closed and the lock is free."""
-    for f in run.files.values():
-        f.close()
-    run.lock.close()
+def test_totals_are_counted_across_a_resume(gpt, byte_tokenizer, tmp_path):
+    """Tokens, FLOPs, seconds and updates add up over crashes: they stand in every log line of a step and,
+    with the sha256 of the start, in the lineage."""
+    optimizer = torch.optim.SGD(gpt.parameters(), lr=.1)
+    for step in (1, 2):
+        with run_in(tmp_path) as run:
+            run.restore(gpt, optimizer)
+            assert run.usable(1., optimizer)
+            run.count(tokens=10, flops=100)
+            run.count(tokens=1, seconds=.5)
+            run.log_step(step, loss=1.)
+            run.end_step(step, gpt, byte_tokenizer, optimizer)
+            run.count(tokens=999)                # lost in the crash
+    totals = dict(tokens=22, flops=200, seconds=1., updates=2)
+    assert worlds.lines(tmp_path / "log.jsonl")[1] == dict(step=2, loss=1., skipped=0, **totals)
+    stage, = load_checkpoint(tmp_path / "last.pt")["lineage"]
+    assert stage == totals | {"script": Path(__file__).name, "parent": "sha256 of the start",
+                              "config": json.loads((tmp_path / "config.json").read_text())}
 
 
-def resume(run: Run, folder: Path) -> Run:
-    """A crash and a second call."""
-    free(run)
-    run = Run(Config(str(folder)))
-    assert not run.finished(folder / "final.pt", 9)
-    return run
+# ---- gradients, finite and not -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_gradients_are_clipped_used_and_cleared(kind, tmp_path, monkeypatch):
+    """Every optimizer step sees a gradient of norm grad_clip, as all are longer; the norm before clipping is
+    logged; and no gradient is left for the next step."""
+    norms, parameters, left = [], {}, []
+    real_step, real_log = torch.optim.AdamW.step, Run.log_step
+
+    def step(optimizer, *args):
+        mine = [p for group in optimizer.param_groups for p in group["params"]]
+        norms.append(float(sum(p.grad.square().sum() for p in mine) ** .5))
+        parameters.update({id(p): p for p in mine})
+        return real_step(optimizer, *args)
+
+    def log_step(run, *args, **metrics):
+        left.extend(p for p in parameters.values() if p.grad is not None)
+        return real_log(run, *args, **metrics)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    monkeypatch.setattr(Run, "log_step", log_step)
+    short_run(kind, tmp_path, grad_clip=1e-3)
+    assert len(norms) >= 2 and norms == pytest.approx([1e-3] * len(norms), rel=1e-2)
+    logged = [v for line in log_lines(tmp_path) for k, v in line.items() if k.startswith("grad_norm")]
+    assert len(logged) >= 2 and min(logged) > .01
+    assert left == []
 
 
-# ---- a gradient that is not finite -------------------------------------------------------------------------
-
-def give_gradient(parameters, value: float) -> None:
-    for p in parameters:
-        p.grad = torch.full_like(p, value)
-
-
-def test_a_step_clips_updates_and_clears(gpt, tmp_path):
-    """The norm returned is that before clipping; the update is -lr · g · clip/norm; no gradient is left."""
-    run, before = Run(Config(str(tmp_path))), copy.deepcopy(gpt.state_dict())
-    n = sum(p.numel() for p in gpt.parameters())
-    give_gradient(gpt.parameters(), 2.)
-    norm = run.step(gpt, torch.optim.SGD(gpt.parameters(), lr=.5), grad_clip=1.)
-    assert norm == pytest.approx(2 * n ** .5, rel=1e-5)
-    assert all(p.grad is None for p in gpt.parameters())
-    moved = (gpt.norm - before["norm"]).detach()
-    assert torch.allclose(moved, torch.full_like(moved, -.5 / n ** .5), rtol=1e-3)
-    assert run.skipped == 0 and not any(run.bad_in_a_row.values())
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_is_skipped_and_counted(value, gpt, tmp_path, capsys):
-    """Neither weights nor moments change, the skip is counted and reported, the run continues."""
-    run, optimizer = Run(Config(str(tmp_path))), torch.optim.AdamW(gpt.parameters(), lr=.1, weight_decay=.1)
-    give_gradient(gpt.parameters(), 1.)
-    run.step(gpt, optimizer, 1.)
-    before = copy.deepcopy((gpt.state_dict(), optimizer.state_dict()))
-    give_gradient(gpt.parameters(), 1.)
-    gpt.norm.grad[3] = value
-    run.step(gpt, optimizer, 1.)
-    assert same_weights(gpt.state_dict(), before[0])
-    for a, b in zip(optimizer.state_dict()["state"].values(), before[1]["state"].values()):
-        assert all(torch.equal(a[k], b[k]) for k in b)
-    assert all(p.grad is None for p in gpt.parameters())
-    assert run.skipped == 1
-    assert "not finite" in capsys.readouterr().err
-
-
-def test_three_bad_gradients_in_a_row_end_the_run(gpt, tmp_path):
-    """Two bad gradients are forgiven when a good one follows; the third in a row ends the run, weights
-    untouched."""
-    run, optimizer = Run(Config(str(tmp_path))), torch.optim.SGD(gpt.parameters(), lr=.1)
-
-    def step(value: float) -> None:
-        give_gradient(gpt.parameters(), value)
-        run.step(gpt, optimizer, 1.)
-    nan = float("nan")
-    for value in (nan, nan, 1., nan, nan):
-        step(value)
-    before = copy.deepcopy(gpt.state_dict())
-    with pytest.raises(UserError, match=re.escape(str(tmp_path))):
-        step(nan)
-    assert same_weights(gpt.state_dict(), before)
+def test_three_bad_gradients_in_a_row_end_the_run(gpt, tmp_path, capsys):
+    """A gradient that is not finite is not usable, reported and counted. Two are forgiven when a good one
+    follows; the third in a row ends the run; another optimizer's good ones do not help."""
+    run, a, b = run_in(tmp_path), *(torch.optim.SGD(gpt.parameters(), lr=.1) for _ in range(2))
+    nan, inf = math.nan, math.inf
+    assert [run.usable(norm, a) for norm in (nan, inf, 1., inf)] == [False, False, True, False]
+    assert run.usable(1., b) and not run.usable(nan, a) and run.usable(0., b)
+    assert run.skipped == 4 and run.counts["updates"] == 3
+    assert capsys.readouterr().err.count("not finite") == 4
+    with run, pytest.raises(UserError, match=re.escape(str(tmp_path)) + ".*three gradients in a row"):
+        run.usable(nan, a)
     assert run.skipped == 5
 
 
 def test_bad_gradients_are_counted_across_a_resume(gpt, byte_tokenizer, tmp_path):
     """Killing and resuming a run forgives nothing: two bad gradients, a resume and a third one end it."""
-    run, optimizer = Run(Config(str(tmp_path))), torch.optim.SGD(gpt.parameters(), lr=.1)
-    for _ in range(2):
-        give_gradient(gpt.parameters(), float("nan"))
-        run.step(gpt, optimizer, 1.)
-    run.save_last(gpt, byte_tokenizer, [], [optimizer], 2)
-    run = resume(run, tmp_path)
-    run.restore(gpt, optimizer)
-    assert run.skipped == 2
-    give_gradient(gpt.parameters(), float("nan"))
-    with pytest.raises(UserError):
-        run.step(gpt, optimizer, 1.)
+    optimizer = torch.optim.SGD(gpt.parameters(), lr=.1)
+    with run_in(tmp_path) as run:
+        run.restore(gpt, optimizer)
+        assert not run.usable(math.nan, optimizer) and not run.usable(math.nan, optimizer)
+        run.end_step(2, gpt, byte_tokenizer, optimizer)
+    with run_in(tmp_path) as run:
+        run.restore(gpt, optimizer)
+        assert run.skipped == 2
+        with pytest.raises(UserError):
+            run.usable(math.nan, optimizer)
 
 
-def test_log_lines_are_json_even_with_nan(tmp_path, monkeypatch):
-    """A line with NaN is not JSON: jq and JavaScript refuse it. Every line must be read by a strict
-    reader."""
-    real = sft.sft_gradient
-
-    def poisoned(gpt, *args):
-        figures = real(gpt, *args)
-        if not calls:
-            gpt.norm.grad[0] = float("nan")
-            figures["loss"] = float("nan")
-        calls.append(1)
-        return figures
-    calls = []
-    monkeypatch.setattr(sft, "sft_gradient", poisoned)
-    short_run("sft", tmp_path / "run")
+def test_log_lines_are_json_even_with_nan(tmp_path):
+    """A line with NaN is not JSON: jq and JavaScript refuse it. Every line must be read by a strict reader:
+    without a reference the KL is not a number."""
+    short_run("rl", tmp_path / "run", reference=False)
 
     def refuse(constant: str):
         raise ValueError(f"{constant} is not JSON")
-    for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines():
-        json.loads(line, parse_constant=refuse)
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert None in [json.loads(line, parse_constant=refuse).get("kl", 0) for line in lines]

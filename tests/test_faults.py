@@ -5,6 +5,7 @@ in test_bad_input.py, exceptions inside a write in test_checkpoint.py.
 EARLYBIRD_LONG=1 kills each trainer 25 times instead of twice."""
 import functools
 import json
+import math
 import os
 import random
 import shutil
@@ -15,13 +16,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import worlds
 
 import merge
 import pretrain
 import rl
 import sft
-from checkpoint import Run, UserError, load_checkpoint
+from checkpoint import UserError, load_checkpoint
 
 KILLS = 25 if worlds.LONG else 2
 LONGER = 6 if worlds.LONG else 1        # more steps, so that there is something left to kill
@@ -103,7 +105,7 @@ def config_of(script: str, out: Path):
     options = dict(data=str(worlds.data()), out=str(out), threads=1, **options)
     if script != "pretrain.py":
         options |= dict(init=str(worlds.base() if script == "sft.py" else worlds.parrot()),
-                        problems=str(worlds.sevens()))
+                        problem_file=str(worlds.sevens()))
     return module.Config(**options)
 
 
@@ -214,60 +216,40 @@ def test_a_second_ctrl_c_stops_at_once(server, tmp_path):
 
 
 @pytest.mark.parametrize("script", TRAINERS)
-def test_what_a_killed_write_left_is_removed(script, tmp_path):
-    """A kill in the middle of a write leaves a temporary file that nobody will ever use (4 MB here, gigabytes
-    for a large model). The next call removes it; other hidden files are not ours to touch."""
-    out = tmp_path / "run"
-    shutil.copytree(uninterrupted(script), out)
-    for path in out.glob("*.pt"):
-        if path.name != "last.pt":
-            path.unlink()   # so that there is something left to do
-    (out / ".last.pt.x7_kd93a").write_bytes(b"half")
-    (out / ".mine").write_text("keep")
-    worlds.quietly(TRAINERS[script][0].train, config_of(script, out))
-    assert {p.name for p in out.iterdir() if p.name.startswith(".")} == {".lock", ".mine"}
-
-
-@pytest.mark.parametrize("script", TRAINERS)
-def test_a_run_killed_before_its_last_file_is_completed(script, tmp_path):
+def test_a_run_killed_while_it_writes_is_completed(script, tmp_path):
     """The state says that all steps are done, but the final checkpoint was not written: the next call writes
-    it instead of claiming to be finished, and the log has its last lines once."""
+    it instead of claiming to be finished, and the log has its last lines once. A temporary file that the kill
+    left (4 MB here, gigabytes for a large model) is removed; other hidden files are not ours to touch."""
     reference, out = uninterrupted(script), tmp_path / "run"
     shutil.copytree(reference, out)
     (out / final_of(script)).unlink()
+    (out / ".last.pt.x7_kd93a").write_bytes(b"half")
+    (out / ".mine").write_text("keep")
     worlds.quietly(TRAINERS[script][0].train, config_of(script, out))
+    (out / ".mine").unlink()
     worlds.assert_same_run(out, reference)
 
 
-@pytest.mark.parametrize("script", ["sft.py", "rl.py", "merge.py"])
+@pytest.mark.parametrize("script", TRAINERS)
 def test_resuming_from_a_changed_start_is_refused(script, tmp_path):
     """An --init that was overwritten since is another start: the KL reference and the lineage would be those
-    of a model that this run never saw. The line names the file."""
-    start, out = tmp_path / "start.pt", tmp_path / "run"
-    shutil.copy(worlds.base(), start)
-    module = TRAINERS[script][0]
-    config = config_of(script, out)
-    config.init = str(start)
-    worlds.quietly(module.train, config)
-    (out / "final.pt").unlink()
-    shutil.copy(worlds.parrot(), start)
-    with pytest.raises(ValueError, match="start.pt"):
-        worlds.quietly(module.train, config)
-
-
-def test_resuming_with_changed_data_is_refused(tmp_path):
-    """The data folder was made anew with another seed under the same name: resuming would mix two data
-    sets."""
-    data, out = tmp_path / "data", tmp_path / "run"
-    shutil.copytree(worlds.data(), data)
-    config = config_of("pretrain.py", out)
-    config.data = str(data)
-    worlds.quietly(pretrain.train, config)
-    (out / final_of("pretrain.py")).unlink()
-    shutil.rmtree(data)
-    shutil.copytree(worlds.other_data(), data)
-    with pytest.raises(ValueError, match="data"):
-        worlds.quietly(pretrain.train, config)
+    of a model that this run never saw. A data folder made anew with another seed under the same name: two
+    data sets would be mixed. The line names what changed, and nothing in the run's folder does."""
+    out, start, config = tmp_path / "run", tmp_path / "start", config_of(script, tmp_path / "run")
+    if script == "pretrain.py":
+        config.data, before, after = str(start), worlds.data(), worlds.other_data()
+    else:
+        config.init, before, after = str(start), worlds.base(), worlds.parrot()
+    put = shutil.copytree if before.is_dir() else shutil.copy
+    put(before, start)
+    worlds.quietly(TRAINERS[script][0].train, config)
+    (out / final_of(script)).unlink()
+    shutil.rmtree(start) if start.is_dir() else start.unlink()
+    put(after, start)
+    there = worlds.snapshot(out)
+    with pytest.raises(UserError, match=f"{start}: changed since"):
+        worlds.quietly(TRAINERS[script][0].train, config)
+    assert worlds.snapshot(out) == there
 
 
 # ---- flipped bytes -----------------------------------------------------------------------------------------
@@ -288,7 +270,7 @@ def test_a_flipped_byte_is_detected(script, name, tmp_path):
     else:
         config.data = str(data)
     if script != "pretrain.py" and name != "last.pt":
-        config.init, config.problems = shutil.copy(worlds.base(), tmp_path / "init.pt"), ""
+        config.init, config.problem_file = shutil.copy(worlds.base(), tmp_path / "init.pt"), ""
     path = {"last.pt": out / name, "init.pt": tmp_path / name}.get(name, data / name)
     whole = path.read_bytes()
     stored = range(len(whole))
@@ -307,36 +289,43 @@ def test_a_flipped_byte_is_detected(script, name, tmp_path):
 
 # ---- gradients that are not finite -------------------------------------------------------------------------
 
-def poison(patch, bad) -> list:
-    """Put a NaN into the gradient before every update whose number (from 1) is bad; returns the updates."""
-    real, updates = Run.step, []
+def poison(patch, bad) -> tuple[list[int], list[int]]:
+    """Put a NaN into the gradient of every update whose number (from 1) is bad. Returns two lists that grow:
+    the numbers of all updates, and of those for which an optimizer made its step."""
+    tried, done, real_clip, real_step = [], [], rl.clip_grad_norm_, torch.optim.AdamW.step
 
-    def step(run, model, *args):
-        updates.append(run)
-        if bad(len(updates)):
-            model.blocks[0].down.weight.grad[1, 2] = float("nan")
-        return real(run, model, *args)
-    patch.setattr(Run, "step", step)
-    return updates
+    def clip(parameters, *args):
+        parameters = list(parameters)
+        tried.append(len(tried) + 1)
+        if bad(len(tried)):
+            parameters[3].grad.view(-1)[5] = math.nan
+        return real_clip(parameters, *args)
 
-
-def updates_of(path: Path) -> int:
-    return load_checkpoint(path)["lineage"][-1]["updates"]
+    def step(optimizer, *args):
+        done.append(len(tried))
+        return real_step(optimizer, *args)
+    for module in (pretrain, sft, rl, merge):
+        patch.setattr(module, "clip_grad_norm_", clip)
+    patch.setattr(torch.optim.AdamW, "step", step)
+    return tried, done
 
 
 @pytest.mark.parametrize("script", TRAINERS)
 def test_a_bad_gradient_is_skipped_counted_and_reported(script, tmp_path, monkeypatch, capsys):
-    """NaN in the second gradient: that step is not done, one line says so, the log counts it from then on,
-    the lineage counts the updates that were done, and the run ends with finite weights."""
+    """NaN in the second gradient: that step is not done (neither weights nor moments can change), one line
+    says so, the log counts it from then on, the lineage counts the updates that were done, and the run ends
+    with finite weights."""
     out = tmp_path / "run"
     config = config_of(script, out)              # may train the base: before anything is poisoned
     with monkeypatch.context() as patch:
-        updates = poison(patch, lambda n: n == 2)
+        tried, done = poison(patch, lambda n: n == 2)
         path = Path(TRAINERS[script][0].train(config))
+    assert done == [1, *range(3, len(tried) + 1)]
     skipped = [line["skipped"] for line in worlds.lines(out / "log.jsonl") if "skipped" in line]
     assert set(skipped) <= {0, 1} and skipped == sorted(skipped) and skipped[-1] == 1
-    assert updates_of(path) == len(updates) - 1
-    assert all(w.isfinite().all() for w in load_checkpoint(path)["model"].values())
+    content = load_checkpoint(path)
+    assert content["lineage"][-1]["updates"] == len(done)
+    assert all(w.isfinite().all() for w in content["model"].values())
     said = [line for line in worlds.without_bars(capsys.readouterr().err) if "not finite" in line]
     assert len(said) == 1 and str(out) in said[0]
 
@@ -345,17 +334,18 @@ def test_a_bad_gradient_is_skipped_counted_and_reported(script, tmp_path, monkey
 def test_three_bad_gradients_leave_the_last_good_state(script, tmp_path, monkeypatch):
     """The third bad gradient in a row ends the run with one line; the state saved before the trouble is
     whole, and when the cause is gone the same call finishes the run from there."""
-    out, module = tmp_path / "run", TRAINERS[script][0]
+    out, train = tmp_path / "run", TRAINERS[script][0].train
     config = config_of(script, out)
     with monkeypatch.context() as patch:
-        updates = poison(patch, lambda n: n > 9)
+        tried, done = poison(patch, lambda n: n > 9)
         with pytest.raises(UserError, match="three gradients in a row.*last.pt"):
-            worlds.quietly(module.train, config)
+            worlds.quietly(train, config)
     last = load_checkpoint(out / "last.pt")
     seen = 14 if script == "merge.py" else 12    # merge.py: per arm, rl rl sft sft rl ..., bad from 10
-    assert len(updates) == seen and 2 <= last["step"] and not (out / final_of(script)).exists()
+    assert len(tried) == seen and done == [*range(1, 10)]
+    assert last["step"] >= 2 and not (out / final_of(script)).exists()
     assert all(w.isfinite().all() for w in last["model"].values())
-    worlds.quietly(module.train, config_of(script, out))
+    worlds.quietly(train, config)
     assert all(w.isfinite().all() for w in load_checkpoint(out / final_of(script))["model"].values())
 
 
