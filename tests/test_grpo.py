@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 
+import ranks
 import rl
 from checkpoint import batch_indices, generator, load_model, save_checkpoint
 from model import GPT, Rollouts, SharedPrompts, completion_logprobs, pack, sample, shared_logprobs
@@ -48,11 +49,11 @@ def moved(model, seed=1):
 
 
 def gradient(model, batch, advantage, c, reference=None, rows=None):
-    """(figures, gradients by name) of rl.policy_gradient on a fresh .grad."""
+    """(metrics, gradients by name) of rl.policy_gradient on a fresh .grad."""
     model.zero_grad(set_to_none=True)
     rows = range(len(batch.completions)) if rows is None else rows
-    figures = rl.policy_gradient(model, reference or model, batch, advantage, rows, c, PAD)
-    return figures, {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+    metrics = rl.policy_gradient(model, reference or model, batch, advantage, rows, c, PAD)
+    return metrics, {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
 
 
 def weighted(model, logprobs_of, batch, weights, temperature=1.):
@@ -116,15 +117,26 @@ def test_signal_probability_is_the_enumeration():
             for group in range(1, n + 1):
                 draws = list(itertools.combinations(answers, group))
                 expected = sum(min(d) != max(d) for d in draws) / len(draws)
-                assert abs(rl.signal_probability(n, right, group) - expected) < 1e-12
+                assert abs(rl.signal_probability(answers, group) - expected) < 1e-12
+
+
+@pytest.mark.parametrize("rewards, group, expected", [
+    ([.2, .2, .7, 1.], 1, 0.), ([.2, .2, .7, 1.], 2, 5 / 6), ([.2, .2, .7, 1.], 3, 1.),
+    ([.1] * 4, 2, 0.), ([.5, .5, .5, 0.], 3, .75), ([0., .25, .5, 1.], 2, 1.), ([.3, .3, .6, .6], 2, 2 / 3),
+    ([-1., -1., 2.], 2, 2 / 3), ([.1 + .2, .3], 2, 1.)])
+def test_signal_probability_of_shaped_rewards(rewards, group, expected):
+    """Any two different rewards in a group are a signal: of the six pairs from .2, .2, .7, 1 one is equal."""
+    assert abs(rl.signal_probability(rewards, group) - expected) < 1e-12
+    assert abs(rl.signal_probability(rewards[::-1], group) - expected) < 1e-12
 
 
 @pytest.mark.parametrize("group, rate, silent",
                          [(8, .01, .92), (8, .05, .66), (32, .01, .73), (32, .05, .19)])
 def test_signal_probability_at_low_success_rates(group, rate, silent):
     """The reason why RL does nothing in early checkpoints: P(no signal) = p^G + (1-p)^G."""
-    n = 20_000
-    assert abs(1 - rl.signal_probability(n, int(rate * n), group) - silent) < .01
+    right = int(rate * 20_000)
+    rewards = [1.] * right + [0.] * (20_000 - right)
+    assert abs(1 - rl.signal_probability(rewards, group) - silent) < .01
 
 
 # ---- the loss of a token ------------------------------------------------------------------------------
@@ -144,7 +156,7 @@ def test_one_update_per_batch_is_reinforce_bitwise(gpt, make_batch):
     """With updates=1 the gradient is REINFORCE's, bit for bit, though the recorded values are a bit off."""
     prompts, completions = (sorted(rows, key=len, reverse=True) for rows in (PROMPTS, COMPLETIONS))
     batch = make_batch(gpt, prompts, completions, .6, 1e-3)
-    figures, ours = gradient(gpt, batch, ADVANTAGE, rl.Config(temperature=.6))
+    metrics, ours = gradient(gpt, batch, ADVANTAGE, rl.Config(temperature=.6))
     gpt.zero_grad(set_to_none=True)
     shared = SharedPrompts(gpt, prompts, PAD)
     logp = shared_logprobs(gpt, shared, list(range(6)), completions, PAD, .6)
@@ -152,7 +164,7 @@ def test_one_update_per_batch_is_reinforce_bitwise(gpt, make_batch):
     (-(logp * each).sum() / len(each)).backward()
     shared.backward()
     assert all(torch.equal(ours[name], p.grad) for name, p in gpt.named_parameters())
-    assert figures["ratio"] == 1 and figures["clip_fraction"] == 0
+    assert metrics["ratio"] == 1 and metrics["clip_fraction"] == 0
 
 
 @pytest.mark.parametrize("high, first_loss", [(.2, -1.2), (.28, -1.28)])
@@ -200,22 +212,22 @@ def test_kl_k3_is_unbiased():
 def test_the_two_row_example(gpt, make_batch, logprobs_of):
     """For A = [1, -1], lengths [1, 3]: loss .5, d/dlogp -.25 and +.25 per token (a mean per row: 0)."""
     batch = make_batch(gpt, [[1, 2], [3]], [[EOS], [4, 5, EOS]])
-    figures, ours = gradient(gpt, batch, torch.tensor([1., -1.]), rl.Config())
-    assert abs(figures["loss"] - .5) < 1e-6
+    metrics, ours = gradient(gpt, batch, torch.tensor([1., -1.]), rl.Config())
+    assert abs(metrics["loss"] - .5) < 1e-6
     assert_close(ours, weighted(gpt, logprobs_of, batch, [-.25, .25]))
 
 
 @pytest.mark.parametrize("changes", [{}, {"temperature": .6}, {"updates": 2, "kl": .1, "clip_low": .05}])
 def test_micro_batches_only_sum(gpt, make_batch, changes):
-    """Gradients and figures agree for micro-batches of 1 row, some rows and all rows."""
+    """Gradients and metrics agree for micro-batches of 1 row, some rows and all rows."""
     reference = moved(gpt)
     batch = make_batch(gpt, temperature=changes.get("temperature", 1.), shift=.1)
-    all_rows, expected = gradient(gpt, batch, ADVANTAGE, rl.Config(micro_batch=1_000, **changes), reference)
+    all_rows, expected = gradient(gpt, batch, ADVANTAGE, rl.Config(micro_tokens=1_000, **changes), reference)
     for tokens in (1, 10, 20, 30):
-        figures, ours = gradient(gpt, batch, ADVANTAGE, rl.Config(micro_batch=tokens, **changes), reference)
+        metrics, ours = gradient(gpt, batch, ADVANTAGE, rl.Config(micro_tokens=tokens, **changes), reference)
         assert_close(ours, expected)
-        assert figures.keys() == all_rows.keys()
-        for name, value in figures.items():
+        assert metrics.keys() == all_rows.keys()
+        for name, value in metrics.items():
             assert abs(value - all_rows[name]) < 1e-5, name
 
 
@@ -223,20 +235,20 @@ def test_micro_batches_only_sum(gpt, make_batch, changes):
 def test_gradient_equals_the_sum_over_single_rows(gpt, make_batch, logprobs_of, temperature):
     """The gradient is -A/N per token, N = 27, for finished, truncated and one-token rows alike, at any T."""
     batch = make_batch(gpt, temperature=temperature)
-    figures, ours = gradient(gpt, batch, ADVANTAGE, rl.Config(temperature=temperature))
+    metrics, ours = gradient(gpt, batch, ADVANTAGE, rl.Config(temperature=temperature))
     n = sum(map(len, COMPLETIONS))
     assert_close(ours, weighted(gpt, logprobs_of, batch, [-float(a) / n for a in ADVANTAGE], temperature))
     expected = -sum(float(a) * len(c) for a, c in zip(ADVANTAGE, COMPLETIONS)) / n
-    assert n == 27 and abs(figures["loss"] - expected) < 1e-6
+    assert n == 27 and abs(metrics["loss"] - expected) < 1e-6
 
 
 def test_skipping_silent_rows_changes_nothing(gpt, make_batch, logprobs_of):
     """Rows without advantage are not computed, but their tokens stay in the denominator."""
     advantage = torch.tensor([1.5, 0., 0., -.5, 0., -1.])
     batch = make_batch(gpt)
-    figures, ours = gradient(gpt, batch, advantage, rl.Config())
+    metrics, ours = gradient(gpt, batch, advantage, rl.Config())
     assert_close(ours, weighted(gpt, logprobs_of, batch, [-float(a) / 27 for a in advantage]))
-    assert abs(figures["loss"] - (-1.5 * 3 + .5 * 1 + 1. * 8) / 27) < 1e-6
+    assert abs(metrics["loss"] - (-1.5 * 3 + .5 * 1 + 1. * 8) / 27) < 1e-6
 
 
 def test_rows_of_an_update_have_their_own_denominator(gpt, make_batch, logprobs_of):
@@ -260,8 +272,8 @@ def test_gradients_add_up(gpt, make_batch):
 def test_several_updates_use_the_recorded_logprobs(gpt, make_batch, logprobs_of):
     """With updates=2 the ratio is exp(logp - recorded) = e^.1 here, and weighs every token's gradient."""
     batch = make_batch(gpt, temperature=.6, shift=.1)
-    figures, ours = gradient(gpt, batch, ADVANTAGE, rl.Config(updates=2, temperature=.6))
-    assert abs(figures["ratio"] - math.exp(.1)) < 1e-5 and figures["clip_fraction"] == 0
+    metrics, ours = gradient(gpt, batch, ADVANTAGE, rl.Config(updates=2, temperature=.6))
+    assert abs(metrics["ratio"] - math.exp(.1)) < 1e-5 and metrics["clip_fraction"] == 0
     expected = [-math.exp(.1) * float(a) / 27 for a in ADVANTAGE]
     assert_close(ours, weighted(gpt, logprobs_of, batch, expected, .6))
 
@@ -271,18 +283,18 @@ def test_several_updates_use_the_recorded_logprobs(gpt, make_batch, logprobs_of)
 def test_clipped_rows_have_no_gradient(gpt, make_batch, logprobs_of, shift, low, high, clipped):
     """A ratio e^.3 > 1.2 ends the pull up, e^-.3 < .8 the pull down; the share is of 27 tokens."""
     batch = make_batch(gpt, shift=shift)
-    figures, ours = gradient(gpt, batch, ADVANTAGE, rl.Config(updates=2, clip_low=low, clip_high=high))
+    metrics, ours = gradient(gpt, batch, ADVANTAGE, rl.Config(updates=2, clip_low=low, clip_high=high))
     pull = [-math.exp(shift) * float(a) / 27 for a in ADVANTAGE]
     weights = [0. if r in clipped else x for r, x in enumerate(pull)]
     assert_close(ours, weighted(gpt, logprobs_of, batch, weights))
-    assert abs(figures["clip_fraction"] - sum(len(COMPLETIONS[r]) for r in clipped) / 27) < 1e-6
+    assert abs(metrics["clip_fraction"] - sum(len(COMPLETIONS[r]) for r in clipped) / 27) < 1e-6
 
 
 def test_the_clip_fraction_counts_silent_tokens_too(gpt, make_batch):
-    """Logged figures have the denominator of the loss: 3 clipped tokens of 27, though 3 were computed."""
+    """Logged metrics have the denominator of the loss: 3 clipped tokens of 27, though 3 were computed."""
     advantage = torch.tensor([1., 0, 0, 0, 0, 0])
-    figures, _ = gradient(gpt, make_batch(gpt, shift=.3), advantage, rl.Config(updates=2))
-    assert abs(figures["clip_fraction"] - 3 / 27) < 1e-6 and abs(figures["loss"] + 1.2 * 3 / 27) < 1e-6
+    metrics, _ = gradient(gpt, make_batch(gpt, shift=.3), advantage, rl.Config(updates=2))
+    assert abs(metrics["clip_fraction"] - 3 / 27) < 1e-6 and abs(metrics["loss"] + 1.2 * 3 / 27) < 1e-6
 
 
 def test_the_second_update_is_off_policy(gpt, make_batch, logprobs_of):
@@ -299,8 +311,8 @@ def test_the_second_update_is_off_policy(gpt, make_batch, logprobs_of):
 @pytest.mark.parametrize("shift", [.3, -.3])
 def test_without_advantage_nothing_is_clipped(gpt, make_batch, shift):
     """At A = 0 both sides of the clip are 0; tokens computed for the KL penalty alone are not clipped."""
-    figures, _ = gradient(gpt, make_batch(gpt, shift=shift), torch.zeros(6), rl.Config(updates=2, kl=.1))
-    assert figures["clip_fraction"] == 0
+    metrics, _ = gradient(gpt, make_batch(gpt, shift=shift), torch.zeros(6), rl.Config(updates=2, kl=.1))
+    assert metrics["clip_fraction"] == 0
 
 
 # ---- a prompt is computed once for its group ----------------------------------------------------------
@@ -321,25 +333,25 @@ def plain_gradient(model, reference, batch, advantage, c):
     loss = rl.policy_loss(logp, old, each, c.clip_low, c.clip_high)
     if c.kl:
         with torch.no_grad():
-            start = completion_logprobs(reference, ids, target, c.temperature)
-        loss = loss + c.kl * rl.kl_k3(logp, start)
+            other = completion_logprobs(reference, ids, target, c.temperature)
+        loss = loss + c.kl * rl.kl_k3(logp, other)
     loss.mean().backward()
     return float(loss.detach().mean()), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("micro_batch", [1, 6, 12, 25, 1_000])
+@pytest.mark.parametrize("micro_tokens", [1, 6, 12, 25, 1_000])
 @pytest.mark.parametrize("changes", [{}, {"kl": .3}, {"updates": 3, "temperature": .6, "clip_low": .05},
                                      {"updates": 3, "kl": .3, "clip_high": .05}])
-def test_shared_prompts_give_the_plain_gradient(gpt, make_batch, changes, micro_batch):
-    """Prompts of 1 to 7 tokens are computed once per block, completions attend to them: the gradients are
+def test_shared_prompts_give_the_plain_gradient(gpt, make_batch, changes, micro_tokens):
+    """Prompts of 1 to 7 tokens are computed once per chunk, completions attend to them: the gradients are
     those of whole rows within 1e-5, for one update and several, with and without the KL penalty, whatever the
-    blocks."""
-    c = rl.Config(micro_batch=micro_batch, **changes)
+    chunks."""
+    c = rl.Config(micro_tokens=micro_tokens, **changes)
     reference, batch = moved(gpt), make_batch(gpt, **GROUPED, temperature=c.temperature, shift=.1)
     loss, expected = plain_gradient(gpt, reference, batch, GROUPED_ADVANTAGE, c)
-    figures, ours = gradient(gpt, batch, GROUPED_ADVANTAGE, c, reference)
+    metrics, ours = gradient(gpt, batch, GROUPED_ADVANTAGE, c, reference)
     assert_close(ours, expected, 1e-5)
-    assert abs(figures["loss"] - loss) < 1e-5
+    assert abs(metrics["loss"] - loss) < 1e-5
 
 
 @pytest.mark.parametrize("rows", [range(0, 3), range(3, 9), range(6, 12)])
@@ -351,27 +363,27 @@ def test_an_update_takes_its_own_groups(gpt, make_batch, logprobs_of, rows):
     assert_close(ours, weighted(gpt, logprobs_of, batch, weights))
 
 
-@pytest.mark.parametrize("micro_batch, blocks", [(1_000, 1), (2, 2), (1, 3)])
-def test_a_prompt_is_computed_once(gpt, make_batch, micro_batch, blocks):
+@pytest.mark.parametrize("micro_tokens, chunks", [(1_000, 1), (2, 2), (1, 3)])
+def test_a_prompt_is_computed_once(gpt, make_batch, micro_tokens, chunks):
     """Of 12 rows in 4 groups one group is silent: three prompts and nine completions run through the model,
-    each once; the figure `positions` counts their tokens."""
+    each once; the metric `positions` counts their tokens."""
     batch, seen, original = make_batch(gpt, **GROUPED), {True: [], False: []}, gpt.hidden
 
     def hidden(ids, cache):
-        seen[cache.rows is None].append(len(ids))                        # of prompts, of completions
+        seen[cache.prompt_of_row is None].append(len(ids))                        # of prompts, of completions
         return original(ids, cache)
     gpt.hidden = hidden
-    figures, _ = gradient(gpt, batch, GROUPED_ADVANTAGE, rl.Config(micro_batch=micro_batch))
-    assert len(seen[True]) == blocks and sum(seen[True]) == 3 and sum(seen[False]) == 9
+    metrics, _ = gradient(gpt, batch, GROUPED_ADVANTAGE, rl.Config(micro_tokens=micro_tokens))
+    assert len(seen[True]) == chunks and sum(seen[True]) == 3 and sum(seen[False]) == 9
     computed = [GROUPED["completions"][r] for r in range(12) if not 3 <= r < 6]
-    assert figures["positions"] == sum(map(len, computed)) + 1 + 2 + 1
+    assert metrics["positions"] == sum(map(len, computed)) + 1 + 2 + 1
 
 
 @pytest.mark.parametrize("advantage, rows", [([1., 0, 0, 0, 0, 0], 3), ([1., 0, 0, 0, 0, -1.], 11)])
 def test_the_ratio_of_a_skipped_token_is_1(gpt, make_batch, advantage, rows):
     """The logged ratio is the mean over all 27 tokens of the update, of which 3 or 11 were computed."""
-    figures, _ = gradient(gpt, make_batch(gpt, shift=.1), torch.tensor(advantage), rl.Config(updates=2))
-    assert abs(figures["ratio"] - (1 + rows * math.expm1(.1) / 27)) < 1e-5
+    metrics, _ = gradient(gpt, make_batch(gpt, shift=.1), torch.tensor(advantage), rl.Config(updates=2))
+    assert abs(metrics["ratio"] - (1 + rows * math.expm1(.1) / 27)) < 1e-5
 
 
 # ---- the KL penalty -----------------------------------------------------------------------------------
@@ -380,34 +392,34 @@ def test_kl_penalty_reaches_all_rows(gpt, make_batch, logprobs_of):
     """With kl > 0 silent rows are computed too; each token adds kl·(1 - exp(reference - logp))/N."""
     reference, batch = moved(gpt), make_batch(gpt, temperature=.6)
     advantage = torch.tensor([1., -1., 0., 0., 0., 0.])
-    figures, ours = gradient(gpt, batch, advantage, rl.Config(kl=.5, temperature=.6), reference)
+    metrics, ours = gradient(gpt, batch, advantage, rl.Config(kl=.5, temperature=.6), reference)
     differences = [(logprobs_of(reference, p, c, .6) - old).detach()
                    for p, c, old in zip(PROMPTS, COMPLETIONS, batch.logprobs)]
     weights = [(-a + .5 * (1 - d.exp())) / 27 for a, d in zip(advantage, differences)]
     assert_close(ours, weighted(gpt, logprobs_of, batch, weights, .6))
     d = torch.cat(differences).double()
-    assert abs(figures["kl_penalty"] - float((d.exp() - d - 1).mean())) < 1e-5
+    assert abs(metrics["kl_penalty"] - float((d.exp() - d - 1).mean())) < 1e-5
     assert all(p.grad is None for p in reference.parameters())
 
 
 def test_kl_penalty_alone_is_a_signal(gpt, make_batch):
-    """Without any advantage the penalty still pulls back to the start; at the start it is 0."""
+    """Without any advantage the penalty still pulls back to the reference, where it is 0."""
     batch = make_batch(gpt)
-    figures, grads = gradient(gpt, batch, torch.zeros(6), rl.Config(kl=.1), moved(gpt))
-    assert figures["kl_penalty"] > .01 and float(grads["head.weight"].abs().max()) > 1e-4
-    figures, grads = gradient(gpt, batch, torch.zeros(6), rl.Config(kl=.1), copy.deepcopy(gpt))
-    assert abs(figures["kl_penalty"]) < 1e-9 and float(grads["head.weight"].abs().max()) < 1e-6
+    metrics, grads = gradient(gpt, batch, torch.zeros(6), rl.Config(kl=.1), moved(gpt))
+    assert metrics["kl_penalty"] > .01 and float(grads["head.weight"].abs().max()) > 1e-4
+    metrics, grads = gradient(gpt, batch, torch.zeros(6), rl.Config(kl=.1), copy.deepcopy(gpt))
+    assert abs(metrics["kl_penalty"]) < 1e-9 and float(grads["head.weight"].abs().max()) < 1e-6
 
 
-def test_kl_to_start_compares_with_the_recorded_logprobs(gpt, make_batch, logprobs_of):
-    """The logged KL is the k3 mean per token of recorded against start log-probabilities, both at T."""
-    batch, start, c = make_batch(gpt, temperature=.6), moved(gpt), rl.Config(temperature=.6)
+def test_kl_to_reference_compares_with_the_recorded_logprobs(gpt, make_batch, logprobs_of):
+    """The logged KL is the k3 mean per token of recorded against the reference's log-probabilities, at T."""
+    batch, reference, c = make_batch(gpt, temperature=.6), moved(gpt), rl.Config(temperature=.6)
     with torch.inference_mode():
-        d = torch.cat([logprobs_of(start, p, x, .6) - old
+        d = torch.cat([logprobs_of(reference, p, x, .6) - old
                        for p, x, old in zip(PROMPTS, COMPLETIONS, batch.logprobs)]).double()
     exact = float((d.exp() - d - 1).mean())
-    assert exact > .01 and abs(rl.kl_to_start(start, batch, c, PAD) / exact - 1) < 1e-4
-    assert rl.kl_to_start(gpt, batch, c, PAD) < 1e-9
+    assert exact > .01 and abs(rl.kl_to_reference(reference, batch, c, PAD) / exact - 1) < 1e-4
+    assert rl.kl_to_reference(gpt, batch, c, PAD) < 1e-9
 
 
 # ---- EOS and truncation -------------------------------------------------------------------------------
@@ -439,11 +451,11 @@ def test_advantages_follow_their_rows():
 
 def test_gradient_does_not_depend_on_the_order_of_rows(gpt, make_batch):
     """Rows and their advantages in another order give the same gradient: sorting is internal."""
-    _, expected = gradient(gpt, make_batch(gpt, shift=.1), ADVANTAGE, rl.Config(updates=2, micro_batch=20))
+    _, expected = gradient(gpt, make_batch(gpt, shift=.1), ADVANTAGE, rl.Config(updates=2, micro_tokens=20))
     for seed in range(4):
         order = torch.randperm(6, generator=generator(seed, "order")).tolist()
         batch = make_batch(gpt, [PROMPTS[r] for r in order], [COMPLETIONS[r] for r in order], shift=.1)
-        _, ours = gradient(gpt, batch, ADVANTAGE[order], rl.Config(updates=2, micro_batch=20))
+        _, ours = gradient(gpt, batch, ADVANTAGE[order], rl.Config(updates=2, micro_tokens=20))
         assert_close(ours, expected)
 
 
@@ -504,7 +516,7 @@ def test_truncated_share_counts_rollouts(monkeypatch, answer_tokenizer, answerin
     entropy = torch.tensor([[.1, .2, .3, .4], [1., 1., 1., 1.], [.5] * 4, [2., 2., 0., 0.]])
     out = Rollouts(tokens, torch.tensor([len(r) for r in rows]), torch.tensor([True, True, False, True]),
                    torch.zeros(4, 4), entropy)
-    monkeypatch.setattr(rl, "sample", lambda *args, **kwargs: out)
+    monkeypatch.setattr(ranks, "sample_together", lambda *args, **kwargs: out)
     problems = [{"question": "a", "answer": "7"}]
     batch = rl.collect(model, answer_tokenizer, problems, 4, rl.Config(), generator(0, "test"))
     assert batch.truncated == .25 and batch.rewards.tolist() == [[1., 0., 1., 0.]]
@@ -513,15 +525,40 @@ def test_truncated_share_counts_rollouts(monkeypatch, answer_tokenizer, answerin
     assert batch.completions == rows
 
 
+@pytest.mark.parametrize("shaped, wrong, signal", [
+    (rl.reward, .5, True), (rl.reward, 1., False),
+    (lambda problem, text, grade: {"right": 1., "wrong": .2, "unparsed": 0.}[grade], 1., True),
+    (lambda problem, text, grade: .5, .5, False),
+    (lambda problem, text, grade: float(text == f"#### {problem['answer']}") / 3, .5, True)])
+def test_probe_counts_grades_and_expects_signals_of_rewards(
+        answer_tokenizer, answering, monkeypatch, capsys, shaped, wrong, signal):
+    """The right and the unparsed share are those of the grades, whatever a shaped reward makes of them; the
+    share of groups with a signal is that of the rewards, enumerated here, and its absence has a warning."""
+    monkeypatch.setattr(rl, "reward", shaped)
+    problems = [{"question": f"q{i}", "answer": "7"} for i in range(4)]
+    model, c = answering(wrong, .25), rl.Config(rollouts=3, max_new=8, seed=2)
+    rl.probe(model, answer_tokenizer, problems, c)
+    said = capsys.readouterr().out
+    batch = rl.collect(model, answer_tokenizer, problems, 6, c, generator(2, "probe"))
+    each = [shaped(problems[r // 6], batch.texts[r], batch.grades[r]) for r in range(24)]
+    assert torch.allclose(batch.rewards.flatten(), torch.tensor(each))
+    draws = [draw for p in range(4) for draw in itertools.combinations(each[6 * p:6 * p + 6], 3)]
+    share = sum(min(draw) != max(draw) for draw in draws) / len(draws)
+    assert (0 < share < 1) if signal else share == 0
+    assert said.startswith(f"before training: {batch.grades.count('right') / 24:.1%} of 24 answers right, "
+                           f"{batch.grades.count('unparsed') / 24:.1%} unparsed; about {share:.0%} of groups ")
+    assert ("WARNING: no group has a signal" in said) == (not signal)
+
+
 # ---- steps --------------------------------------------------------------------------------------------
 
 def test_no_signal_leaves_no_gradient(gpt, make_batch):
     """With all advantages 0 the result is None, and every .grad is None, not zero."""
-    figures, grads = gradient(gpt, make_batch(gpt), torch.zeros(6), rl.Config())
-    assert figures is None and all(g is None for g in grads.values())
+    metrics, grads = gradient(gpt, make_batch(gpt), torch.zeros(6), rl.Config())
+    assert metrics is None and all(g is None for g in grads.values())
     advantage = ADVANTAGE.where(torch.arange(6) < 4, 0.)
-    figures, grads = gradient(gpt, make_batch(gpt), advantage, rl.Config(), rows=range(4, 6))
-    assert figures is None and all(g is None for g in grads.values())
+    metrics, grads = gradient(gpt, make_batch(gpt), advantage, rl.Config(), rows=range(4, 6))
+    assert metrics is None and all(g is None for g in grads.values())
 
 
 @pytest.fixture
@@ -555,8 +592,8 @@ def test_no_signal_no_step(run_rl, answer_tokenizer, answering):
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
 
 
-def test_the_log_has_the_figures_of_the_batch(run_rl, answer_tokenizer, answering):
-    """The figures are reward, share of groups with a signal, unparsed, truncated, entropy of the rollouts."""
+def test_the_log_has_the_metrics_of_the_batch(run_rl, answer_tokenizer, answering):
+    """The metrics are reward, share of groups with a signal, unparsed, truncated, entropy of the rollouts."""
     model, answers = answering(wrong=.3), list("787978")
     before, after, log = run_rl(model, answer_tokenizer, answers, n_problems=6, rollouts=3, steps=1, seed=3)
     problems = [{"question": f"train {i}", "answer": a} for i, a in enumerate(answers)]
@@ -605,7 +642,7 @@ def test_bf16_through_autocast_only(gpt, make_batch):
     batch = make_batch(gpt)
     _, exact = gradient(gpt, batch, ADVANTAGE, rl.Config())
     with torch.autocast("cpu", torch.bfloat16):
-        figures, rough = gradient(gpt, batch, ADVANTAGE, rl.Config())
+        metrics, rough = gradient(gpt, batch, ADVANTAGE, rl.Config())
     for name in exact:
         assert rough[name].dtype == torch.float32
         assert float((rough[name] - exact[name]).norm()) < .05 * float(exact[name].norm()) + 1e-6
