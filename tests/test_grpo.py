@@ -370,7 +370,7 @@ def test_a_prompt_is_computed_once(gpt, make_batch, micro_tokens, chunks):
     batch, seen, original = make_batch(gpt, **GROUPED), {True: [], False: []}, gpt.hidden
 
     def hidden(ids, cache):
-        seen[cache.prompt_of_row is None].append(len(ids))                        # of prompts, of completions
+        seen[cache.prompt_of_row is None].append(len(ids))               # of prompts, of completions
         return original(ids, cache)
     gpt.hidden = hidden
     metrics, _ = gradient(gpt, batch, GROUPED_ADVANTAGE, rl.Config(micro_tokens=micro_tokens))
@@ -545,8 +545,9 @@ def test_probe_counts_grades_and_expects_signals_of_rewards(
     draws = [draw for p in range(4) for draw in itertools.combinations(each[6 * p:6 * p + 6], 3)]
     share = sum(min(draw) != max(draw) for draw in draws) / len(draws)
     assert (0 < share < 1) if signal else share == 0
-    assert said.startswith(f"before training: {batch.grades.count('right') / 24:.1%} of 24 answers right, "
-                           f"{batch.grades.count('unparsed') / 24:.1%} unparsed; about {share:.0%} of groups ")
+    right, unparsed = (batch.grades.count(grade) / 24 for grade in ("right", "unparsed"))
+    assert said.startswith(f"before training: {right:.1%} of 24 answers right, {unparsed:.1%} unparsed; "
+                           f"about {share:.0%} of groups of 3 will have a signal")
     assert ("WARNING: no group has a signal" in said) == (not signal)
 
 
@@ -609,7 +610,7 @@ def test_the_log_has_the_metrics_of_the_batch(run_rl, answer_tokenizer, answerin
 
 
 def test_logged_flops_count_a_prompt_once(run_rl, answer_tokenizer, answering):
-    """V: a step of 2 problems x 4 rollouts, prompts of 9 tokens, answers of 4: 18 + 32 positions forward in
+    """A step of 2 problems x 4 rollouts, prompts of 9 tokens, answers of 4: 18 + 32 positions forward in
     sampling; in the update three times 9 + 4 · 4 per group with a signal."""
     model = answering()
     _, _, log = run_rl(model, answer_tokenizer, ["7", "8"], n_problems=2, rollouts=4, steps=6)

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-import evaluate
+import sample
 from checkpoint import generator, save_checkpoint
 from data.tokenizer import PATTERN, Tokenizer
 from model import GPT, SIZES, ModelConfig, rms_norm, rotate
@@ -188,7 +188,7 @@ def test_no_biases_and_no_tied_weights(gpt):
 
 @pytest.mark.parametrize("n_kv_heads", [0, 1])
 def test_flops_per_token_by_hand(make_gpt, n_kv_heads):
-    """V: 2 FLOPs per multiply-add of every product of one forward pass, counted product by product. With one
+    """2 FLOPs per multiply-add of every product of one forward pass, counted product by product. With one
     head of keys and values for two of queries, k and v are half as wide."""
     model = make_gpt(n_layers=3, n_kv_heads=n_kv_heads)
     d, ff, layers, vocabulary, length = 32, 64, 3, 61, 48
@@ -223,7 +223,7 @@ def test_chat_asks_after_eos(make_gpt, tmp_path, monkeypatch, typed, kept):
     leaves no room for 9 new tokens in the context of 64 the end is kept, EOS still before it."""
     tokenizer, asked, answers = Tokenizer({"pattern": PATTERN, "merges": []}), [], iter([typed])
     save_checkpoint(tmp_path / "a.pt", make_gpt(vocab_size=320, n_vocab=258), tokenizer, [])
-    original = evaluate.sample
+    original = sample.sample
 
     def typing(prompt):
         try:
@@ -231,10 +231,10 @@ def test_chat_asks_after_eos(make_gpt, tmp_path, monkeypatch, typed, kept):
         except StopIteration:
             raise EOFError from None
 
-    def sample(model, prompts, *args):
+    def asking(model, prompts, *args):
         asked.extend(prompts)
         return original(model, prompts, *args)
     monkeypatch.setattr("builtins.input", typing)
-    monkeypatch.setattr(evaluate, "sample", sample)
-    evaluate.chat(evaluate.ChatConfig((str(tmp_path / "a.pt"),), max_new=9, device="cpu", threads=1))
+    monkeypatch.setattr(sample, "sample", asking)
+    sample.run(sample.Config((str(tmp_path / "a.pt"),), max_new=9, device="cpu", threads=1))
     assert asked == [[tokenizer.eos, *f"{typed}\n".encode()[-kept:]]]

@@ -2,6 +2,8 @@
 import dataclasses
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,16 +11,18 @@ import torch
 import worlds
 
 import pretrain
+import ranks
 import rl
-from checkpoint import UserError, load_checkpoint
+from checkpoint import UserError, generator, load_checkpoint
+from model import sample
 from test_faults import TRAINERS, command_line, config_of
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 
 
-def run(ranks: int, script: str, *argv: str) -> str:
-    """`torchrun --nproc_per_node=RANKS SCRIPT ARGV...`; returns its output."""
-    done = subprocess.run([*TORCHRUN, str(ranks), str(worlds.ROOT / script), *argv], cwd=worlds.ROOT,
+def run(processes: int, script: str, *argv: str) -> str:
+    """`torchrun --nproc_per_node=PROCESSES SCRIPT ARGV...`; returns its output."""
+    done = subprocess.run([*TORCHRUN, str(processes), str(worlds.ROOT / script), *argv], cwd=worlds.ROOT,
                           text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
                           env=worlds.environment())
     assert done.returncode == 0, done.stdout[-3_000:]
@@ -37,6 +41,40 @@ def options(script: str, out: Path, **more: object):
 def assert_same_weights(a: dict, b: dict) -> None:
     gaps = torch.cat([(x - b["model"][name]).abs().flatten() for name, x in a["model"].items()])
     assert (gaps > 1e-6).float().mean() < 1e-3 and gaps.max() < 5e-5     # learning rates: 3e-4 to 3e-3
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8])
+def test_all_ranks_receive_the_rows_of_one_process(n, small_gpt, monkeypatch):
+    """With one rank sample_together is model.sample, bit for bit. Of n ranks (threads here) each decodes
+    every n-th prompt, or none if there are more ranks than prompts, and each has all rows in their order."""
+    prompts, drawn = [[1, 2, 3], [4], [5, 6, 7, 8], [2, 3], [1]], []
+    expected = sample(small_gpt, prompts, 4, 9, 9, 10, generator(0, "test"), .7)
+    me, meet, sent, real = threading.local(), threading.Barrier(n, timeout=60), {}, ranks.decode_all
+
+    def gather(mine: list) -> list:
+        sent[me.rank] = mine
+        meet.wait()
+        everything = [x for rank in range(n) for x in sent[rank]]
+        meet.wait()
+        return everything
+
+    def decode_all(model, chosen, *rest):
+        drawn.append(len(chosen))
+        return real(model, chosen, *rest)
+
+    def one(rank: int):
+        me.rank = rank
+        return ranks.sample_together(small_gpt, prompts, 4, 9, 9, 10, generator(0, "test"), .7)
+    monkeypatch.setattr(ranks, "decode_all", decode_all)
+    monkeypatch.setattr(ranks, "gather", gather)
+    monkeypatch.setattr(ranks, "rank", lambda: me.rank)
+    monkeypatch.setattr(ranks, "world_size", lambda: n)
+    with ThreadPoolExecutor(n) as threads:
+        results = list(threads.map(one, range(n)))
+    assert n == 1 or sorted(drawn) == sorted(len(prompts[rank::n]) for rank in range(min(n, 5)))
+    for out in results:
+        for x, y in zip(out, expected):
+            torch.testing.assert_close(x, y, atol=0 if n == 1 else 1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("script", TRAINERS)
@@ -62,7 +100,7 @@ def test_two_ranks_make_the_updates_of_one_process(script, tmp_path):
     assert (alone / "samples.txt").read_text() == (together / "samples.txt").read_text()
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, monkeypatch):
+def test_a_run_is_resumed_with_another_number_of_ranks(tmp_path, monkeypatch):
     """One process stops after the second of three steps; two ranks do the third."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     worlds.quietly(rl.train, options("rl.py", whole))

@@ -22,7 +22,7 @@ def uniforms(rows, max_new, seed=0):
 @torch.inference_mode()
 def draw(model, prompts, u, temperature=1.0, compact=True, eos=EOS, pad=PAD):
     """Rollouts from uniform numbers u (rows, max_new) that the test chose."""
-    return decode(model, prompts, len(u) // len(prompts), eos, pad, u, temperature, compact)
+    return decode(model, prompts, u.unflatten(0, (len(prompts), -1)), eos, pad, temperature, compact)
 
 
 @torch.inference_mode()
@@ -133,9 +133,10 @@ def test_a_prompt_is_computed_once_for_its_group(small_gpt):
 
 
 def test_row_belongs_to_prompt_row_over_group(small_gpt):
-    """Row p·G + g continues prompt p, also where `sample` sorts prompts by length and cuts blocks."""
+    """Row p·G + g continues prompt p, also where `sample` sorts prompts by length and cuts them apart."""
     prompts = [prompts_of_all_lengths(5)[i] for i in (2, 4, 0, 1, 3)]    # not its own inverse
-    out = sample(small_gpt, prompts, 3, 6, EOS, PAD, generator(1, "test"), block=7)
+    small_gpt.decode_rows = 7
+    out = sample(small_gpt, prompts, 3, 6, EOS, PAD, generator(1, "test"))
     for row, completion in enumerate(out.completions()):
         ids, target = pack([prompts[row // 3]], [completion], PAD)
         with torch.inference_mode():
@@ -184,11 +185,15 @@ def test_order_of_rows_is_irrelevant(small_gpt):
     assert torch.equal(a.tokens[order], b.tokens) and torch.equal(a.lengths[order], b.lengths)
 
 
-@pytest.mark.parametrize("block", [1, 4, 9, 30])
-def test_blocks_are_irrelevant(small_gpt, block):
-    """The number of rows decoded at a time changes no token and no figure."""
+@pytest.mark.parametrize("rows", [1, 4, 9, 30])
+def test_the_number_of_rows_decoded_at_once_is_irrelevant(small_gpt, rows):
+    """The number of rows decoded at a time changes no token, log-probability or entropy."""
     prompts = prompts_of_all_lengths(7)[::-1]
-    a, b = (sample(small_gpt, prompts, 4, 12, EOS, PAD, generator(3, "test"), block=n) for n in (1024, block))
+    a = sample(small_gpt, prompts, 4, 12, EOS, PAD, generator(3, "test"))
+    small_gpt.decode_rows = rows
+    shapes = spy_on_hidden(small_gpt)
+    b = sample(small_gpt, prompts, 4, 12, EOS, PAD, generator(3, "test"))
+    assert max(n for n, _ in shapes) <= max(rows, 4)
     assert torch.equal(a.tokens, b.tokens) and torch.equal(a.lengths, b.lengths)
     assert torch.equal(a.finished, b.finished)
     assert torch.allclose(a.logprobs, b.logprobs, atol=1e-5)
