@@ -1,4 +1,4 @@
-"""Grades, pass@k, intervals, comparisons and general measures: rules A, P and B."""
+"""Grades, pass@k, intervals, comparisons, general measures and problem files."""
 import itertools
 import json
 import math
@@ -11,7 +11,9 @@ import evaluate
 import merge
 import rl
 import sft
-from checkpoint import UserError, generator, save_checkpoint
+from checkpoint import UserError, generator, load_model, save_checkpoint
+from data.arithmetic import grade, read_answer
+from data.problems import load_problems, prompt_ids, training_problems
 from data.tokenizer import EOS
 from evaluate import (
     Attempts,
@@ -19,9 +21,7 @@ from evaluate import (
     bootstrap_means,
     compare,
     entropy,
-    grade,
     interval,
-    load_problems,
     measure_benchmarks,
     measure_problems,
     pass_at_k,
@@ -29,6 +29,8 @@ from evaluate import (
     score_rows,
 )
 from model import sample
+from sample import Config as Show
+from sample import run as show
 
 # ---- the verifier -------------------------------------------------------------------------------------
 
@@ -87,7 +89,7 @@ def test_cut_off_answers():
 def test_eos_spelled_out_is_not_eos(byte_tokenizer):
     """The EOS token ends the text; its name written in plain bytes does not, and is part of no answer."""
     def read(ids, finished):
-        return evaluate.read_answer(byte_tokenizer, ids, finished, "12")[1]
+        return read_answer(byte_tokenizer, ids, finished, "12")[1]
     ids, name = byte_tokenizer.encode("#### 12"), byte_tokenizer.encode(EOS)
     assert len(name) == len(EOS) and read(ids + [byte_tokenizer.eos], True) == "right"
     assert read(ids + name, False) == read(ids + name + [byte_tokenizer.eos], True) == "unparsed"
@@ -162,8 +164,8 @@ def test_standard_error_of_pass_at_32():
 
 def test_right_attempts_are_counted():
     """The count is the number of right attempts per problem, as an integer; nothing is a little right."""
-    a = Attempts([""] * 6, ["right", "wrong", "unparsed", "right", "right", "right"], 0)
-    counts = a.right(3)
+    a = Attempts(3, [""] * 6, ["right", "wrong", "unparsed", "right", "right", "right"], 0)
+    counts = a.right()
     assert counts.tolist() == [1, 3] and counts.dtype.kind == "i"
 
 
@@ -301,7 +303,7 @@ def test_kl_is_the_mean_over_all_tokens_of_the_answers(make_gpt, answer_tokenize
     problems, prefix = [{"question": q} for q in ("a", "bcdef", "7", "88 8")], [3, 4]
     c = evaluate.Config(("x.pt",), temperature=1.5, max_new=12, seed=5)
     kl = evaluate.kl_divergence(model, reference, answer_tokenizer, problems, c, prefix)
-    prompts = [prefix + evaluate.prompt_ids(answer_tokenizer, p) for p in problems]
+    prompts = [prefix + prompt_ids(answer_tokenizer, p) for p in problems]
     answers = sample(model, prompts, 1, 12, answer_tokenizer.eos, answer_tokenizer.pad, generator(5, "kl"),
                      1.5)
     terms = []
@@ -414,7 +416,7 @@ def test_a_context_follows_eos(bigram, byte_tokenizer):
 
 def test_a_prompt_is_eos_question_newline(byte_tokenizer):
     """The question stands after EOS as in pretraining, encoded as plain text: no second EOS."""
-    ids = evaluate.prompt_ids(byte_tokenizer, {"question": f"a{EOS}?"})
+    ids = prompt_ids(byte_tokenizer, {"question": f"a{EOS}?"})
     assert ids == [byte_tokenizer.eos, *f"a{EOS}?\n".encode()]
 
 
@@ -514,17 +516,18 @@ def opened(make_gpt, byte_tokenizer, tmp_path):
 
     def questions(problems, script=rl, **options):
         path = write(tmp_path / "some.jsonl", *problems)
-        c = script.Config(init=str(tmp_path / "start.pt"), data=str(tmp_path), problems=str(path), max_new=9,
-                          **options)
-        return [p["question"] for p in evaluate.open_training(c, torch.device("cpu"), script is not rl)[3]]
+        c = script.Config(data=str(tmp_path), problem_file=str(path), max_new=9, **options)
+        model, tokenizer, _ = load_model(tmp_path / "start.pt")
+        problems, _ = training_problems(c, model, tokenizer, solutions=script is not rl)
+        return [p["question"] for p in problems]
     return questions
 
 
-@pytest.mark.parametrize("questions, chosen", [(0, "0234"), (1, "0"), (3, "023"), (9, "0234")])
-def test_training_takes_the_first_questions(opened, questions, chosen):
-    """--questions N: the first N problems of the difficulty in the order of the file; 0: all there are."""
+@pytest.mark.parametrize("n_train, chosen", [(0, "0234"), (1, "0"), (3, "023"), (9, "0234")])
+def test_training_takes_the_first_problems(opened, n_train, chosen):
+    """--n-train N: the first N problems of the difficulty in the order of the file; 0: all there are."""
     problems = [GOOD | {"question": str(i), "difficulty": "hard" if i == 1 else "easy"} for i in range(5)]
-    assert all(opened(problems, script, questions=questions) == list(chosen) for script in (rl, sft, merge))
+    assert all(opened(problems, script, n_train=n_train) == list(chosen) for script in (rl, sft, merge))
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
@@ -559,8 +562,8 @@ def test_too_long_prompts_are_explained(answering, answer_tokenizer):
 
 @pytest.fixture
 def shown(answering, answer_tokenizer, bigram, tmp_path, monkeypatch, capsys):
-    """The output of --samples for a model that always says '#### 7' and one that says Z sixty times, each
-    with seven easy and three hard problems; the folder must not gain a file."""
+    """What sample.py prints, problem by problem, of models that always say '#### 7' (seven.pt) or Z sixty
+    times (z.pt), for seven easy and three hard problems; the folder must not gain a file."""
     t = answer_tokenizer
     newline, z = (t.encode(c)[0] for c in "\nZ")
     monkeypatch.chdir(tmp_path)
@@ -573,16 +576,16 @@ def shown(answering, answer_tokenizer, bigram, tmp_path, monkeypatch, capsys):
     def run(*checkpoints, **options):
         before = sorted(tmp_path.iterdir())
         capsys.readouterr()
-        c = evaluate.Config(checkpoints, problems="p.jsonl", samples=True, max_new=60, **options)
-        assert evaluate.run(c) == [] and sorted(tmp_path.iterdir()) == before
-        return capsys.readouterr().out
+        show(Show(checkpoints, problem_file="p.jsonl", max_new=60, **options))
+        assert sorted(tmp_path.iterdir()) == before
+        return capsys.readouterr().out.strip().split("\n\n")
     return run
 
 
 def test_samples_of_two_checkpoints_stand_side_by_side(shown):
     """Question, right answer, and per checkpoint how often which answer was given, with its grade; a long one
     is wrapped within its column: no line is wider than 110."""
-    first, *others = shown("seven.pt", "z.pt").strip().split("\n\n")
+    first, *others = shown("seven.pt", "z.pt")
     assert first.splitlines() == [
         "q0   (easy, answer 8)",
         f"{'seven.pt: 0 of 64 right, 1 different':57s}z.pt: 0 of 64 right, 1 different",
@@ -592,21 +595,19 @@ def test_samples_of_two_checkpoints_stand_side_by_side(shown):
     assert all("seven.pt: 64 of 64 right" in part and part.count("Z") == 60 for part in others)
 
 
-def test_samples_of_one_checkpoint_take_the_whole_width(shown):
-    """The options --n-problems, --n-samples and --shots mean the same as elsewhere."""
-    lines = shown("z.pt", n_problems=1, n_samples=40).splitlines()
-    assert lines[1:4] == ["q0   (easy, answer 8)", "z.pt: 0 of 40 right, 1 different",
-                          f"  40 × unparsed '{60 * 'Z'}'"]
-    assert [line.split()[0] for line in lines if line.startswith("q")] == ["q0", "q7"]
-    with pytest.raises(UserError, match="train.jsonl"):
-        shown("z.pt", data="nowhere", shots=1)
+def test_as_many_samples_are_shown_as_asked(shown):
+    """The options --n-problems, of each difficulty, and --n-samples mean the same as in evaluate.py."""
+    parts = shown("z.pt", "z.pt", n_problems=1, n_samples=40)
+    assert [part.split()[0] for part in parts] == ["q0", "q7"]
+    assert all(part.count("z.pt: 0 of 40 right, 1 different") == 2 for part in parts)
 
 
 def test_samples_show_the_most_frequent_answers_first(shown, answering, answer_tokenizer):
     """Half right, a quarter wrong and a quarter unreadable at T = 1: counted from 256 samples."""
     save_checkpoint("mixed.pt", answering(1 / 3, .25), answer_tokenizer, [])
-    lines = shown("mixed.pt", n_samples=256, temperature=1.0).split("\n\n")[1].splitlines()
-    counts, grades = zip(*(line.replace("×", "").split()[:2] for line in lines[2:]))
+    lines = shown("seven.pt", "mixed.pt", n_samples=256, temperature=1.0)[1].splitlines()
+    assert lines[2].startswith(" 256 × right    '#### 7'")
+    counts, grades = zip(*(line[57:].replace("×", "").split()[:2] for line in lines[2:]))
     assert grades[0] == "right" and set(grades) == {"right", "wrong", "unparsed"}
     assert sum(map(int, counts)) == 256 and abs(int(counts[0]) - 128) < 32
-    assert lines[1].endswith(f" {counts[0]} of 256 right, 3 different")
+    assert lines[1].endswith(f"mixed.pt: {counts[0]} of 256 right, 3 different")
