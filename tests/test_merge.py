@@ -14,6 +14,7 @@ import worlds
 
 import evaluate
 import merge
+import ranks
 import rl
 import sft
 from checkpoint import Run, UserError, generator, load_checkpoint, load_model, save_checkpoint
@@ -61,6 +62,14 @@ def arm(model, loss, lr=.01, decay=0., clip=1e9, kind=torch.optim.AdamW):
     return update
 
 
+def alone(model, n, loss, *options, **kind):
+    """The model after n updates of one arm, without averaging."""
+    update = arm(model, loss, *options, **kind)
+    for h in range(n):
+        update(h)
+    return model
+
+
 def values(model) -> list[torch.Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
@@ -72,6 +81,11 @@ def distance(a, b) -> float:
     return max(float((x - y).abs().max()) for x, y in zip(tensors(a), tensors(b), strict=True))
 
 
+def mixed(a, b, weight=.5) -> list[torch.Tensor]:
+    """The weighted mean of two models; `weight` is that of the first."""
+    return [weight * x + (1 - weight) * y for x, y in zip(values(a), values(b))]
+
+
 def rounds(model, arms, n, weights=(.5, .5), inner=1):
     for _ in range(n):
         parallel_round(model, arms, list(weights), inner)
@@ -81,31 +95,23 @@ def rounds(model, arms, n, weights=(.5, .5), inner=1):
 @pytest.mark.parametrize("decay, clip", [(0., 1e9), (.1, 1e9), (0., .3), (.1, .3)])
 def test_identical_arms_are_one_adamw(mlp, decay, clip):
     """With the same objective, lr, decay and clip both arms are, bitwise, a single AdamW over 20 steps."""
-    alone, both = mlp(), mlp()
-    one = arm(alone, rl_loss, .01, decay, clip)
-    for h in range(20):
-        one(h)
+    both, one = mlp(), alone(mlp(), 20, rl_loss, .01, decay, clip)
     rounds(both, [arm(both, rl_loss, .01, decay, clip) for _ in range(2)], 20)
-    assert distance(both, alone) == 0 < distance(both, mlp())
+    assert distance(both, one) == 0 < distance(both, mlp())
 
 
 def test_with_an_idle_arm_one_step_is_half_the_others(mlp):
     """SFT with lr 0 (its decay is scaled by lr): one round moves half as far as the RL step alone."""
-    start, alone, both = mlp(), mlp(), mlp()
-    arm(alone, rl_loss, .01, .1)(0)
+    both, one = mlp(), alone(mlp(), 1, rl_loss, .01, .1)
     rounds(both, [arm(both, rl_loss, .01, .1), arm(both, sft_loss, 0., .1)], 1)
-    half = [(a + b) / 2 for a, b in zip(values(start), values(alone))]
-    assert distance(both, half) < 1e-7 and distance(both, start) > .004
+    assert distance(both, mixed(mlp(), one)) < 1e-7 and distance(both, mlp()) > .004
 
 
 def test_with_an_idle_arm_it_is_the_other_at_half_the_rate(mlp):
     """Over 50 rounds RL beside an SFT with lr 0 is RL alone with lr/2, within 1e-6."""
-    alone, both = mlp(), mlp()
-    one = arm(alone, rl_loss, .005, .1)
-    for h in range(50):
-        one(h)
+    both, one = mlp(), alone(mlp(), 50, rl_loss, .005, .1)
     rounds(both, [arm(both, rl_loss, .01, .1), arm(both, sft_loss, 0., .1)], 50)
-    assert distance(both, alone) < 1e-6 and distance(both, mlp()) > .1
+    assert distance(both, one) < 1e-6 and distance(both, mlp()) > .1
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -138,21 +144,17 @@ def test_the_first_round_moves_at_most_the_mean_rate(mlp):
 
 def test_with_sgd_it_is_sgd_on_the_sum_at_half_the_rate(mlp):
     """Averaging two SGD updates is one on the summed loss with lr/2: the case where nothing is new."""
-    both, one = mlp(), mlp()
-    rounds(both, [arm(both, loss, .1, kind=torch.optim.SGD) for loss in (rl_loss, sft_loss)], 20)
-    fused = arm(one, lambda model: rl_loss(model) + sft_loss(model), .05, kind=torch.optim.SGD)
-    for h in range(20):
-        fused(h)
+    both, sgd = mlp(), torch.optim.SGD
+    rounds(both, [arm(both, loss, .1, kind=sgd) for loss in (rl_loss, sft_loss)], 20)
+    one = alone(mlp(), 20, lambda model: rl_loss(model) + sft_loss(model), .05, kind=sgd)
     assert distance(both, one) < 1e-6 and distance(both, mlp()) > .1
 
 
 def test_with_adamw_it_is_not_adamw_on_the_mean_loss(mlp):
     """With AdamW each arm is scaled by its own second moments, which one optimizer on the mean cannot do."""
-    both, one = mlp(), mlp()
+    both = mlp()
     rounds(both, [arm(both, rl_loss), arm(both, sft_loss)], 20)
-    fused = arm(one, lambda model: (rl_loss(model) + sft_loss(model)) / 2)
-    for h in range(20):
-        fused(h)
+    one = alone(mlp(), 20, lambda model: (rl_loss(model) + sft_loss(model)) / 2)
     assert distance(both, one) > .01
 
 
@@ -160,12 +162,9 @@ def test_the_scale_of_a_loss_is_irrelevant(mlp):
     """The SFT loss times 1000 changes nothing; with one shared AdamW the SFT loss would take over."""
     def after(scale, shared):
         model = mlp()
-        if not shared:
-            return rounds(model, [arm(model, rl_loss), arm(model, lambda m: scale * sft_loss(m))], 20)
-        one = arm(model, lambda m: rl_loss(m) + scale * sft_loss(m))
-        for h in range(20):
-            one(h)
-        return model
+        if shared:
+            return alone(model, 20, lambda m: rl_loss(m) + scale * sft_loss(m))
+        return rounds(model, [arm(model, rl_loss), arm(model, lambda m: scale * sft_loss(m))], 20)
     assert distance(after(1, shared=False), after(1000, shared=False)) < 1e-5
     assert distance(after(1, shared=True), after(1000, shared=True)) > .01
 
@@ -224,15 +223,10 @@ def test_inner_updates_before_averaging(mlp, inner):
     """A round is H updates of each arm from the snapshot, numbered 0 to H-1, then the mean: the average of
     two models that were trained apart for H steps."""
     model, numbers = mlp(), []
-    ends = [mlp(), mlp()]
-    for end, loss in zip(ends, (rl_loss, sft_loss)):
-        one = arm(end, loss)
-        for h in range(inner):
-            one(h)
     arms = [arm(model, rl_loss), arm(model, sft_loss)]
     parallel_round(model, [lambda h, a=a: (numbers.append(h), a(h)) for a in arms], [.5, .5], inner)
     assert numbers == 2 * list(range(inner))
-    assert distance(model, [(a + b) / 2 for a, b in zip(*map(values, ends))]) < 1e-7
+    assert distance(model, mixed(*(alone(mlp(), inner, loss) for loss in (rl_loss, sft_loss)))) < 1e-7
 
 
 def test_more_inner_updates_are_another_method(mlp):
@@ -249,51 +243,44 @@ def test_more_inner_updates_are_another_method(mlp):
 @pytest.mark.parametrize("weights", [(1., 0.), (.25, .75), (0., 1.)])
 def test_the_average_is_weighted(mlp, weights):
     """Each arm has a weight; weight 1 is that arm alone, bitwise."""
-    ends = [mlp(), mlp()]
-    for end, loss in zip(ends, (rl_loss, sft_loss)):
-        arm(end, loss, .1)(0)
-    model = mlp()
-    rounds(model, [arm(model, rl_loss, .1), arm(model, sft_loss, .1)], 1, weights)
-    mixed = [weights[0] * a + weights[1] * b for a, b in zip(*map(values, ends))]
-    assert distance(model, mixed) <= (0 if 1. in weights else 1e-7)
+    model, losses = mlp(), (rl_loss, sft_loss)
+    rounds(model, [arm(model, loss, .1) for loss in losses], 1, weights)
+    expected = mixed(*(alone(mlp(), 1, loss, .1) for loss in losses), weights[0])
+    assert distance(model, expected) <= (0 if 1. in weights else 1e-7)
 
 
 def test_an_arm_that_does_nothing_contributes_the_snapshot(mlp):
     """Within the average an arm without signal pulls half-way back to the snapshot, as an update of 0."""
-    alone, model = mlp(), mlp()
-    arm(alone, sft_loss, .1)(0)
+    model = mlp()
     rounds(model, [lambda h: None, arm(model, sft_loss, .1)], 1)
-    assert distance(model, [(a + b) / 2 for a, b in zip(values(mlp()), values(alone))]) < 1e-7
+    assert distance(model, mixed(mlp(), alone(mlp(), 1, sft_loss, .1))) < 1e-7
 
 
 def test_a_gpt_is_averaged_like_any_model(gpt):
     """Equal arms are a single AdamW on the architecture itself, embedding and norms included: 5 rounds,
     bitwise."""
-    alone, ids = copy.deepcopy(gpt), torch.randint(0, 61, (4, 12), generator=generator(0, "test"))
+    before, ids = copy.deepcopy(gpt), torch.randint(0, 61, (4, 12), generator=generator(0, "test"))
 
     def loss(model):
         return torch.nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
-    one = arm(alone, loss, .01, .1, 1.)
-    for h in range(5):
-        one(h)
-    before = copy.deepcopy(gpt)
+    one = alone(copy.deepcopy(gpt), 5, loss, .01, .1, 1.)
     rounds(gpt, [arm(gpt, loss, .01, .1, 1.) for _ in range(2)], 5)
-    assert distance(gpt, alone) == 0 < distance(gpt, before)
+    assert distance(gpt, one) == 0 < distance(gpt, before)
 
 
 # ---- training ----------------------------------------------------------------------------------------------
 
-OPTIONS = dict(max_new=12, eval_every=4, eval_problems=2, eval_samples=2, save_every=1)
+OPTIONS = dict(max_new=12, eval_every=4, eval_problems=2, eval_samples=2, save_every=1, seed=2)
 RL, SFT = dict(n_problems=4, rollouts=4), dict(batch=8)
 MODES = [("parallel", 1), ("parallel", 2), ("parallel", 4), ("fused", 1), ("alternating", 1)]
 
 
 def trained(script, out: Path, start: Path | None = None, **changes) -> Path:
     """Final checkpoint of a run that starts from the parrot: its rewards differ within groups."""
-    own = {rl: RL | dict(steps=4), sft: SFT | dict(epochs=1, warmup=0, decay=False),       # 32 questions / 8
+    own = {rl: RL | dict(steps=4), sft: SFT | dict(epochs=1, warmup=0, decay=0.),          # 32 questions / 8
            merge: RL | SFT | dict(steps=4)}[script]
     options = dict(init=str(start or worlds.parrot()), data=str(worlds.data()),
-                   problems=str(worlds.sevens()), out=str(out), threads=1)
+                   problem_file=str(worlds.sevens()), out=str(out), threads=1)
     return Path(worlds.quietly(script.train, script.Config(**options | OPTIONS | own | changes)))
 
 
@@ -301,17 +288,35 @@ def weights(path: Path) -> dict:
     return load_checkpoint(path)["model"]
 
 
-@functools.cache
-def finished(mode: str, inner: int) -> Path:
-    """An uninterrupted run of four steps in a mode."""
-    return trained(merge, worlds.folder() / f"merge-{mode}-{inner}", mode=mode, inner=inner)
+def mean(a: dict, b: dict) -> dict:
+    return {name: .5 * a[name] + .5 * b[name] for name in a}
 
 
 @functools.cache
-def alone(name: str, **changes) -> dict:
-    """Weights after the same four steps of rl.py ('rl') or sft.py ('sft') alone."""
-    script = {"rl": rl, "sft": sft}[name]
-    out = worlds.folder() / f"alone-{name}-{len(list(worlds.folder().iterdir()))}"
+def finished(mode: str, inner: int) -> tuple[Path, dict[str, list]]:
+    """An uninterrupted run of four steps in a mode, and the weights that rl.py's and sft.py's functions
+    saw."""
+    seen, start = {"collect": [], "sft_gradient": []}, worlds.parrot()
+
+    def watch(patch, script, name):
+        real = getattr(script, name)
+
+        def watched(model, *args):
+            seen[name].append(values(model))
+            return real(model, *args)
+        patch.setattr(script, name, watched)
+    with pytest.MonkeyPatch.context() as patch:
+        watch(patch, rl, "collect")
+        watch(patch, sft, "sft_gradient")
+        path = trained(merge, worlds.folder() / f"merge-{mode}-{inner}", start, mode=mode, inner=inner)
+    del seen["collect"][0]                                               # the probe before the first step
+    return path, seen
+
+
+@functools.cache
+def of_script(script, **changes) -> dict:
+    """Weights after the same four steps of rl.py or sft.py alone."""
+    out = worlds.folder() / f"alone-{len(list(worlds.folder().iterdir()))}"
     return weights(trained(script, out, **changes))
 
 
@@ -319,80 +324,112 @@ def steps_of(path: Path) -> list[dict]:
     return [line for line in worlds.lines(path.parent / "log.jsonl") if "reward" in line]
 
 
-@pytest.mark.parametrize("mode, inner", MODES)
-def test_every_mode_trains_and_logs(mode, inner):
-    """The starting weights change; a line per round has RL's and SFT's figures; the counts are those of the
+def it_trains_and_logs(mode, inner, *_):
+    """The starting weights change; a line per round has RL's and SFT's metrics; the counts are those of the
     steps done (an update of each per step, one for both if fused), validations stand at 0 and 4."""
-    path = finished(mode, inner)
+    path, _ = finished(mode, inner)
     log, steps = worlds.lines(path.parent / "log.jsonl"), steps_of(path)
     assert distance(weights(path), weights(worlds.parrot())) > 1e-3
     assert [line["step"] for line in steps] == list(range(inner, 5, inner))
     norms = {"grad_norm_fused"} if mode == "fused" else {"grad_norm_rl", "grad_norm_sft"}
     for line in steps:
-        assert {"reward", "signal", "entropy", "truncated", "kl", "sft_loss", "skipped", "tokens", "updates",
-                "flops", "seconds"} | norms == line.keys() - {"step"}
+        assert {"step", "reward", "signal", "unparsed", "truncated", "length", "entropy", "kl", "sft_loss",
+                "skipped", "tokens", "updates", "flops", "seconds"} | norms == line.keys()
     assert [line["step"] for line in log if "val_pass@1" in line] == [0, 4]
     assert steps[-1]["updates"] == (4 if mode == "fused" else 8) and steps[-1]["skipped"] == 0
-    assert "How many are seven?   (answer 7)" in (path.parent / "samples.txt").read_text()
+    first = next(p for p in worlds.lines(worlds.data() / "val.jsonl") if p["difficulty"] == "easy")
+    assert (path.parent / "samples.txt").read_text().count(f"{first['question']}   (answer") == 2
 
 
-@pytest.mark.parametrize("mode, inner", MODES)
-def test_every_mode_leaves_its_lineage(mode, inner):
+def it_leaves_its_lineage(mode, inner, *_):
     """The stage names script, options, parent and counts; the run can be told from the file."""
-    path = finished(mode, inner)
+    path, _ = finished(mode, inner)
     stage, start = load_checkpoint(path)["lineage"][-1], worlds.parrot()
     assert stage["script"] == "merge.py" and stage["config"]["mode"] == mode
     assert stage["parent"] == hashlib.sha256(start.read_bytes()).hexdigest()
     assert load_checkpoint(path)["lineage"][:-1] == load_checkpoint(start)["lineage"]
-    last = steps_of(path)[-1]
-    assert {k: stage[k] for k in ("tokens", "updates", "flops")} == {k: last[k]
-                                                                     for k in ("tokens", "updates", "flops")}
+    counts, last = ("tokens", "updates", "flops"), steps_of(path)[-1]
+    assert [stage[name] for name in counts] == [last[name] for name in counts]
+
+
+def rl_and_sft_see_the_snapshot(mode, inner, *_):
+    """Rollouts and SFT's gradient come from the same weights, once in every round; in turn (alternating) SFT
+    sees the weights after RL's step."""
+    at_rollouts, at_sft = finished(mode, inner)[1].values()
+    assert len(at_rollouts) == len(at_sft) == 4
+    for step, (a, b) in enumerate(zip(at_rollouts, at_sft)):
+        assert (distance(a, b) == 0) == (step % inner == 0 and mode != "alternating")
+
+
+class Crash(Exception):
+    """The end of a process, without its cost."""
+
+
+def a_crashed_run_ends_in_the_same_bits(mode, inner, out, monkeypatch):
+    """A run that ends in the middle of its last round, RL's update done and SFT's not, and is resumed has the
+    weights, both AdamW states, log and transcripts of the uninterrupted run (H = all: from the beginning)."""
+    calls, real = [], sft.sft_gradient
+
+    def fragile(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise Crash
+        return real(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "sft_gradient", fragile)
+        with pytest.raises(Crash):
+            trained(merge, out, mode=mode, inner=inner)
+    assert (out / "last.pt").exists() == (inner < 4) and not (out / "final.pt").exists()
+    trained(merge, out, mode=mode, inner=inner)
+    worlds.assert_same_run(out, finished(mode, inner)[0].parent)
+
+
+@pytest.mark.parametrize("mode, inner", MODES)
+@pytest.mark.parametrize("holds", [it_trains_and_logs, it_leaves_its_lineage, rl_and_sft_see_the_snapshot,
+                                   a_crashed_run_ends_in_the_same_bits])
+def test_in_every_mode(holds, mode, inner, tmp_path, monkeypatch):
+    """Parallel averaging after each step, each second step and once, and the two controls."""
+    holds(mode, inner, tmp_path / "run", monkeypatch)
 
 
 def test_averaging_at_the_end_is_merging_two_finished_models():
     """With H = all steps the result is bitwise the mean of the models that rl.py and sft.py make of the same
     start with the same seed, and what `merge.py weights` would make of those two; so the arms are rl.py and
-    sft.py, unchanged."""
-    a, b, start = alone("rl"), alone("sft", lr=1e-3), weights(worlds.parrot())
-    merged = weights(finished("parallel", 4))
-    assert distance(merged, {k: .5 * a[k] + .5 * b[k] for k in a}) == 0
-    assert distance(merged, {k: merge_tensors("linear", [a[k], b[k]], [.5, .5]) for k in a}) == 0
-    assert distance(merged, start) > 1e-3
+    sft.py, unchanged, with the same problems, rollouts and examples."""
+    a, b, result = of_script(rl), of_script(sft, lr=1e-3), weights(finished("parallel", 4)[0])
+    assert distance(result, mean(a, b)) == 0
+    assert distance(result, {k: merge_tensors("linear", [a[k], b[k]], [.5, .5]) for k in a}) == 0
+    assert distance(result, weights(worlds.parrot())) > 1e-3
 
 
-@pytest.mark.parametrize("share, name", [(1., "rl"), (0., "sft")])
-def test_all_weight_on_one_arm_is_that_arm_alone(share, name, tmp_path):
-    """With weight 1 an arm makes the run of its own script, bitwise: same order, rollouts, moments."""
-    path = trained(merge, tmp_path / "run", weight_rl=share)
-    assert distance(weights(path), alone(name)) == 0
-
-
-@pytest.mark.parametrize("mode, tolerance", [("parallel", 1e-6), ("alternating", 0)])
-@pytest.mark.parametrize("idle, name", [("lr_sft", "rl"), ("lr_rl", "sft")])
-def test_with_an_idle_arm_each_mode_is_the_other_at_half_the_rate(mode, tolerance, idle, name, tmp_path):
-    """With lr 0 in one arm, parallel averaging and alternating steps move as far as the other script alone
-    with lr/2: the controls differ in the method, not in the step size."""
-    path = trained(merge, tmp_path / "run", mode=mode, **{idle: 0.})
-    lr = {"rl": 3e-4, "sft": 1e-3}[name] / 2
-    assert distance(weights(path), alone(name, lr=lr)) <= tolerance
-    assert distance(weights(path), weights(worlds.parrot())) > 1e-4
+@pytest.mark.parametrize("changes, script, lr, tolerance", [
+    (dict(weight_rl=1.), rl, 3e-4, 0), (dict(weight_rl=0.), sft, 1e-3, 0),
+    (dict(lr_sft=0.), rl, 1.5e-4, 1e-6), (dict(lr_rl=0.), sft, 5e-4, 1e-6),
+    (dict(mode="alternating", lr_sft=0.), rl, 1.5e-4, 0), (dict(mode="alternating", lr_rl=0.), sft, 5e-4, 0)])
+def test_with_one_arm_it_is_the_script_of_that_arm(changes, script, lr, tolerance, tmp_path):
+    """With weight 1 an arm makes the run of its own script, bitwise: same order, rollouts, moments. With lr 0
+    in one arm, parallel averaging and alternating steps move as far as the other script alone with lr/2: the
+    controls differ in the method, not in the step size."""
+    result = weights(trained(merge, tmp_path / "run", **changes))
+    assert distance(result, of_script(script, lr=lr)) <= tolerance
+    assert distance(result, weights(worlds.parrot())) > 1e-4
 
 
 def test_fused_is_one_adamw_on_the_summed_loss(tmp_path):
     """Control: AdamW's first step by hand: -lr·g/|g| (with eps 1e-8) for the gradient of RL's loss plus
-    SFT's, clipped as a whole to 1; lr² = (.5·3e-4)² + (.5·1e-3)²."""
+    SFT's, clipped as a whole to 1; lr² = (.5·3e-4)² + (.5·1e-3)². RL and SFT have orders of their own."""
     path = trained(merge, tmp_path / "run", mode="fused", steps=1)
     model, tokenizer, _ = load_model(worlds.parrot())
     problems = worlds.lines(worlds.sevens())
-    order = torch.randperm(32, generator=generator(0, "rl")).tolist()[:4]
+    asked, shown = (torch.randperm(32, generator=generator(2, name)).tolist() for name in ("rl", "sft"))
+    assert asked != shown
     c = rl.Config(max_new=12)
-    batch = rl.collect(model, tokenizer, [problems[i] for i in order], 4, c, generator(0, "rollouts", 0))
+    batch = rl.collect(model, tokenizer, [problems[i] for i in asked[:4]], 4, c, generator(2, "rollouts", 0))
     rows = [batch.prompts[r // 4] for r in range(16)], batch.completions
     logp = completion_logprobs(model, *pack(*rows, tokenizer.pad))
     advantage = rl.advantages(batch.rewards).flatten()
     each = torch.cat([a.expand(len(text)) for a, text in zip(advantage, batch.completions)])
-    order = torch.randperm(32, generator=generator(0, "sft")).tolist()[:8]
-    examples = [sft.make_examples(tokenizer, problems, False, 0)[i] for i in order]
+    examples = [sft.make_examples(tokenizer, problems, False, 2)[i] for i in shown[:8]]
     nats = -completion_logprobs(model, *pack(*map(list, zip(*examples)), tokenizer.pad))
     (-(logp * each).mean() + nats.mean()).backward()
     norm = sum(float((p.grad ** 2).sum()) for p in model.parameters()) ** .5
@@ -410,152 +447,54 @@ def test_fused_without_signal_is_sft(tmp_path):
     """Control: from a base without any right answer only SFT's gradient is left: bitwise sft.py. The rate is
     the length of two steps at right angles, .25·3e-4 and .75·1e-3."""
     path = trained(merge, tmp_path / "run", worlds.base(), mode="fused", weight_rl=.25)
-    alone = trained(sft, tmp_path / "sft", worlds.base(), lr=math.hypot(.25 * 3e-4, .75 * 1e-3))
-    assert distance(weights(path), weights(alone)) == 0
+    only = of_script(sft, start=worlds.base(), lr=math.hypot(.25 * 3e-4, .75 * 1e-3))
+    assert distance(weights(path), only) == 0
     assert all(line["signal"] == 0 for line in steps_of(path))
+
+
+def assert_one_arm_idle(path: Path, idle: int, other: Path, steps: int, start: Path) -> None:
+    """The result is half the start, half the other arm's model; the idle arm's AdamW (0: RL's, 1: SFT's) has
+    no state, for a zero gradient would still have moved it, and only the other's updates count."""
+    assert distance(weights(path), mean(weights(start), weights(other))) == 0
+    states = load_checkpoint(path.with_name("last.pt"))["optimizers"]
+    assert states[idle]["state"] == {} and states[1 - idle]["state"][0]["step"] == steps
+    assert load_checkpoint(path)["lineage"][-1]["updates"] == steps
 
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_without_signal_the_rl_arm_contributes_the_snapshot(steps, tmp_path):
-    """Without a right answer there is no RL step: the result is half the start, half the model of SFT alone;
-    RL's AdamW has no state, for a zero gradient would still have moved it, and only SFT's updates count."""
+    """Without a right answer there is no RL step, though weight decay alone could make one."""
     path = trained(merge, tmp_path / "run", worlds.base(), steps=steps, inner=steps, weight_decay=.1)
-    only = trained(sft, tmp_path / "sft", worlds.base(), weight_decay=.1,
-                   checkpoints_at=(steps,)).with_name(f"step{steps}.pt")
-    start, end = weights(worlds.base()), weights(only)
-    assert distance(weights(path), {k: .5 * start[k] + .5 * end[k] for k in end}) == 0
-    states = load_checkpoint(path.with_name("last.pt"))["optimizers"]
-    assert states[0]["state"] == {} and states[1]["state"][0]["step"] == steps
-    assert load_checkpoint(path)["lineage"][-1]["updates"] == steps
+    only = trained(sft, tmp_path / "sft", worlds.base(), weight_decay=.1, checkpoints_at=(steps,))
+    assert_one_arm_idle(path, 0, only.with_name(f"step{steps}.pt"), steps, worlds.base())
 
 
 @pytest.mark.parametrize("poisoned", [0, 1])
 def test_a_bad_gradient_skips_its_arm_alone(poisoned, tmp_path, monkeypatch):
-    """With NaN in the gradient of one arm it contributes the snapshot, its AdamW is untouched, and the other
-    arm's update counts; the skip is logged."""
-    real, calls = Run.step, []
+    """With NaN in the gradient of one arm it contributes the snapshot, and the other arm's update counts; the
+    skip is logged."""
+    calls = []
 
-    def step(run, model, optimizer, clip):
-        calls.append(optimizer)
+    def poison(model):
+        calls.append(model)
         if len(calls) == 1 + poisoned:
             model.norm.grad[3] = float("nan")
-        return real(run, model, optimizer, clip)
-    monkeypatch.setattr(Run, "step", step)
-    path = trained(merge, tmp_path / "run", steps=1)
-    monkeypatch.undo()
-    other = (sft, rl)[poisoned]
-    end = weights(trained(other, tmp_path / "other", checkpoints_at=(1,)).with_name("step1.pt"))
-    start = weights(worlds.parrot())
-    assert distance(weights(path), {k: .5 * start[k] + .5 * end[k] for k in end}) == 0
-    states = load_checkpoint(path.with_name("last.pt"))["optimizers"]
-    assert states[poisoned]["state"] == {} and states[1 - poisoned]["state"][0]["step"] == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(ranks, "sum_gradients", poison)
+        path = trained(merge, tmp_path / "run", steps=1)
+    other = trained((sft, rl)[poisoned], tmp_path / "other", checkpoints_at=(1,)).with_name("step1.pt")
+    assert_one_arm_idle(path, poisoned, other, 1, worlds.parrot())
     assert [line["skipped"] for line in steps_of(path)] == [1]
-    assert load_checkpoint(path)["lineage"][-1]["updates"] == 1
-
-
-def test_the_scale_of_the_sft_loss_is_irrelevant_in_a_run(tmp_path, monkeypatch):
-    """In merge.py itself SFT's gradient times 1000 changes next to nothing when averaged (gradients near
-    AdamW's eps of 1e-8 do change), everything when fused."""
-    def run(scale, mode):
-        def scaled(model, *args):
-            before = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
-            figures = real(model, *args)
-            for p, g in zip(model.parameters(), before):
-                p.grad = p.grad * scale if g is None else g + (p.grad - g) * scale
-            return figures
-        with monkeypatch.context() as patch:
-            real = sft.sft_gradient
-            patch.setattr(sft, "sft_gradient", scaled)
-            return weights(trained(merge, tmp_path / f"{mode}{scale}", mode=mode, steps=2, grad_clip=1e6))
-    def change(mode):
-        """Difference between the two scales over the way from the start, as Euclidean lengths."""
-        a, b, start = run(1, mode), run(1000, mode), weights(worlds.parrot())
-        return sum(float(((a[k] - b[k]) ** 2).sum()) for k in a) ** .5 / sum(
-            float(((a[k] - start[k]) ** 2).sum()) for k in a) ** .5
-    assert change("parallel") < .1 and change("fused") > .5
-
-
-@pytest.mark.parametrize("mode, same", [("parallel", True), ("fused", True), ("alternating", False)])
-def test_rl_and_sft_see_the_snapshot(mode, same, tmp_path, monkeypatch):
-    """In merge.py itself rollouts and SFT's gradient come from the same weights in every round; in turn
-    (alternating) SFT sees the weights after RL's step."""
-    seen = {"rl": [], "sft": []}
-
-    def watch(patch, script, name, kind):
-        real = getattr(script, name)
-
-        def watched(model, *args):
-            seen[kind].append(values(model))
-            return real(model, *args)
-        patch.setattr(script, name, watched)
-    with monkeypatch.context() as patch:
-        watch(patch, rl, "collect", "rl")
-        watch(patch, sft, "sft_gradient", "sft")
-        trained(merge, tmp_path / "run", mode=mode, steps=3)
-    del seen["rl"][0]                                                    # the probe before the first step
-    assert len(seen["rl"]) == len(seen["sft"]) == 3
-    assert all((distance(a, b) == 0) == same for a, b in zip(seen["rl"], seen["sft"]))
-
-
-def test_merge_sees_what_rl_and_sft_see(tmp_path, monkeypatch):
-    """With one seed merge.py asks the problems of rl.py and shows the examples of sft.py, in their orders,
-    whatever H is; and those two orders differ."""
-    tokenizer = load_model(worlds.parrot())[1]
-
-    def order(name, script, **changes):
-        asked, shown = [], []
-        real_collect, real_gradient = rl.collect, sft.sft_gradient
-
-        def collect(model, tokenizer, problems, group, *rest):
-            asked.extend(p["question"] for p in problems if group == 4)  # the probe asks 8 times
-            return real_collect(model, tokenizer, problems, group, *rest)
-
-        def gradient(model, examples, *rest):
-            shown.extend(tokenizer.decode(prompt[1:]).removesuffix("\n") for prompt, _ in examples)
-            return real_gradient(model, examples, *rest)
-        with monkeypatch.context() as patch:
-            patch.setattr(rl, "collect", collect)
-            patch.setattr(sft, "sft_gradient", gradient)
-            trained(script, tmp_path / name, seed=3, **changes)
-        return asked, shown
-    asked, shown = order("rl", rl, n_problems=8)[0], order("sft", sft)[1]
-    assert len(set(asked)) == len(set(shown)) == 32 and asked != shown
-    for inner in (1, 4):
-        assert order(f"merge{inner}", merge, n_problems=8, inner=inner) == (asked, shown)
-
-
-class Crash(Exception):
-    """The end of a process, without its cost."""
-
-
-@pytest.mark.parametrize("mode, inner", MODES)
-def test_a_crashed_run_ends_in_the_same_bits(mode, inner, tmp_path, monkeypatch):
-    """A run that ends in the middle of its last round, RL's update done and SFT's not, and is resumed has the
-    weights, both AdamW states, log and transcripts of the uninterrupted run (H = all: from the beginning)."""
-    out, calls, real = tmp_path / "run", [], sft.sft_gradient
-
-    def fragile(*args):
-        calls.append(1)
-        if len(calls) == 4:
-            raise Crash
-        return real(*args)
-    with monkeypatch.context() as patch:
-        patch.setattr(sft, "sft_gradient", fragile)
-        with pytest.raises(Crash):
-            trained(merge, out, mode=mode, inner=inner)
-    assert (out / "last.pt").exists() == (inner < 4) and not (out / "final.pt").exists()
-    trained(merge, out, mode=mode, inner=inner)
-    worlds.assert_same_run(out, finished(mode, inner).parent)
 
 
 def test_save_every_is_kept_with_inner_updates(tmp_path, monkeypatch):
     """With H = 2 and --save-every 3 a state is saved after the round in which each third step fell."""
-    saved, real = [], Run.save_last
+    saved, real = [], Run._save_last
 
-    def save_last(run, *args, done=False, **more):
-        saved.extend([] if done else [args[4]])
-        real(run, *args, done=done, **more)
-    monkeypatch.setattr(Run, "save_last", save_last)
+    def save_last(run, step, *args, done=False):
+        saved.extend([] if done else [step])
+        real(run, step, *args, done=done)
+    monkeypatch.setattr(Run, "_save_last", save_last)
     trained(merge, tmp_path / "run", steps=8, inner=2, save_every=3, eval_every=8)
     assert saved == [4, 6, 8]                                            # steps 3, 6, and the end
 
@@ -569,7 +508,6 @@ def test_listed_steps_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize("changes, line", [
-    (dict(mode="serial"), "--mode serial"), (dict(weight_rl=1.1), "--weight-rl 1.1"),
     (dict(inner=3), "--inner 3"), (dict(inner=2, checkpoints_at=(1,)), "--inner 2"),
     (dict(inner=2, mode="fused"), "--inner 2"), (dict(inner=2, mode="alternating"), "--inner 2")])
 def test_what_cannot_be_averaged_is_refused(changes, line, tmp_path):
@@ -594,24 +532,24 @@ def test_linear_merging(weights, expected):
     assert torch.allclose(merged, torch.tensor(expected))
 
 
-@pytest.mark.parametrize("scale", [0., .5, 1., -1.])
-def test_task_arithmetic(scale):
+@pytest.mark.parametrize("factor", [0., .5, 1., -1.])
+def test_task_arithmetic(factor):
     """Task arithmetic is base + λ·Σ wᵢ(θᵢ − base): here the differences [1, -2, .1, 3]·.5 + [.5, 1, -.2,
     -4]·2."""
-    merged = merge_tensors("task", [BASE + d for d in DELTAS], [.5, 2.], BASE, scale)
-    assert torch.allclose(merged, BASE + scale * torch.tensor([[1.5, 1., -.35, -6.5]]))
+    merged = merge_tensors("task", [BASE + d for d in DELTAS], [.5, 2.], BASE, factor)
+    assert torch.allclose(merged, BASE + factor * torch.tensor([[1.5, 1., -.35, -6.5]]))
 
 
 @pytest.mark.parametrize("density, expected", [(.5, [0., -2, 0, -4]), (1., [.75, -2, -.2, -4])])
-@pytest.mark.parametrize("scale", [1., .3])
-def test_ties_values(density, expected, scale):
+@pytest.mark.parametrize("factor", [1., .3])
+def test_ties_values(density, expected, factor):
     """TIES on [1, -2, .1, 3] and [.5, 1, -.2, -4]: trim, elect the sign, average who agrees."""
     for base in (BASE, torch.zeros_like(BASE)):
-        merged = merge_tensors("ties", [base + d for d in DELTAS], [.5, .5], base, scale, density)
-        assert torch.allclose(merged, base + scale * torch.tensor([expected]), atol=1e-5)
+        merged = merge_tensors("ties", [base + d for d in DELTAS], [.5, .5], base, factor, density)
+        assert torch.allclose(merged, base + factor * torch.tensor([expected]), atol=1e-5)
 
 
-def naive_ties(base, tensors, weights, scale, density):
+def naive_ties(base, tensors, weights, factor, density):
     """Yadav et al. 2023, section 4, one number at a time."""
     kept = []
     for tensor in tensors:
@@ -623,7 +561,7 @@ def naive_ties(base, tensors, weights, scale, density):
         total = sum(w * d[i] for w, d in zip(weights, kept))
         agreeing = [(w, d[i]) for w, d in zip(weights, kept) if d[i] * total > 0]
         mean = sum(w * d for w, d in agreeing) / sum(w for w, _ in agreeing) if agreeing else 0.
-        out.append(b + scale * mean)
+        out.append(b + factor * mean)
     return out
 
 
@@ -661,10 +599,13 @@ def test_merging_leaves_its_inputs_alone(method):
 BYTES = Tokenizer({"pattern": PATTERN, "merges": []})
 
 
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def stage(script: str, tokens: int, seed: int, parent: Path | None = None) -> dict:
     return {"script": script, "config": {"seed": seed}, "tokens": tokens, "updates": tokens // 10,
-            "flops": 100 * tokens, "seconds": tokens / 2,
-            "parent": hashlib.sha256(parent.read_bytes()).hexdigest() if parent else None}
+            "flops": 100 * tokens, "seconds": tokens / 2, "parent": sha256(parent) if parent else None}
 
 
 @pytest.fixture
@@ -690,108 +631,89 @@ def merged(family, names: str, tmp_path, base="", **options) -> Path:
     """The file that merge_weights wrote for these members of the family."""
     (path,) = merge_weights(WeightsConfig(
         tuple(str(family[name]) for name in names.split()), str(family[base]) if base else "",
-        out=str(tmp_path / "merged.pt"), device="cpu", threads=1, **options))
+        **dict(out=str(tmp_path / "merged.pt"), device="cpu", threads=1) | options))
     return path
 
 
-def test_checkpoints_are_merged_weight_by_weight(family, tmp_path):
-    """The file holds the mean of every tensor, and is a checkpoint that can be used."""
-    path, a, b = merged(family, "a b", tmp_path), weights(family["a"]), weights(family["b"])
+@pytest.mark.parametrize("method, base", [("linear", ""), ("task", "base"), ("ties", "base")])
+def test_checkpoints_are_merged_tensor_by_tensor(family, tmp_path, method, base):
+    """The options --method, --base, --weights, --factor and --density reach every tensor, one-dimensional ones
+    too. The file is a checkpoint that can be used; the inputs have the bytes that they had."""
+    before = {name: path.read_bytes() for name, path in family.items()}
+    path = merged(family, "a b c", tmp_path, base, method=method, weights=(.5, .2, .3), factor=.6, density=.2)
     assert path == tmp_path / "merged.pt"
-    assert distance(weights(path), {k: (a[k] + b[k]) / 2 for k in a}) < 1e-6 < distance(a, b)
+    a, b, c, m = (weights(family[name]) for name in ("a", "b", "c", "base"))
+    expected = {k: merge_tensors(method, [a[k], b[k], c[k]], [.5, .2, .3], m[k], .6, .2) for k in a}
+    assert distance(weights(path), expected) == 0 and distance(expected, m) > .01
     model, tokenizer, _ = load_model(path)
     assert tokenizer.spec == BYTES.spec and model(torch.tensor([[1, 2]])).isfinite().all()
-
-
-@pytest.mark.parametrize("method", ["task", "ties"])
-def test_every_tensor_is_merged_by_the_method(family, tmp_path, method):
-    """The options --method, --base, --weights, --scale and --density reach every tensor, one-dimensional ones
-    too."""
-    path = merged(family, "a b c", tmp_path, method=method, base="base", weights=(.5, .2, .3), scale=.6,
-                  density=.2)
-    a, b, c, base = (weights(family[name]) for name in ("a", "b", "c", "base"))
-    expected = {k: merge_tensors(method, [a[k], b[k], c[k]], [.5, .2, .3], base[k], .6, .2) for k in a}
-    assert distance(weights(path), expected) == 0 and distance(expected, base) > .01
-
-
-def test_the_inputs_are_not_modified(family, tmp_path):
-    """Merging only reads: every input file has the bytes it had."""
-    before = {name: path.read_bytes() for name, path in family.items()}
-    merged(family, "a b", tmp_path, method="ties", base="base")
     assert {name: path.read_bytes() for name, path in family.items()} == before
 
 
+def test_without_weights_it_is_the_mean(family, tmp_path):
+    """By default all checkpoints have the same weight."""
+    a, b = weights(family["a"]), weights(family["b"])
+    assert distance(weights(merged(family, "a b", tmp_path)), mean(a, b)) < 1e-6 < distance(a, b)
+
+
 def test_the_lineage_of_a_merge(family, tmp_path):
-    """The lineage is the common part of both, then one stage: the options, the weights used, the base's
-    sha256, and the cost of the two branches together."""
+    """The lineage is the common part of both, then one stage: the options, the weights used, the sha256 of the
+    base and of the two, and the cost of the two branches together."""
     lineage = load_checkpoint(merged(family, "b c", tmp_path, base="base", method="task"))["lineage"]
     assert lineage[:-1] == load_checkpoint(family["base"])["lineage"]
     last = lineage[-1]
     assert last["script"] == "merge.py weights" and last["config"]["weights"] == [.5, .5]
     assert last["config"]["checkpoints"] == [str(family["b"]), str(family["c"])]
-    assert last["parent"] == hashlib.sha256(family["base"].read_bytes()).hexdigest()
+    assert last["parent"] == sha256(family["base"])
+    assert last["merged"] == [sha256(family["b"]), sha256(family["c"])]
     assert (last["tokens"], last["updates"], last["flops"], last["seconds"]) == (137, 13, 13_700, 68.5)
 
 
-@pytest.mark.parametrize("names, base", [
-    ("a b", ""), ("a b", "base"), ("a c", ""), ("base c", ""), ("b c", "base"), ("a b c", ""),
-    ("earlier c", "")])
-def test_relatives_are_merged_without_a_warning(family, tmp_path, capsys, names, base):
+@pytest.mark.parametrize("names, base, related", [
+    ("a b", "", True), ("a b", "base", True), ("a c", "", True), ("base c", "", True), ("b c", "base", True),
+    ("a b c", "", True), ("earlier c", "", True), ("once c", "", True),
+    ("a stranger", "", False), ("a b stranger", "", False), ("a b", "stranger", False)])
+def test_strangers_are_merged_with_a_warning(family, tmp_path, capsys, names, base, related):
     """Siblings, parent and child, uncle and nephew have a common ancestor, and so have checkpoints from two
-    moments of one pretraining: its initial weights."""
-    merged(family, names, tmp_path, base=base)
-    assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize("names, base", [("a stranger", ""), ("a b stranger", ""), ("a b", "stranger")])
-def test_strangers_are_merged_with_a_warning(family, tmp_path, capsys, names, base):
-    """Where the lineage shows no common ancestor (of the base too), one line says so and the merge is
-    done."""
+    moments of one pretraining (its initial weights), and a merge that did not name its base. Where the lineage
+    shows none (of the base too), one line says so and the merge is done."""
+    if "once" in names:
+        family["once"] = merged(family, "a b", tmp_path, out=str(tmp_path / "once.pt"))
     path = merged(family, names, tmp_path, base=base)
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and said[0].startswith("WARNING") and "ancestor" in said[0] and path.exists()
-
-
-def test_a_merge_stays_in_the_family(family, tmp_path, capsys):
-    """A merge that does not name the base descends from it all the same: merging the result with another of
-    its relatives needs no warning."""
-    once = merged(family, "a b", tmp_path).rename(tmp_path / "once.pt")
-    merged(family | {"once": once}, "once c", tmp_path)
-    assert capsys.readouterr().err == ""
+    assert path.exists() and len(said) == (not related)
+    assert all(line.startswith("WARNING") and "ancestor" in line for line in said)
 
 
 def test_an_input_is_not_overwritten(family, tmp_path):
     """Writing `-o a.pt` beside the inputs a.pt and b.pt, a slip of the hand, must not cost a run."""
     before = family["a"].read_bytes()
     with pytest.raises(UserError, match="a.pt"):
-        merge_weights(WeightsConfig((str(family["a"]), str(family["b"])), out=str(family["a"]), threads=1))
+        merged(family, "a b", tmp_path, out=str(family["a"]))
     assert family["a"].read_bytes() == before
 
 
 @pytest.mark.parametrize("changes", [dict(d_ff=48), dict(n_layers=1), dict(n_heads=1), dict(rope_theta=500.),
                                      dict(context=32)])
-@pytest.mark.parametrize("as_base", [False, True])
-def test_another_shape_is_refused(family, make_gpt, tmp_path, changes, as_base):
+@pytest.mark.parametrize("names, base", [("a odd", ""), ("a b", "odd")])
+def test_another_shape_is_refused(family, make_gpt, tmp_path, changes, names, base):
     """Another shape is refused also where every tensor has the same shape but heads or rotary angles differ,
     which would average to a model that nobody trained. The line names the file."""
-    odd = tmp_path / "odd.pt"
-    save_checkpoint(odd, make_gpt(**dict(vocab_size=320, n_vocab=258) | changes), BYTES, [])
+    family["odd"] = tmp_path / "odd.pt"
+    save_checkpoint(family["odd"], make_gpt(**dict(vocab_size=320, n_vocab=258) | changes), BYTES, [])
     with pytest.raises(UserError, match="odd.pt: another shape"):
-        if as_base:
-            merged(family | {"odd": odd}, "a b", tmp_path, "odd")
-        else:
-            merged(family | {"odd": odd}, "a odd", tmp_path)
+        merged(family, names, tmp_path, base)
     assert not (tmp_path / "merged.pt").exists()
 
 
 def test_another_tokenizer_is_refused(make_gpt, tmp_path):
     """The two vocabularies are of one size, but id 256 means other bytes."""
-    for name, pair in (("x", [97, 98]), ("y", [97, 99])):
-        save_checkpoint(tmp_path / f"{name}.pt", make_gpt(vocab_size=320, n_vocab=259),
-                        Tokenizer({"pattern": PATTERN, "merges": [pair]}), [])
+    paths = {name: tmp_path / f"{name}.pt" for name in "xy"}
+    for path, pair in zip(paths.values(), ([97, 98], [97, 99])):
+        tokenizer = Tokenizer({"pattern": PATTERN, "merges": [pair]})
+        save_checkpoint(path, make_gpt(vocab_size=320, n_vocab=259), tokenizer, [])
     with pytest.raises(UserError, match="y.pt: another tokenizer"):
-        merge_weights(WeightsConfig((str(tmp_path / "x.pt"), str(tmp_path / "y.pt")), threads=1, device="cpu",
-                                    out=str(tmp_path / "merged.pt")))
+        merged(paths, "x y", tmp_path)
     assert not (tmp_path / "merged.pt").exists()
 
 
@@ -845,11 +767,11 @@ def test_every_mixture_of_a_sweep_has_its_own_files(sweep, tmp_path, monkeypatch
     assert len(set(written)) == 2 and len(list(tmp_path.glob("*.json"))) == 2
 
 
-def test_the_command_line_of_the_issue(family, tmp_path):
+def test_the_command_line(family, tmp_path):
     """The command `python merge.py weights a.pt b.pt --base m.pt --method ties -o out.pt` writes the same
-    bytes as from Python, and the path is said."""
-    path = merged(family, "a b", tmp_path, method="ties", base="base")
+    weights as from Python, and the path is said."""
+    path, out = merged(family, "a b", tmp_path, method="ties", base="base"), tmp_path / "new" / "out.pt"
     outcome = worlds.run_here("merge.py", "weights", family["a"], family["b"], "--base", family["base"],
-                              "--method", "ties", "-o", tmp_path / "new" / "out.pt")
-    assert outcome.status == 0 and str(tmp_path / "new" / "out.pt") in outcome.out
-    assert distance(weights(tmp_path / "new" / "out.pt"), weights(path)) == 0
+                              "--method", "ties", "-o", out)
+    assert outcome.status == 0 and str(out) in outcome.out
+    assert distance(weights(out), weights(path)) == 0
