@@ -1,12 +1,12 @@
 """RL and SFT together: the averaging of two optimizers on tiny models, the three modes of merge.py against
 rl.py and sft.py alone, and the merging of finished weights."""
-import copy
 import functools
 import hashlib
 import json
 import math
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -100,18 +100,12 @@ def test_identical_arms_are_one_adamw(mlp, decay, clip):
     assert distance(both, one) == 0 < distance(both, mlp())
 
 
-def test_with_an_idle_arm_one_step_is_half_the_others(mlp):
-    """SFT with lr 0 (its decay is scaled by lr): one round moves half as far as the RL step alone."""
-    both, one = mlp(), alone(mlp(), 1, rl_loss, .01, .1)
-    rounds(both, [arm(both, rl_loss, .01, .1), arm(both, sft_loss, 0., .1)], 1)
-    assert distance(both, mixed(mlp(), one)) < 1e-7 and distance(both, mlp()) > .004
-
-
-def test_with_an_idle_arm_it_is_the_other_at_half_the_rate(mlp):
-    """Over 50 rounds RL beside an SFT with lr 0 is RL alone with lr/2, within 1e-6."""
-    both, one = mlp(), alone(mlp(), 50, rl_loss, .005, .1)
-    rounds(both, [arm(both, rl_loss, .01, .1), arm(both, sft_loss, 0., .1)], 50)
-    assert distance(both, one) < 1e-6 and distance(both, mlp()) > .1
+@pytest.mark.parametrize("n, tolerance, way", [(1, 1e-7, .004), (50, 1e-6, .1)])
+def test_with_an_idle_arm_it_is_the_other_at_half_the_rate(mlp, n, tolerance, way):
+    """RL beside an SFT with lr 0 (its decay is scaled by lr) is RL alone with lr/2, in 1 round and 50."""
+    both, one = mlp(), alone(mlp(), n, rl_loss, .005, .1)
+    rounds(both, [arm(both, rl_loss, .01, .1), arm(both, sft_loss, 0., .1)], n)
+    assert distance(both, one) < tolerance and distance(both, mlp()) > way
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -172,13 +166,8 @@ def test_the_scale_of_a_loss_is_irrelevant(mlp):
 def test_both_gradients_are_taken_at_the_snapshot(mlp):
     """The second arm starts where the first one did, not where it ended."""
     model, seen = mlp(), []
-
-    def watched(loss):
-        def loss_at(model):
-            seen.append(values(model))
-            return loss(model)
-        return loss_at
-    arms = [arm(model, watched(loss), .1) for loss in (rl_loss, sft_loss)]
+    watched = [lambda m, f=loss: (seen.append(values(m)), f(m))[1] for loss in (rl_loss, sft_loss)]
+    arms = [arm(model, loss, .1) for loss in watched]
     for _ in range(3):
         start = values(model)
         parallel_round(model, arms, [.5, .5])
@@ -218,15 +207,16 @@ def test_no_gradient_leaks_between_the_arms(mlp):
     assert all(p.grad is None for p in model.parameters()) and distance(model, mlp()) == 0
 
 
-@pytest.mark.parametrize("inner", [1, 2, 5])
-def test_inner_updates_before_averaging(mlp, inner):
+@pytest.mark.parametrize("inner, weight", [(1, .5), (2, .5), (5, .5), (1, 1.), (1, .25), (1, 0.), (3, .25)])
+def test_a_round_is_the_weighted_mean_of_models_trained_apart(mlp, inner, weight):
     """A round is H updates of each arm from the snapshot, numbered 0 to H-1, then the mean: the average of
-    two models that were trained apart for H steps."""
-    model, numbers = mlp(), []
-    arms = [arm(model, rl_loss), arm(model, sft_loss)]
-    parallel_round(model, [lambda h, a=a: (numbers.append(h), a(h)) for a in arms], [.5, .5], inner)
+    two models that were trained apart for H steps; weight 1 is that arm alone, bitwise."""
+    model, numbers, losses = mlp(), [], (rl_loss, sft_loss)
+    arms = [lambda h, a=arm(model, loss, .1): (numbers.append(h), a(h)) for loss in losses]
+    parallel_round(model, arms, [weight, 1 - weight], inner)
     assert numbers == 2 * list(range(inner))
-    assert distance(model, mixed(*(alone(mlp(), inner, loss) for loss in (rl_loss, sft_loss)))) < 1e-7
+    expected = mixed(*(alone(mlp(), inner, loss, .1) for loss in losses), weight)
+    assert distance(model, expected) <= (0 if weight in (0, 1) else 1e-7)
 
 
 def test_more_inner_updates_are_another_method(mlp):
@@ -240,32 +230,11 @@ def test_more_inner_updates_are_another_method(mlp):
     assert distance(paper, apart) > 1e-4 and distance(paper, fresh) > 1e-3
 
 
-@pytest.mark.parametrize("weights", [(1., 0.), (.25, .75), (0., 1.)])
-def test_the_average_is_weighted(mlp, weights):
-    """Each arm has a weight; weight 1 is that arm alone, bitwise."""
-    model, losses = mlp(), (rl_loss, sft_loss)
-    rounds(model, [arm(model, loss, .1) for loss in losses], 1, weights)
-    expected = mixed(*(alone(mlp(), 1, loss, .1) for loss in losses), weights[0])
-    assert distance(model, expected) <= (0 if 1. in weights else 1e-7)
-
-
 def test_an_arm_that_does_nothing_contributes_the_snapshot(mlp):
     """Within the average an arm without signal pulls half-way back to the snapshot, as an update of 0."""
     model = mlp()
     rounds(model, [lambda h: None, arm(model, sft_loss, .1)], 1)
     assert distance(model, mixed(mlp(), alone(mlp(), 1, sft_loss, .1))) < 1e-7
-
-
-def test_a_gpt_is_averaged_like_any_model(gpt):
-    """Equal arms are a single AdamW on the architecture itself, embedding and norms included: 5 rounds,
-    bitwise."""
-    before, ids = copy.deepcopy(gpt), torch.randint(0, 61, (4, 12), generator=generator(0, "test"))
-
-    def loss(model):
-        return torch.nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
-    one = alone(copy.deepcopy(gpt), 5, loss, .01, .1, 1.)
-    rounds(gpt, [arm(gpt, loss, .01, .1, 1.) for _ in range(2)], 5)
-    assert distance(gpt, one) == 0 < distance(gpt, before)
 
 
 # ---- training ----------------------------------------------------------------------------------------------
@@ -288,6 +257,10 @@ def weights(path: Path) -> dict:
     return load_checkpoint(path)["model"]
 
 
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def mean(a: dict, b: dict) -> dict:
     return {name: .5 * a[name] + .5 * b[name] for name in a}
 
@@ -298,17 +271,14 @@ def finished(mode: str, inner: int) -> tuple[Path, dict[str, list]]:
     saw."""
     seen, start = {"collect": [], "sft_gradient": []}, worlds.parrot()
 
-    def watch(patch, script, name):
-        real = getattr(script, name)
-
-        def watched(model, *args):
+    def watched(script, name):
+        def see(model, *args):
             seen[name].append(values(model))
-            return real(model, *args)
-        patch.setattr(script, name, watched)
-    with pytest.MonkeyPatch.context() as patch:
-        watch(patch, rl, "collect")
-        watch(patch, sft, "sft_gradient")
-        path = trained(merge, worlds.folder() / f"merge-{mode}-{inner}", start, mode=mode, inner=inner)
+            return mock.DEFAULT
+        return mock.patch.object(script, name, wraps=getattr(script, name), side_effect=see)
+    with watched(rl, "collect"), watched(sft, "sft_gradient"):
+        path = trained(merge, worlds.folder() / f"merge-{mode}-{inner}", start, mode=mode, inner=inner,
+                       checkpoints_at=tuple(range(inner, 5, inner)))
     del seen["collect"][0]                                               # the probe before the first step
     return path, seen
 
@@ -324,7 +294,7 @@ def steps_of(path: Path) -> list[dict]:
     return [line for line in worlds.lines(path.parent / "log.jsonl") if "reward" in line]
 
 
-def it_trains_and_logs(mode, inner, *_):
+def it_trains_and_logs(mode, inner, out):
     """The starting weights change; a line per round has RL's and SFT's metrics; the counts are those of the
     steps done (an update of each per step, one for both if fused), validations stand at 0 and 4."""
     path, _ = finished(mode, inner)
@@ -341,18 +311,22 @@ def it_trains_and_logs(mode, inner, *_):
     assert (path.parent / "samples.txt").read_text().count(f"{first['question']}   (answer") == 2
 
 
-def it_leaves_its_lineage(mode, inner, *_):
-    """The stage names script, options, parent and counts; the run can be told from the file."""
+def it_leaves_its_lineage(mode, inner, out):
+    """The stage names script, options, parent and counts, of the final checkpoint and of every listed step;
+    the run can be told from the file."""
     path, _ = finished(mode, inner)
-    stage, start = load_checkpoint(path)["lineage"][-1], worlds.parrot()
-    assert stage["script"] == "merge.py" and stage["config"]["mode"] == mode
-    assert stage["parent"] == hashlib.sha256(start.read_bytes()).hexdigest()
-    assert load_checkpoint(path)["lineage"][:-1] == load_checkpoint(start)["lineage"]
-    counts, last = ("tokens", "updates", "flops"), steps_of(path)[-1]
-    assert [stage[name] for name in counts] == [last[name] for name in counts]
+    start, steps = worlds.parrot(), steps_of(path)
+    kept = [path.with_name(f"step{n}.pt") for n in range(inner, 5, inner)]
+    for file, last in zip([*kept, path], [*steps, steps[-1]], strict=True):
+        *before, stage = load_checkpoint(file)["lineage"]
+        assert before == load_checkpoint(start)["lineage"] and stage["parent"] == sha256(start)
+        assert stage["script"] == "merge.py" and stage["config"]["mode"] == mode
+        assert all(stage[name] == last[name] for name in ("tokens", "updates", "flops"))
+    assert distance(weights(kept[-1]), weights(path)) == 0
+    assert inner == 4 or distance(weights(kept[0]), weights(path)) > 0
 
 
-def rl_and_sft_see_the_snapshot(mode, inner, *_):
+def rl_and_sft_see_the_snapshot(mode, inner, out):
     """Rollouts and SFT's gradient come from the same weights, once in every round; in turn (alternating) SFT
     sees the weights after RL's step."""
     at_rollouts, at_sft = finished(mode, inner)[1].values()
@@ -361,42 +335,32 @@ def rl_and_sft_see_the_snapshot(mode, inner, *_):
         assert (distance(a, b) == 0) == (step % inner == 0 and mode != "alternating")
 
 
-class Crash(Exception):
-    """The end of a process, without its cost."""
-
-
-def a_crashed_run_ends_in_the_same_bits(mode, inner, out, monkeypatch):
+def a_crashed_run_ends_in_the_same_bits(mode, inner, out):
     """A run that ends in the middle of its last round, RL's update done and SFT's not, and is resumed has the
     weights, both AdamW states, log and transcripts of the uninterrupted run (H = all: from the beginning)."""
-    calls, real = [], sft.sft_gradient
-
-    def fragile(*args):
-        calls.append(1)
-        if len(calls) == 4:
-            raise Crash
-        return real(*args)
-    with monkeypatch.context() as patch:
-        patch.setattr(sft, "sft_gradient", fragile)
-        with pytest.raises(Crash):
-            trained(merge, out, mode=mode, inner=inner)
+    options = dict(mode=mode, inner=inner, checkpoints_at=tuple(range(inner, 5, inner)))
+    effects = [mock.DEFAULT] * 3 + [RuntimeError("power cut")]
+    with (mock.patch.object(sft, "sft_gradient", wraps=sft.sft_gradient, side_effect=effects),
+          pytest.raises(RuntimeError, match="power cut")):
+        trained(merge, out, **options)
     assert (out / "last.pt").exists() == (inner < 4) and not (out / "final.pt").exists()
-    trained(merge, out, mode=mode, inner=inner)
+    trained(merge, out, **options)
     worlds.assert_same_run(out, finished(mode, inner)[0].parent)
 
 
 @pytest.mark.parametrize("mode, inner", MODES)
 @pytest.mark.parametrize("holds", [it_trains_and_logs, it_leaves_its_lineage, rl_and_sft_see_the_snapshot,
                                    a_crashed_run_ends_in_the_same_bits])
-def test_in_every_mode(holds, mode, inner, tmp_path, monkeypatch):
+def test_in_every_mode(holds, mode, inner, tmp_path):
     """Parallel averaging after each step, each second step and once, and the two controls."""
-    holds(mode, inner, tmp_path / "run", monkeypatch)
+    holds(mode, inner, tmp_path / "run")
 
 
 def test_averaging_at_the_end_is_merging_two_finished_models():
     """With H = all steps the result is bitwise the mean of the models that rl.py and sft.py make of the same
     start with the same seed, and what `merge.py weights` would make of those two; so the arms are rl.py and
     sft.py, unchanged, with the same problems, rollouts and examples."""
-    a, b, result = of_script(rl), of_script(sft, lr=1e-3), weights(finished("parallel", 4)[0])
+    a, b, result = of_script(rl), of_script(sft), weights(finished("parallel", 4)[0])
     assert distance(result, mean(a, b)) == 0
     assert distance(result, {k: merge_tensors("linear", [a[k], b[k]], [.5, .5]) for k in a}) == 0
     assert distance(result, weights(worlds.parrot())) > 1e-3
@@ -405,14 +369,17 @@ def test_averaging_at_the_end_is_merging_two_finished_models():
 @pytest.mark.parametrize("changes, script, lr, tolerance", [
     (dict(weight_rl=1.), rl, 3e-4, 0), (dict(weight_rl=0.), sft, 1e-3, 0),
     (dict(lr_sft=0.), rl, 1.5e-4, 1e-6), (dict(lr_rl=0.), sft, 5e-4, 1e-6),
-    (dict(mode="alternating", lr_sft=0.), rl, 1.5e-4, 0), (dict(mode="alternating", lr_rl=0.), sft, 5e-4, 0)])
+    (dict(mode="alternating", lr_sft=0.), rl, 1.5e-4, 0), (dict(mode="alternating", lr_rl=0.), sft, 5e-4, 0),
+    (dict(mode="fused", weight_rl=.25), sft, math.hypot(.25 * 3e-4, .75 * 1e-3), 0)])
 def test_with_one_arm_it_is_the_script_of_that_arm(changes, script, lr, tolerance, tmp_path):
     """With weight 1 an arm makes the run of its own script, bitwise: same order, rollouts, moments. With lr 0
     in one arm, parallel averaging and alternating steps move as far as the other script alone with lr/2: the
-    controls differ in the method, not in the step size."""
-    result = weights(trained(merge, tmp_path / "run", **changes))
-    assert distance(result, of_script(script, lr=lr)) <= tolerance
-    assert distance(result, weights(worlds.parrot())) > 1e-4
+    controls differ in the method, not in the step size. From a base without any right answer the fused
+    gradient is SFT's, the rate the length of two steps at right angles."""
+    start = worlds.base() if "fused" in changes.values() else worlds.parrot()
+    result = weights(trained(merge, tmp_path / "run", start, **changes))
+    assert distance(result, of_script(script, start=start, lr=lr)) <= tolerance
+    assert distance(result, weights(start)) > 1e-4
 
 
 def test_fused_is_one_adamw_on_the_summed_loss(tmp_path):
@@ -443,48 +410,28 @@ def test_fused_is_one_adamw_on_the_summed_loss(tmp_path):
     assert large > 10_000
 
 
-def test_fused_without_signal_is_sft(tmp_path):
-    """Control: from a base without any right answer only SFT's gradient is left: bitwise sft.py. The rate is
-    the length of two steps at right angles, .25·3e-4 and .75·1e-3."""
-    path = trained(merge, tmp_path / "run", worlds.base(), mode="fused", weight_rl=.25)
-    only = of_script(sft, start=worlds.base(), lr=math.hypot(.25 * 3e-4, .75 * 1e-3))
-    assert distance(weights(path), only) == 0
-    assert all(line["signal"] == 0 for line in steps_of(path))
-
-
-def assert_one_arm_idle(path: Path, idle: int, other: Path, steps: int, start: Path) -> None:
-    """The result is half the start, half the other arm's model; the idle arm's AdamW (0: RL's, 1: SFT's) has
-    no state, for a zero gradient would still have moved it, and only the other's updates count."""
-    assert distance(weights(path), mean(weights(start), weights(other))) == 0
-    states = load_checkpoint(path.with_name("last.pt"))["optimizers"]
-    assert states[idle]["state"] == {} and states[1 - idle]["state"][0]["step"] == steps
-    assert load_checkpoint(path)["lineage"][-1]["updates"] == steps
-
-
-@pytest.mark.parametrize("steps", [1, 2])
-def test_without_signal_the_rl_arm_contributes_the_snapshot(steps, tmp_path):
-    """Without a right answer there is no RL step, though weight decay alone could make one."""
-    path = trained(merge, tmp_path / "run", worlds.base(), steps=steps, inner=steps, weight_decay=.1)
-    only = trained(sft, tmp_path / "sft", worlds.base(), weight_decay=.1, checkpoints_at=(steps,))
-    assert_one_arm_idle(path, 0, only.with_name(f"step{steps}.pt"), steps, worlds.base())
-
-
-@pytest.mark.parametrize("poisoned", [0, 1])
-def test_a_bad_gradient_skips_its_arm_alone(poisoned, tmp_path, monkeypatch):
-    """With NaN in the gradient of one arm it contributes the snapshot, and the other arm's update counts; the
-    skip is logged."""
-    calls = []
+@pytest.mark.parametrize("idle, steps, cause", [(0, 1, "no signal"), (0, 2, "no signal"),
+                                                (0, 1, "NaN"), (1, 1, "NaN")])
+def test_an_idle_arm_contributes_the_snapshot(idle, steps, cause, tmp_path, monkeypatch):
+    """Without a right answer there is no RL update, for momentum and weight decay would still move the model;
+    an update whose gradient has a NaN is skipped, and logged. The result is half the start, half the other
+    arm's model; the idle arm's AdamW has no state, and only the other's updates count."""
+    start, calls = worlds.base() if cause == "no signal" else worlds.parrot(), []
 
     def poison(model):
         calls.append(model)
-        if len(calls) == 1 + poisoned:
+        if cause == "NaN" and len(calls) == 1 + idle:
             model.norm.grad[3] = float("nan")
     with monkeypatch.context() as patch:
         patch.setattr(ranks, "sum_gradients", poison)
-        path = trained(merge, tmp_path / "run", steps=1)
-    other = trained((sft, rl)[poisoned], tmp_path / "other", checkpoints_at=(1,)).with_name("step1.pt")
-    assert_one_arm_idle(path, poisoned, other, 1, worlds.parrot())
-    assert [line["skipped"] for line in steps_of(path)] == [1]
+        path = trained(merge, tmp_path / "run", start, steps=steps, inner=steps, weight_decay=.1)
+    other = trained((sft, rl)[idle], tmp_path / "other", start, checkpoints_at=(steps,), weight_decay=.1)
+    end = weights(other.with_name(f"step{steps}.pt"))
+    assert distance(weights(path), mean(weights(start), end)) == 0
+    states = load_checkpoint(path.with_name("last.pt"))["optimizers"]
+    assert states[idle]["state"] == {} and states[1 - idle]["state"][0]["step"] == steps
+    assert load_checkpoint(path)["lineage"][-1]["updates"] == steps
+    assert [line["skipped"] for line in steps_of(path)] == [cause == "NaN"]
 
 
 def test_save_every_is_kept_with_inner_updates(tmp_path, monkeypatch):
@@ -497,14 +444,6 @@ def test_save_every_is_kept_with_inner_updates(tmp_path, monkeypatch):
     monkeypatch.setattr(Run, "_save_last", save_last)
     trained(merge, tmp_path / "run", steps=8, inner=2, save_every=3, eval_every=8)
     assert saved == [4, 6, 8]                                            # steps 3, 6, and the end
-
-
-def test_listed_steps_are_kept(tmp_path):
-    """--checkpoints-at: the model after that step, with its own counts; averaging at every second step."""
-    path = trained(merge, tmp_path / "run", inner=2, checkpoints_at=(2, 4))
-    early, late = (load_checkpoint(path.with_name(f"step{n}.pt")) for n in (2, 4))
-    assert (early["lineage"][-1]["updates"], late["lineage"][-1]["updates"]) == (4, 8)
-    assert distance(early["model"], late["model"]) > 0 == distance(late["model"], weights(path))
 
 
 @pytest.mark.parametrize("changes, line", [
@@ -596,11 +535,8 @@ def test_merging_leaves_its_inputs_alone(method):
 
 # ---- merging checkpoints -----------------------------------------------------------------------------------
 
-BYTES = Tokenizer({"pattern": PATTERN, "merges": []})
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+TOKENIZER, OTHER = (Tokenizer({"pattern": PATTERN, "merges": [pair]}) for pair in ([97, 98], [97, 99]))
+SHAPE = dict(vocab_size=320, n_vocab=TOKENIZER.n_vocab)
 
 
 def stage(script: str, tokens: int, seed: int, parent: Path | None = None) -> dict:
@@ -617,7 +553,7 @@ def family(make_gpt, tmp_path):
     def make(name, seed, script, tokens, parent=None):
         lineage[name] = lineage.get(parent, []) + [stage(script, tokens, seed, paths.get(parent))]
         paths[name] = tmp_path / f"{name}.pt"
-        save_checkpoint(paths[name], make_gpt(seed, vocab_size=320, n_vocab=258), BYTES, lineage[name])
+        save_checkpoint(paths[name], make_gpt(seed, **SHAPE), TOKENIZER, lineage[name])
     make("base", 0, "pretrain.py", 1_000)
     make("earlier", 0, "pretrain.py", 500)
     make("a", 1, "rl.py", 100, "base")
@@ -635,30 +571,26 @@ def merged(family, names: str, tmp_path, base="", **options) -> Path:
     return path
 
 
-@pytest.mark.parametrize("method, base", [("linear", ""), ("task", "base"), ("ties", "base")])
-def test_checkpoints_are_merged_tensor_by_tensor(family, tmp_path, method, base):
-    """The options --method, --base, --weights, --factor and --density reach every tensor, one-dimensional ones
-    too. The file is a checkpoint that can be used; the inputs have the bytes that they had."""
+@pytest.mark.parametrize("method, base, given, mix", [
+    ("linear", "", (), [1 / 3] * 3), ("linear", "", (.5, .2, .3), [.5, .2, .3]),
+    ("task", "base", (.5, .2, .3), [.5, .2, .3]), ("ties", "base", (.5, .2, .3), [.5, .2, .3])])
+def test_checkpoints_are_merged_tensor_by_tensor(family, tmp_path, method, base, given, mix):
+    """The options --method, --base, --weights (default: equal), --factor and --density reach every tensor.
+    The file is a checkpoint that can be used; the inputs have the bytes that they had."""
     before = {name: path.read_bytes() for name, path in family.items()}
-    path = merged(family, "a b c", tmp_path, base, method=method, weights=(.5, .2, .3), factor=.6, density=.2)
+    path = merged(family, "a b c", tmp_path, base, method=method, weights=given, factor=.6, density=.2)
     assert path == tmp_path / "merged.pt"
     a, b, c, m = (weights(family[name]) for name in ("a", "b", "c", "base"))
-    expected = {k: merge_tensors(method, [a[k], b[k], c[k]], [.5, .2, .3], m[k], .6, .2) for k in a}
+    expected = {k: merge_tensors(method, [a[k], b[k], c[k]], mix, m[k], .6, .2) for k in a}
     assert distance(weights(path), expected) == 0 and distance(expected, m) > .01
     model, tokenizer, _ = load_model(path)
-    assert tokenizer.spec == BYTES.spec and model(torch.tensor([[1, 2]])).isfinite().all()
+    assert tokenizer.spec == TOKENIZER.spec and model(torch.tensor([[1, 2]])).isfinite().all()
     assert {name: path.read_bytes() for name, path in family.items()} == before
 
 
-def test_without_weights_it_is_the_mean(family, tmp_path):
-    """By default all checkpoints have the same weight."""
-    a, b = weights(family["a"]), weights(family["b"])
-    assert distance(weights(merged(family, "a b", tmp_path)), mean(a, b)) < 1e-6 < distance(a, b)
-
-
 def test_the_lineage_of_a_merge(family, tmp_path):
-    """The lineage is the common part of both, then one stage: the options, the weights used, the sha256 of the
-    base and of the two, and the cost of the two branches together."""
+    """The lineage is the common part of both, then one stage: the options, the weights used, the sha256 of
+    the base and of the two, and the cost of the two branches together."""
     lineage = load_checkpoint(merged(family, "b c", tmp_path, base="base", method="task"))["lineage"]
     assert lineage[:-1] == load_checkpoint(family["base"])["lineage"]
     last = lineage[-1]
@@ -674,9 +606,9 @@ def test_the_lineage_of_a_merge(family, tmp_path):
     ("a b c", "", True), ("earlier c", "", True), ("once c", "", True),
     ("a stranger", "", False), ("a b stranger", "", False), ("a b", "stranger", False)])
 def test_strangers_are_merged_with_a_warning(family, tmp_path, capsys, names, base, related):
-    """Siblings, parent and child, uncle and nephew have a common ancestor, and so have checkpoints from two
-    moments of one pretraining (its initial weights), and a merge that did not name its base. Where the lineage
-    shows none (of the base too), one line says so and the merge is done."""
+    """Siblings, parent and child, uncle and nephew have a common ancestor; so have checkpoints from two
+    moments of one pretraining (its initial weights), and a merge that did not name its base. Where there is
+    none (of the base too), one line says so and the merge is done."""
     if "once" in names:
         family["once"] = merged(family, "a b", tmp_path, out=str(tmp_path / "once.pt"))
     path = merged(family, names, tmp_path, base=base)
@@ -693,52 +625,32 @@ def test_an_input_is_not_overwritten(family, tmp_path):
     assert family["a"].read_bytes() == before
 
 
-@pytest.mark.parametrize("changes", [dict(d_ff=48), dict(n_layers=1), dict(n_heads=1), dict(rope_theta=500.),
-                                     dict(context=32)])
+@pytest.mark.parametrize("changes, tokenizer, fault", [
+    *((changes, TOKENIZER, "another shape") for changes in (
+        dict(d_ff=48), dict(n_layers=1), dict(n_heads=1), dict(rope_theta=500.), dict(context=32))),
+    (dict(), OTHER, "another tokenizer")])
 @pytest.mark.parametrize("names, base", [("a odd", ""), ("a b", "odd")])
-def test_another_shape_is_refused(family, make_gpt, tmp_path, changes, names, base):
+def test_what_does_not_fit_together_is_refused(family, make_gpt, tmp_path, changes, tokenizer, fault, names,
+                                               base):
     """Another shape is refused also where every tensor has the same shape but heads or rotary angles differ,
-    which would average to a model that nobody trained. The line names the file."""
+    which would average to a model that nobody trained; another tokenizer also where the vocabularies are of
+    one size, but id 256 means other bytes. The line names the file."""
     family["odd"] = tmp_path / "odd.pt"
-    save_checkpoint(family["odd"], make_gpt(**dict(vocab_size=320, n_vocab=258) | changes), BYTES, [])
-    with pytest.raises(UserError, match="odd.pt: another shape"):
+    save_checkpoint(family["odd"], make_gpt(**SHAPE | changes), tokenizer, [])
+    with pytest.raises(UserError, match=f"odd.pt: {fault}"):
         merged(family, names, tmp_path, base)
     assert not (tmp_path / "merged.pt").exists()
 
 
-def test_another_tokenizer_is_refused(make_gpt, tmp_path):
-    """The two vocabularies are of one size, but id 256 means other bytes."""
-    paths = {name: tmp_path / f"{name}.pt" for name in "xy"}
-    for path, pair in zip(paths.values(), ([97, 98], [97, 99])):
-        tokenizer = Tokenizer({"pattern": PATTERN, "merges": [pair]})
-        save_checkpoint(path, make_gpt(vocab_size=320, n_vocab=259), tokenizer, [])
-    with pytest.raises(UserError, match="y.pt: another tokenizer"):
-        merged(paths, "x y", tmp_path)
-    assert not (tmp_path / "merged.pt").exists()
-
-
-@pytest.fixture
-def few_items(tmp_path) -> Path:
-    """The data set with two benchmark items of each kind, its manifest in keeping."""
-    data = tmp_path / "data"
-    shutil.copytree(worlds.data(), data)
-    path, by_task = data / "benchmarks.jsonl", {}
-    for item in worlds.lines(path):
-        by_task.setdefault(item["task"], []).append(json.dumps(item) + "\n")
-    path.write_text("".join(line for lines in by_task.values() for line in lines[:2]))
-    manifest = json.loads((data / "manifest.json").read_text())
-    manifest["sha256"][path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    (data / "manifest.json").write_text(json.dumps(manifest))
-    return data
-
-
-def test_a_sweep_measures_every_mixture(few_items, tmp_path):
+def test_a_sweep_measures_every_mixture(tmp_path, monkeypatch):
     """With --sweep a file per weight of the second checkpoint is written, each is measured on validation and
-    has a line; at 0 and 1 the files are the two inputs, bitwise, and so are their figures."""
+    has a line; at 0 and 1 the files are the two inputs, bitwise, and so are their metrics."""
+    real = evaluate.measure_benchmarks                                   # of a few items: they take time
+    monkeypatch.setattr(evaluate, "measure_benchmarks", lambda m, t, items: real(m, t, items[::90]))
     a, b = (Path(shutil.copy(path, tmp_path / name))
             for path, name in ((worlds.base(), "a.pt"), (worlds.parrot(), "b.pt")))
     outcome = worlds.run_here("merge.py", "weights", a, b, "--sweep", "0,.25,1", "-o", tmp_path / "mix.pt",
-                              "--data", few_items, "--n-problems", 1, "--threads", 1)
+                              "--data", worlds.data(), "--n-problems", 1, "--threads", 1)
     assert outcome.status == 0 and not outcome.errors, outcome.errors
     x, y = weights(a), weights(b)
     for mix in (0, .25, 1):
@@ -749,10 +661,9 @@ def test_a_sweep_measures_every_mixture(few_items, tmp_path):
             found = [line for line in outcome.out.splitlines()
                      if line.startswith(f"weight {mix:4g} of {b}: {name} pass@1 {d['pass@1']['mean']:.1%}")]
             assert len(found) == 1 and f"general mean {measured['general_mean']:.1%}" in found[0]
-    c = evaluate.Config((str(b),), data=str(few_items), n_problems=1, threads=1)
+    c = evaluate.Config((str(b),), data=str(worlds.data()), n_problems=1, threads=1)
     direct = json.loads(json.dumps(worlds.quietly(evaluate.run, c)[0]))
-    assert {k: direct[k] for k in ("problems", "benchmarks", "bits_per_byte")} == {
-        k: measured[k] for k in ("problems", "benchmarks", "bits_per_byte")}
+    assert all(direct[key] == measured[key] for key in ("problems", "benchmarks", "bits_per_byte"))
 
 
 @pytest.mark.parametrize("sweep", [(.25, .5), (.5, .5000001)])
