@@ -12,8 +12,8 @@ import pytest
 import worlds
 
 from data import arithmetic, prepare, world
-from data.tokenizer import Tokenizer
-from evaluate import few_shot_prefix, prompt_ids
+from data.problems import few_shot_prefix, prompt_ids
+from data.tokenizer import EOS, Tokenizer
 
 # ---- reading back ------------------------------------------------------------------------------------------
 
@@ -37,9 +37,62 @@ def canonical(question: str) -> tuple[int, ...]:
     return tuple(sorted([start, *changes]))
 
 
+def spelled_out(text: str) -> set[tuple[int, ...]]:
+    """Every one-operation problem in a text, '37+48', '85 - 20', '37 plus 48' or '85 minus 20'."""
+    text = re.sub(r" *(plus|\+) *", "+", re.sub(r" *(minus|-) *", "-", text))
+    steps = re.findall(r"(?=\b(\d+)([+-])(\d+))", text)
+    return {tuple(sorted((int(a), int(sign + b)))) for a, sign, b in steps}
+
+
+def beginnings(question: str) -> set[tuple[int, ...]]:
+    """The problems that a reader has solved on the way: after one step, two steps, ..., all but the last."""
+    start, changes = parse(question)
+    return {tuple(sorted([start, *changes[:n]])) for n in range(1, len(changes))}
+
+
+EQUATION = re.compile(r"(\d+)(?:([+-])| (plus|minus) )(\d+)(?:=(\d+)| is (\d+)\.|: (?:(\d+), )?(\d+))")
+
+
+def is_right(solution: str, answer: str) -> bool:
+    """Every equation is true, every character belongs to one, and the last line is the answer."""
+    body, _, last = solution.rpartition("\n")
+    rest = re.sub(r"(plus|minus): (\d+(\n|$))?", "", EQUATION.sub("", body))
+    if last != f"#### {answer}" or rest.strip():
+        return False
+    for a, sign, word, b, *results in EQUATION.findall(body):
+        a, b, minus = int(a), int(b), sign == "-" or word == "minus"
+        result = int(next(r for r in (results[0], results[1], results[3]) if r))
+        middle = a - b // 10 * 10 if minus else a + b // 10 * 10         # by tens: the tens of b first
+        if result != (a - b if minus else a + b) or results[2] and int(results[2]) != middle:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("reader, text, seen", [
+    (spelled_out, ["37+48=85\n85-20=65"], {(37, 48), (-20, 85)}),
+    (spelled_out, ["37 plus 48 is 85. 85 minus 20 is 65."], {(37, 48), (-20, 85)}),
+    (spelled_out, ["1+2+3"], {(1, 2), (2, 3)}),
+    (beginnings, ["Al has 9 pens. Al finds 5. Al sells 3. Al buys 2. How many pens?"], {(5, 9), (-3, 5, 9)}),
+    (beginnings, ["Ann has 9 pens. Ann finds 5. How many pens?"], set()),
+    *((is_right, [text, "3"], False) for text in (
+        "1+2=4\n#### 3", "1+2=3\n#### 4", "1 plus 2 is 4.\n#### 3", "about 3\n#### 3", "plus: 5 7\n#### 3")),
+    *((is_right, [text, "3"], True) for text in (
+        "1+2=3\n#### 3", "plus: 2+1=3\n#### 3", "plus: 9\nminus: 4+2=6\n9-6=3\n#### 3", "#### 3")),
+    (is_right, ["12+34: 43, 46\n#### 46", "46"], False), (is_right, ["12+34: 42, 46\n#### 46", "46"], True)])
+def test_the_readers_read(reader, text, seen):
+    """The instruments of the tests below, on text written by hand; overlapping sums are both found; a false
+    equation, a false answer and text that cannot be read are seen."""
+    assert reader(*text) == seen
+
+
 @functools.cache
 def tokenizer() -> Tokenizer:
     return Tokenizer.load(worlds.data() / "tokenizer.json")
+
+
+@functools.cache
+def manifest() -> dict:
+    return json.loads((worlds.data() / "manifest.json").read_text())
 
 
 @functools.cache
@@ -60,14 +113,30 @@ def problems(split: str) -> list[dict]:
     return worlds.lines(worlds.data() / f"{split}.jsonl")
 
 
+def canonicals(name: str) -> set[tuple[int, ...]]:
+    """The problems of a split's file or of a shard."""
+    shard = name.endswith(".bin")
+    return set(map(canonical, (q for q, _ in arithmetic_texts(name)) if shard
+                   else (p["question"] for p in problems(name))))
+
+
 @functools.cache
 def benchmarks(task: str) -> list[dict]:
     return [item for item in worlds.lines(worlds.data() / "benchmarks.jsonl") if item["task"] == task]
 
 
+def bare(choice: str) -> str:
+    """A choice without its leading space and full stop."""
+    return choice.removeprefix(" ").removesuffix(".")
+
+
 def right(item: dict) -> str:
-    """The right choice without its leading space and full stop."""
-    return item["choices"][item["answer"]].removeprefix(" ").removesuffix(".")
+    return bare(item["choices"][item["answer"]])
+
+
+def statement(item: dict) -> str:
+    """The context and the right choice."""
+    return item["context"] + item["choices"][item["answer"]]
 
 
 TASKS = ("recall", "tracking", "ending", "sequence", "agreement", "order", "dialogue")
@@ -97,16 +166,14 @@ def test_another_seed_writes_other_bytes(tmp_path):
 
 def test_the_manifest_is_true():
     """The manifest has the options and the sha256 of every file, and counts that can be recounted."""
-    folder = worlds.data()
-    manifest = json.loads((folder / "manifest.json").read_text())
-    files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+    files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in worlds.data().iterdir()}
     del files["manifest.json"]
-    assert manifest["sha256"] == files
-    assert {k: manifest["config"][k] for k in worlds.DATA_OPTIONS} == worlds.DATA_OPTIONS
-    assert (folder / "train.bin").stat().st_size == 2 * worlds.DATA_OPTIONS["tokens"]
-    assert manifest["problems"] == {f"{s}.jsonl": len(problems(s)) for s in SPLITS}
-    assert manifest["benchmarks"] == {task: len(benchmarks(task)) for task in TASKS}
-    assert manifest["n_vocab"] == tokenizer().n_vocab
+    assert manifest()["sha256"] == files
+    assert {k: manifest()["config"][k] for k in worlds.DATA_OPTIONS} == worlds.DATA_OPTIONS
+    assert (worlds.data() / "train.bin").stat().st_size == 2 * worlds.DATA_OPTIONS["tokens"]
+    assert manifest()["problems"] == {f"{s}.jsonl": len(problems(s)) for s in SPLITS}
+    assert manifest()["benchmarks"] == {task: len(benchmarks(task)) for task in TASKS}
+    assert manifest()["n_vocab"] == tokenizer().n_vocab
 
 
 def test_a_second_call_changes_nothing(capsys):
@@ -129,30 +196,19 @@ def test_an_interrupted_call_leaves_nothing(tmp_path, monkeypatch):
 
 # ---- held-out problems -------------------------------------------------------------------------------------
 
-def test_every_arithmetic_text_is_read():
-    """The tests of held-out problems rest on the parser of this file: it reads every question of the shards,
-    and there are enough of them."""
-    for shard, least in (("train.bin", 600), ("val_arithmetic.bin", 80)):
-        questions = [question for question, _ in arithmetic_texts(shard)]
-        assert len(questions) >= least
-        assert all(QUESTION.fullmatch(q) for q in questions)
-    assert not arithmetic_texts("val_general.bin")
+def test_there_are_arithmetic_texts_to_read():
+    """The tests of held-out problems rest on enough questions, all of which the parser above reads."""
+    shards = ("train.bin", "val_arithmetic.bin")
+    train, val = ([parse(question) for question, _ in arithmetic_texts(shard)] for shard in shards)
+    assert len(train) >= 600 and len(val) >= 80 and not arithmetic_texts("val_general.bin")
 
 
-def test_problem_sets_are_disjoint():
-    """Pretraining, train, val and test share no problem, by numbers and signs, whatever order or wording."""
-    sets = {split: {canonical(p["question"]) for p in problems(split)} for split in SPLITS}
-    sets["pretraining"] = {canonical(question) for question, _ in arithmetic_texts("train.bin")}
-    for a, b in itertools.combinations(sets, 2):
-        assert not sets[a] & sets[b], (a, b)
-
-
-def test_the_validation_shard_is_disjoint_from_training_and_test():
-    """The shard val_arithmetic.bin may share problems with val.jsonl, but with nothing else."""
-    shard = {canonical(question) for question, _ in arithmetic_texts("val_arithmetic.bin")}
-    others = {canonical(question) for question, _ in arithmetic_texts("train.bin")}
-    others |= {canonical(p["question"]) for split in ("train", "test") for p in problems(split)}
-    assert not shard & others
+@pytest.mark.parametrize("a, b", [pair for pair in itertools.combinations(
+    ("train", "val", "test", "train.bin", "val_arithmetic.bin"), 2) if pair != ("val", "val_arithmetic.bin")])
+def test_problem_sets_are_disjoint(a, b):
+    """Pretraining (train.bin), train, val and test share no problem, by numbers and signs, whatever order or
+    wording; the shard val_arithmetic.bin may share problems with val alone."""
+    assert canonicals(a) and canonicals(b) and not canonicals(a) & canonicals(b)
 
 
 def test_splits_are_disjoint_beyond_these_files():
@@ -170,29 +226,13 @@ def test_splits_are_disjoint_beyond_these_files():
 def test_a_problem_stands_in_a_file_once():
     """Train, val and test hold different problems, as the interval over problems assumes."""
     for split in SPLITS:
-        assert len({canonical(p["question"]) for p in problems(split)}) == len(problems(split))
-        assert len({p["id"] for p in problems(split)}) == len(problems(split))
-
-
-def spelled_out(text: str) -> set[tuple[int, ...]]:
-    """Every one-operation problem in a text, '37+48', '85 - 20', '37 plus 48' or '85 minus 20'."""
-    text = re.sub(r" *(plus|\+) *", "+", re.sub(r" *(minus|-) *", "-", text))
-    steps = re.findall(r"(?=\b(\d+)([+-])(\d+))", text)
-    return {tuple(sorted((int(a), int(sign + b)))) for a, sign, b in steps}
-
-
-def test_the_reader_of_steps_reads_steps():
-    """The instrument of the next test, on text written by hand; overlapping sums are both found."""
-    assert spelled_out("37+48=85\n85-20=65") == {(37, 48), (-20, 85)}
-    assert spelled_out("37 plus 48 is 85. 85 minus 20 is 65.") == {(37, 48), (-20, 85)}
-    assert spelled_out("1+2+3") == {(1, 2), (2, 3)}
+        assert len(canonicals(split)) == len({p["id"] for p in problems(split)}) == len(problems(split))
 
 
 def test_no_solution_spells_out_a_held_out_problem():
     """A step '37+48=85' of a longer solution is the problem 37+48 solved; none of val or test is given away
     in pretraining or in train.jsonl."""
-    held_out = {canonical(p["question"]) for split in ("val", "test") for p in problems(split)}
-    held_out = {c for c in held_out if len(c) == 2}
+    held_out = {c for c in canonicals("val") | canonicals("test") if len(c) == 2}
     assert len(held_out) > 30
     training = [solution for _, solution in arithmetic_texts("train.bin")]
     training += [solution for p in problems("train") for solution in p["solutions"]]
@@ -200,28 +240,13 @@ def test_no_solution_spells_out_a_held_out_problem():
         assert not spelled_out(solution) & held_out, solution
 
 
-def beginnings(question: str) -> set[tuple[int, ...]]:
-    """The problems that a reader has solved on the way: after one step, two steps, ..., all but the last."""
-    start, changes = parse(question)
-    return {tuple(sorted([start, *changes[:n]])) for n in range(1, len(changes))}
-
-
-def test_the_reader_of_beginnings_reads_beginnings():
-    """The instrument of the next test, on a question written by hand: 9+5 and 9+5-3 are solved in 9+5-3+2."""
-    question = "Ann has 9 pens. Ann finds 5. Ann sells 3. Ann buys 2. How many pens?"
-    assert beginnings(question) == {(5, 9), (-3, 5, 9)}
-    assert not beginnings("Ann has 9 pens. Ann finds 5. How many pens?")
-
-
 def test_no_training_problem_begins_with_a_held_out_problem():
     """Whoever solves 9+5-3 step by step has solved 9+5. No problem of train.bin or train.jsonl begins with
     one of val, test or the validation shard. (Longer beginnings were not looked at: 9+5-3+2 was drawn though
     9+5-3 was a test problem.)"""
-    held_out = {canonical(p["question"]) for split in ("val", "test") for p in problems(split)}
-    held_out |= {canonical(question) for question, _ in arithmetic_texts("val_arithmetic.bin")}
+    held_out = canonicals("val") | canonicals("test") | canonicals("val_arithmetic.bin")
     assert min(Counter(map(len, held_out))[n] for n in (2, 3, 4)) > 30
-    training = [question for question, _ in arithmetic_texts("train.bin")]
-    training += [p["question"] for p in problems("train")]
+    training = [q for q, _ in arithmetic_texts("train.bin")] + [p["question"] for p in problems("train")]
     assert sum(len(beginnings(q)) > 1 for q in training) > 200
     for question in training:
         assert not beginnings(question) & held_out, question
@@ -256,25 +281,21 @@ def test_general_validation_documents_are_not_in_training():
 
 # ---- arithmetic --------------------------------------------------------------------------------------------
 
-def test_numbers_are_in_their_ranges():
-    """Easy has 1-2 operations, hard 3-4; operands 2 to 99, every result from 0 to 199."""
-    for split in SPLITS:
-        for p in problems(split):
-            start, changes = parse(p["question"])
-            assert len(changes) in {"easy": (1, 2), "hard": (3, 4)}[p["difficulty"]]
-            results = list(itertools.accumulate([start, *changes]))
-            assert all(2 <= abs(n) <= 99 for n in [start, *changes])
-            assert all(0 <= n <= 199 for n in results)
-            assert p["answer"] == str(results[-1]) and p["split"] == split
-
-
-def test_every_number_of_operations_occurs():
-    """Both lengths of each difficulty are there, gains and losses too, in a share worth the name."""
-    for split in SPLITS:
-        lengths = Counter(len(parse(p["question"])[1]) for p in problems(split))
-        assert set(lengths) == {1, 2, 3, 4} and min(lengths.values()) > .05 * len(problems(split))
-        signs = Counter(n > 0 for p in problems(split) for n in parse(p["question"])[1])
-        assert min(signs.values()) > .25 * sum(signs.values())
+@pytest.mark.parametrize("split", SPLITS)
+def test_numbers_are_in_their_ranges(split):
+    """Easy has 1-2 operations, hard 3-4, gains and losses, each in a share worth the name; operands are 2 to
+    99, every result is 0 to 199, and the answer is the last."""
+    lengths, signs = Counter(), Counter()
+    for p in problems(split):
+        start, changes = parse(p["question"])
+        results = list(itertools.accumulate([start, *changes]))
+        assert len(changes) in {"easy": (1, 2), "hard": (3, 4)}[p["difficulty"]]
+        assert all(2 <= abs(n) <= 99 for n in [start, *changes]) and all(0 <= n <= 199 for n in results)
+        assert p["answer"] == str(results[-1]) and p["split"] == split
+        lengths[len(changes)] += 1
+        signs.update(n > 0 for n in changes)
+    assert set(lengths) == {1, 2, 3, 4} and min(lengths.values()) > .05 * len(problems(split))
+    assert min(signs.values()) > .25 * sum(signs.values())
 
 
 def test_the_share_of_hard_problems_is_as_asked():
@@ -287,51 +308,15 @@ def test_the_share_of_hard_problems_is_as_asked():
     assert sum(hard) / len(hard) == pytest.approx(.3, abs=4 * (.3 * .7 / len(hard)) ** .5)
 
 
-EQUATION = re.compile(r"(\d+)(?:([+-])| (plus|minus) )(\d+)(?:=(\d+)| is (\d+)\.|: (?:(\d+), )?(\d+))")
-
-
-def check_solution(solution: str, answer: str) -> None:
-    """Every equation is true, every character belongs to one, and the last line is the answer."""
-    body, last = solution.rsplit("\n", 1) if "\n" in solution else ("", solution)
-    assert last == f"#### {answer}"
-    for a, sign, word, b, *results in EQUATION.findall(body):
-        a, b, minus = int(a), int(b), sign == "-" or word == "minus"
-        result = int(next(r for r in (results[0], results[1], results[3]) if r))
-        assert result == (a - b if minus else a + b), solution
-        if results[2]:                                                   # by tens: the tens of b first
-            assert int(results[2]) == (a - b // 10 * 10 if minus else a + b // 10 * 10), solution
-    rest = re.sub(r"(plus|minus): (\d+(\n|$))?", "", EQUATION.sub("", body))
-    assert not rest.strip(), solution
-
-
-def test_the_reader_of_equations_sees_mistakes():
-    """The instrument of the next tests refuses a false equation, a false answer and text it cannot read."""
-    for wrong in ("1+2=4\n#### 3", "1+2=3\n#### 4", "12+34: 43, 46\n#### 46", "1 plus 2 is 4.\n#### 3",
-                  "about 3\n#### 3", "plus: 5 7\n#### 3"):
-        with pytest.raises(AssertionError):
-            check_solution(wrong, "46" if "46" in wrong else "3")
-    for good in ("1+2=3\n#### 3", "plus: 2+1=3\n#### 3", "plus: 9\nminus: 4+2=6\n9-6=3\n#### 3", "#### 3"):
-        check_solution(good, "3")
-
-
 def test_every_solution_is_right():
     """Every equation of every solution is true and ends in the answer recomputed from the question, in the
-    problem files and in the decoded shards."""
-    for split in SPLITS:
-        for p in problems(split):
-            for solution in p["solutions"]:
-                check_solution(solution, str(sum(canonical(p["question"]))))
-    for shard in ("train.bin", "val_arithmetic.bin"):
-        for question, solution in arithmetic_texts(shard):
-            check_solution(solution, str(sum(canonical(question))))
-
-
-def test_at_least_four_styles_differ_as_text():
-    """Every problem has four or more solutions, no two equal; with SFT --gold they keep pass@k diverse."""
-    for split in SPLITS:
-        for p in problems(split):
-            assert len(p["solutions"]) >= 4
-            assert len(set(p["solutions"])) == len(p["solutions"])
+    problem files and in the decoded shards. Every problem has four or more solutions, no two equal; with SFT
+    --gold they keep pass@k diverse."""
+    for p in sum(map(problems, SPLITS), []):
+        assert len(set(p["solutions"])) == len(p["solutions"]) >= 4
+        assert all(is_right(solution, str(sum(canonical(p["question"])))) for solution in p["solutions"]), p
+    for question, solution in arithmetic_texts("train.bin") + arithmetic_texts("val_arithmetic.bin"):
+        assert is_right(solution, str(sum(canonical(question)))), solution
 
 
 def test_style_of_inverts_solve():
@@ -346,26 +331,20 @@ def test_style_of_inverts_solve():
     assert [arithmetic.style_of(text) for text in ("", "hello", "12", "37+48")] == ["other"] * 4
 
 
-def test_bare_answers_occur_in_pretraining_only():
-    """An answer without steps is in the training distribution of the base model, not in SFT."""
-    bare = [not solution.startswith("####") for _, solution in arithmetic_texts("train.bin")]
-    assert .05 < bare.count(False) / len(bare) < .3
+def test_styles_in_pretraining_and_in_problem_files():
+    """Each style has a share of pretraining worth the name, or RL could never find it; answers without steps
+    are in the training distribution of the base model, not in SFT."""
+    styles = Counter(arithmetic.style_of(solution) for _, solution in arithmetic_texts("train.bin"))
+    assert set(styles) == {*arithmetic.STYLES, "bare"} and .05 < styles["bare"] / styles.total() < .3
+    assert min(styles.values()) > .08 * styles.total()
     solutions = [s for split in SPLITS for p in problems(split) for s in p["solutions"]]
     assert not [s for s in solutions if s.startswith("####")]
-
-
-def test_all_styles_occur_in_pretraining():
-    """Each style has a share worth the name, or RL could never find it."""
-    styles = Counter(arithmetic.style_of(solution) for _, solution in arithmetic_texts("train.bin"))
-    assert set(styles) == {*arithmetic.STYLES, "bare"}
-    assert min(styles.values()) > .08 * sum(styles.values())
 
 
 def test_documents_with_several_questions_occur():
     """Few-shot prompts are in the training distribution. There are more questions than documents, and
     neighbours agree in style far more often than strangers would (about .22 of the .26 in arithmetic)."""
-    manifest = json.loads((worlds.data() / "manifest.json").read_text())
-    documents = manifest["shards"]["train.bin"]["arithmetic"]["documents"]
+    documents = manifest()["shards"]["train.bin"]["arithmetic"]["documents"]
     assert len(arithmetic_texts("train.bin")) > 1.3 * documents
     style = [arithmetic.style_of(text.split("\n", 1)[1]) if "How many" in text else None
              for text in texts("train.bin")]
@@ -378,7 +357,7 @@ def test_between_two_texts_there_is_eos_alone():
     ids = (worlds.data() / "train.bin").read_bytes()
     ids = [int.from_bytes(ids[i:i + 2], "little") for i in range(0, len(ids), 2)]
     after = Counter(tokenizer().decode([b]) for a, b in zip(ids, ids[1:]) if a == tokenizer().eos)
-    assert after and not [token for token in after if token[:1].isspace() or token == "<|endoftext|>"]
+    assert after and not [token for token in after if token[:1].isspace() or token == EOS]
 
 
 def test_a_few_shot_prompt_looks_like_pretraining():
@@ -389,13 +368,12 @@ def test_a_few_shot_prompt_looks_like_pretraining():
     for seed in range(8):
         ids = few_shot_prefix(tokenizer(), problems("train"), 3, seed) + prompt_ids(tokenizer(), problem)
         assert ids[0] == tokenizer().eos and ids.count(tokenizer().eos) == 4
-        *examples, question = tokenizer().decode(ids).split("<|endoftext|>")[1:]
+        *examples, question = tokenizer().decode(ids).split(EOS)[1:]
         assert question == problem["question"] + "\n"
         again = [[tokenizer().eos, *tokenizer().encode(text)] for text in (*examples, question)]
         assert ids == sum(again, [])
-        shown = {arithmetic.style_of(text.split("\n", 1)[1]) for text in examples}
-        assert len(shown) == 1
-        styles |= shown
+        (style,) = {arithmetic.style_of(text.split("\n", 1)[1]) for text in examples}
+        styles.add(style)
     assert len(styles) > 1
 
 
@@ -418,7 +396,7 @@ def test_the_mixture_is_as_asked(fraction, tmp_path):
 
 def test_every_general_kind_has_its_share():
     """No kind of general text is missing from training; the manifest counts the documents drawn."""
-    shares = json.loads((worlds.data() / "manifest.json").read_text())["shards"]["train.bin"]
+    shares = manifest()["shards"]["train.bin"]
     total = sum(kind["tokens"] for kind in shares.values())
     assert shares.keys() == {*TASKS, "arithmetic"}
     assert all(kind["tokens"] > .02 * total for kind in shares.values())
@@ -433,7 +411,7 @@ def test_benchmarks_are_well_formed(task):
     standard errors)."""
     items = benchmarks(task)
     assert len(items) >= 200
-    assert len({item["context"] + item["choices"][item["answer"]] for item in items}) == len(items)
+    assert len(set(map(statement, items))) == len(items)
     n = len(items[0]["choices"])
     for item in items:
         assert len(set(item["choices"])) == len(item["choices"]) == n
@@ -453,26 +431,22 @@ def test_benchmarks_are_held_out(task):
     rng, people, write = random.Random(1), world.population(0), world.KINDS[task][1]
     more = [write(rng, people) if task == "recall" else write(rng) for _ in range(2_000)]
     train = "\n".join(texts("train.bin") + more)
-    stated = [item["context"] + item["choices"][item["answer"]] for item in benchmarks(task)]
-    leaked = [statement for statement in stated if statement in train]
+    leaked = [said for said in map(statement, benchmarks(task)) if said in train]
     assert not leaked, (len(leaked), leaked[:3])
 
 
 WORDINGS = {    # attribute -> wordings, as a reader of the texts would list them
-    "city": ("{n} lives in {x}.", "The home of {n} is in {x}.", "{n} has a house in {x}.",
-             "You can visit {n} in {x}."),
-    "job": ("{n} works as a {x}.", "The job of {n} is that of a {x}.", "{n} earns money as a {x}.",
-            "{n} wants to stay a {x}."),
-    "pet": ("{n} has a {x}.", "The pet of {n} is a {x}.", "At home {n} keeps a {x}.",
-            "{n} often plays with a {x}."),
-    "food": ("{n} likes {x}.", "The best food for {n} is {x}.", "{n} always orders {x}.",
-             "For dinner {n} makes {x}.")}
+    "city": "{n} lives in {x}.|The home of {n} is in {x}.|{n} has a house in {x}.|You can visit {n} in {x}.",
+    "job": "{n} works as a {x}.|The job of {n} is that of a {x}.|{n} earns money as a {x}.|"
+           "{n} wants to stay a {x}.",
+    "pet": "{n} has a {x}.|The pet of {n} is a {x}.|At home {n} keeps a {x}.|{n} often plays with a {x}.",
+    "food": "{n} likes {x}.|The best food for {n} is {x}.|{n} always orders {x}.|For dinner {n} makes {x}."}
 
 
 def fact(sentence: str) -> tuple[str, str, int, str] | None:
     """'Nora Bell lives in Rome.' -> ('Nora Bell', 'city', 0, 'Rome')"""
     for attribute, wordings in WORDINGS.items():
-        for i, wording in enumerate(wordings):
+        for i, wording in enumerate(wordings.split("|")):
             pattern = wording.replace(".", r"\.").format(n="([A-Z][a-z]+ [A-Z][a-z]+)", x=r"(\w+)")
             if match := re.fullmatch(pattern, sentence):
                 return match[1], attribute, i, match[2]
@@ -490,44 +464,25 @@ def known_facts() -> dict[tuple[str, str], list[tuple[int, str]]]:
     return found
 
 
-def test_recall_asks_what_training_tells():
+def test_recall_asks_what_training_tells_in_other_words():
     """Recall: the right choice is the value that training states for this person; training never contradicts
-    itself; and where it is silent (it is small here) the right choice is still the population's."""
-    people, checked = world.population(0), 0
+    itself; and where it is silent (it is small here) the right choice is still the population's. The asked
+    wording does not occur in training for this person; others do, or nobody could answer. The wrong choices
+    are values of the same attribute, so that the wording alone tells nothing."""
+    people, kinds, everywhere, answerable = world.population(0), defaultdict(set), set(), 0
     assert len(known_facts()) > 500
-    for values in known_facts().values():
-        assert len({value for _, value in values}) == 1
-    for item in benchmarks("recall"):
-        person, attribute, _, value = fact(item["context"] + item["choices"][item["answer"]])
-        assert people[person][attribute] == value
-        if stated := known_facts().get((person, attribute)):
-            assert stated[0][1] == value
-            checked += 1
-    assert checked > 40
-
-
-def test_recall_asks_in_words_never_used_for_that_person():
-    """Recall: the asked wording of this fact does not occur in training for this person; other wordings do,
-    or the question could not be answered by anyone."""
-    elsewhere = 0
-    for item in benchmarks("recall"):
-        person, attribute, wording, _ = fact(item["context"] + item["choices"][item["answer"]])
-        used = {i for i, _ in known_facts().get((person, attribute), [])}
-        assert wording not in used
-        elsewhere += bool(used)
-    assert elsewhere > 40
-    everywhere = {(attribute, i) for (_, attribute), said in known_facts().items() for i, _ in said}
-    assert len(everywhere) == 16   # each wording is known from someone
-
-
-def test_recall_choices_are_of_one_kind():
-    """Recall: the wrong choices are values of the same attribute, so that the wording alone tells nothing."""
-    kinds = defaultdict(set)
     for (_, attribute), said in known_facts().items():
-        kinds[attribute] |= {value for _, value in said}
+        assert len({value for _, value in said}) == 1
+        kinds[attribute].add(said[0][1])
+        everywhere |= {(attribute, wording) for wording, _ in said}
+    assert len(everywhere) == 16                                         # each wording is known from someone
     for item in benchmarks("recall"):
-        attribute = fact(item["context"] + item["choices"][item["answer"]])[1]
-        assert {choice.strip(" .") for choice in item["choices"]} <= kinds[attribute]
+        person, attribute, wording, value = fact(statement(item))
+        said = known_facts().get((person, attribute), [])
+        assert people[person][attribute] == value and wording not in {w for w, _ in said}
+        assert {v for _, v in said} <= {value} and set(map(bare, item["choices"])) <= kinds[attribute]
+        answerable += bool(said)
+    assert answerable > 40
 
 
 def test_tracking_answers_by_replaying_the_story():
@@ -538,17 +493,15 @@ def test_tracking_answers_by_replaying_the_story():
     for item in benchmarks("tracking"):
         where, mentioned, first = {}, set(), {}
         *story, question = re.split(r"(?<=\.) ", item["context"])
-        for sentence in story:
-            if match := re.fullmatch(r"(?:The|\w+ puts the) (\w+) (?:is )?in the (\w+)\.", sentence):
-                thing, place = match.groups()
-                where[thing] = place
-                first.setdefault(thing, place)
-                mentioned.add(place)
-            else:
-                assert re.fullmatch(r"\w+ looks at the \w+\.", sentence), sentence
+        for sentence in (s for s in story if not re.fullmatch(r"\w+ looks at the \w+\.", s)):
+            pattern = r"(?:The|\w+ puts the) (\w+) (?:is )?in the (\w+)\."
+            thing, place = re.fullmatch(pattern, sentence).groups()
+            where[thing] = place
+            first.setdefault(thing, place)
+            mentioned.add(place)
         asked = re.fullmatch(r"Now the (\w+) is in the", question)[1]
         assert right(item) == where[asked]
-        choices = {choice.strip(" .") for choice in item["choices"]}
+        choices = set(map(bare, item["choices"]))
         assert len(choices & mentioned) == min(4, len(mentioned))
         moved += first[asked] != where[asked]
         named += choices <= mentioned
@@ -568,7 +521,7 @@ def test_ending_answers_follow_the_need():
         person = re.search(r"So (\w+)$", item["context"])[1]
         need = dict(re.findall(r"(\w+) is (\w+)\.", item["context"]))[person]
         assert right(item) == action[need]
-        assert {choice.strip(" .") for choice in item["choices"]} <= set(action.values())
+        assert set(map(bare, item["choices"])) <= set(action.values())
 
 
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
@@ -613,7 +566,7 @@ def test_agreement_follows_the_first_noun():
         noun, other = re.fullmatch(r"The (\w+) \w+ the (\w+)", item["context"]).groups()
         assert noun.endswith("s") != other.endswith("s")
         assert right(item).endswith("s") != noun.endswith("s")
-        one, two = sorted((choice.strip(" .") for choice in item["choices"]), key=len)
+        one, two = sorted(map(bare, item["choices"]), key=len)
         assert two == one + "s"
 
 
@@ -621,16 +574,13 @@ def test_order_agrees_with_what_training_reveals():
     """Order: training compares some pairs, all in keeping with one order; its consequences (a > b > c) settle
     every benchmark pair, in favour of the right choice. No benchmark pair is compared in training.
     (Neighbours were asked too, of which no other pair could tell which one is bigger.)"""
-    bigger, told = defaultdict(set), set()
-
-    def add(a: str, relation: str, b: str) -> tuple[str, str]:
-        return (a, b) if relation == "bigger" else (b, a)
-    rng = random.Random(2)                       # twelve million tokens tell more than this shard does
-    for text in texts("train.bin") + [world.order(rng) for _ in range(1_000)]:
-        for a, relation, b in re.findall(r"A (\w+) is (bigger|smaller) than a (\w+)\.", text):
-            large, small = add(a, relation, b)
-            bigger[large].add(small)
-            told.add(frozenset((a, b)))
+    def pairs(text: str) -> list[tuple[str, str]]:
+        found = re.findall(r"A (\w+) is (bigger|smaller) than a (\w+)\.", text)
+        return [(a, b) if relation == "bigger" else (b, a) for a, relation, b in found]
+    rng, bigger = random.Random(2), defaultdict(set)     # 12 M tokens tell more than this shard does
+    told = set(pairs("\n".join(texts("train.bin") + [world.order(rng) for _ in range(1_000)])))
+    for large, small in told:
+        bigger[large].add(small)
     animals = {*bigger, *(small for s in bigger.values() for small in s)}
     for middle in animals:                                               # transitive closure (Warshall)
         for large in animals:
@@ -638,11 +588,8 @@ def test_order_agrees_with_what_training_reveals():
                 bigger[large] |= bigger[middle]
     assert not [a for a in animals if a in bigger[a]]
     for item in benchmarks("order"):
-        a = re.fullmatch(r"A (\w+) is", item["context"])[1]
-        relation, b = re.fullmatch(r"(bigger|smaller) than a (\w+)", right(item)).groups()
-        large, small = add(a, relation, b)
-        assert frozenset((a, b)) not in told
-        assert small in bigger[large]
+        ((large, small),) = pairs(statement(item))
+        assert not {(large, small), (small, large)} & told and small in bigger[large]
 
 
 def test_dialogue_answers_stand_in_the_context():

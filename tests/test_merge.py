@@ -212,8 +212,9 @@ def test_a_round_is_the_weighted_mean_of_models_trained_apart(mlp, inner, weight
     """A round is H updates of each arm from the snapshot, numbered 0 to H-1, then the mean: the average of
     two models that were trained apart for H steps; weight 1 is that arm alone, bitwise."""
     model, numbers, losses = mlp(), [], (rl_loss, sft_loss)
-    arms = [lambda h, a=arm(model, loss, .1): (numbers.append(h), a(h)) for loss in losses]
-    parallel_round(model, arms, [weight, 1 - weight], inner)
+    arms = [arm(model, loss, .1) for loss in losses]
+    counted = [lambda h, a=a: (numbers.append(h), a(h)) for a in arms]
+    parallel_round(model, counted, [weight, 1 - weight], inner)
     assert numbers == 2 * list(range(inner))
     expected = mixed(*(alone(mlp(), inner, loss, .1) for loss in losses), weight)
     assert distance(model, expected) <= (0 if weight in (0, 1) else 1e-7)

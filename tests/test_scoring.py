@@ -562,8 +562,8 @@ def test_too_long_prompts_are_explained(answering, answer_tokenizer):
 
 @pytest.fixture
 def shown(answering, answer_tokenizer, bigram, tmp_path, monkeypatch, capsys):
-    """What sample.py prints, problem by problem, of models that always say '#### 7' (seven.pt) or Z sixty
-    times (z.pt), for seven easy and three hard problems; the folder must not gain a file."""
+    """The output of sample.py, problem by problem, for models that always say '#### 7' (seven.pt) or Z sixty
+    times (z.pt), on seven easy and three hard problems; the folder must not gain a file."""
     t = answer_tokenizer
     newline, z = (t.encode(c)[0] for c in "\nZ")
     monkeypatch.chdir(tmp_path)
