@@ -21,10 +21,11 @@ from dataclasses import MISSING, asdict, fields
 from fractions import Fraction
 from pathlib import Path
 
+import ranks  # before torch, whose idle threads wait as it says
+
 import torch
 from tqdm import tqdm
 
-import ranks
 from data.tokenizer import Tokenizer
 from model import GPT, ModelConfig
 

@@ -15,13 +15,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import ranks  # before torch, whose idle threads wait as it says
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import ranks
 from checkpoint import atomic_write, check_fields, generator, load_model, main, require, setup
 from data.arithmetic import read_answer, style_of
 from data.problems import load_problems, open_data, prompt_ids, solved_examples

@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import ranks  # before torch, whose idle threads wait as it says
+
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 import evaluate
-import ranks
 import rl
 import sft
 from checkpoint import (

@@ -11,13 +11,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import ranks  # before torch, whose idle threads wait as it says
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-import ranks
 from checkpoint import Run, batch_indices, check_fields, generator, main, require, setup
 from data.problems import open_data
 from data.tokenizer import Tokenizer

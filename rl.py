@@ -15,12 +15,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import ranks  # before torch, whose idle threads wait as it says
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-import ranks
 from checkpoint import Run, batch_indices, check_fields, generator, load_model, main, require, setup
 from data.arithmetic import read_answer
 from data.problems import prompt_ids, training_problems

@@ -10,11 +10,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import ranks  # before torch, whose idle threads wait as it says
+
 import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-import ranks
 from checkpoint import Run, batch_indices, check_fields, load_model, main, require, setup
 from data.problems import prompt_ids, training_problems
 from data.tokenizer import Tokenizer
