@@ -13,7 +13,7 @@ import sys
 from functools import partialmethod
 from typing import Any
 
-# An idle thread looks for work 1,000 times, then sleeps. By default it looks much longer and keeps a core from
+# An idle thread looks for work 1,000 times, then sleeps. By default it looks much longer, keeping a core from
 # the others, so that beside one busy process two threads are slower than one (results/benchmark/README.md).
 # OpenMP reads this when torch is imported: hence before it.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
