@@ -163,9 +163,8 @@ def train(c: Config) -> Path:
     rl_config = arm_config(rl.Config, c)
     sft_config = arm_config(sft.Config, c)
     steps = c.steps
-    optimizers = {}
-    for name, lr in learning_rates(c).items():
-        optimizers[name] = torch.optim.AdamW(model.parameters(), lr, weight_decay=c.weight_decay, fused=True)
+    optimizers = {name: torch.optim.AdamW(model.parameters(), lr, weight_decay=c.weight_decay, fused=True)
+                  for name, lr in learning_rates(c).items()}
     metrics: dict[str, float] = {}
 
     def update(name: str) -> None:
@@ -211,6 +210,7 @@ def train(c: Config) -> Path:
 
             # ---- collect and update
             started = time.perf_counter()
+            metrics.clear()
             if c.mode == "parallel":
                 parallel_round(model, [rl_arm, sft_arm], [c.weight_rl, 1 - c.weight_rl], c.inner)
             elif c.mode == "alternating":
