@@ -32,7 +32,7 @@ def run(processes: int, script: str, *argv: str) -> str:
 def options(script: str, out: Path, **more: object):
     """The config of a run of three updates; the state is saved after every second."""
     fewer = {"pretrain.py": dict(tokens=768, checkpoints_at=(256,), save_every=2),
-             "sft.py": dict(questions=24, epochs=1, checkpoints_at=(1,)),
+             "sft.py": dict(n_train=24, epochs=1, checkpoints_at=(1,)),
              "rl.py": dict(n_problems=6, steps=3, checkpoints_at=(1,)),
              "merge.py": dict(n_problems=6, steps=3, inner=1, save_every=2, checkpoints_at=(1,))}[script]
     return dataclasses.replace(config_of(script, out), **fewer, **more)
@@ -122,6 +122,6 @@ def test_a_run_is_resumed_with_another_number_of_ranks(tmp_path, monkeypatch):
 
 
 def test_more_processes_than_sequences_are_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(pretrain, "world_size", lambda: 9)
+    monkeypatch.setattr(ranks, "world_size", lambda: 9)
     with pytest.raises(UserError, match="--batch 8: fewer sequences than the 9 processes"):
         worlds.quietly(pretrain.train, options("pretrain.py", tmp_path / "run"))

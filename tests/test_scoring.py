@@ -29,8 +29,6 @@ from evaluate import (
     score_rows,
 )
 from model import sample
-from sample import Config as Show
-from sample import run as show
 
 # ---- the verifier -------------------------------------------------------------------------------------
 
@@ -556,58 +554,3 @@ def test_too_long_prompts_are_explained(answering, answer_tokenizer):
     with pytest.raises(UserError, match="--shots.*--max-new|--max-new.*--shots"):
         evaluate.attempt(answering(), answer_tokenizer, [{"question": "a b " * 30, "answer": "7"}], 2, 1.0, 8,
                          generator(0, "test"))
-
-
-# ---- samples to read ----------------------------------------------------------------------------------
-
-@pytest.fixture
-def shown(answering, answer_tokenizer, bigram, tmp_path, monkeypatch, capsys):
-    """The output of sample.py, problem by problem, for models that always say '#### 7' (seven.pt) or Z sixty
-    times (z.pt), on seven easy and three hard problems; the folder must not gain a file."""
-    t = answer_tokenizer
-    newline, z = (t.encode(c)[0] for c in "\nZ")
-    monkeypatch.chdir(tmp_path)
-    save_checkpoint("seven.pt", answering(wrong=0.), t, [])
-    save_checkpoint("z.pt", bigram({newline: {z: 1.}, z: {z: 1.}}, t.n_vocab), t, [])
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(
-        {"question": f"q{i}", "answer": "7" if i else "8", "difficulty": "easy" if i < 7 else "hard"}) + "\n"
-        for i in range(10)))
-
-    def run(*checkpoints, **options):
-        before = sorted(tmp_path.iterdir())
-        capsys.readouterr()
-        show(Show(checkpoints, problem_file="p.jsonl", max_new=60, **options))
-        assert sorted(tmp_path.iterdir()) == before
-        return capsys.readouterr().out.strip().split("\n\n")
-    return run
-
-
-def test_samples_of_two_checkpoints_stand_side_by_side(shown):
-    """Question, right answer, and per checkpoint how often which answer was given, with its grade; a long one
-    is wrapped within its column: no line is wider than 110."""
-    first, *others = shown("seven.pt", "z.pt")
-    assert first.splitlines() == [
-        "q0   (easy, answer 8)",
-        f"{'seven.pt: 0 of 64 right, 1 different':57s}z.pt: 0 of 64 right, 1 different",
-        f"  64 × wrong    {'#### 7'!r:41s}  64 × unparsed '" + 36 * "Z",
-        73 * " " + 24 * "Z" + "'"]
-    assert [part.split()[0] for part in others] == ["q1", "q2", "q3", "q4", "q7", "q8", "q9"]
-    assert all("seven.pt: 64 of 64 right" in part and part.count("Z") == 60 for part in others)
-
-
-def test_as_many_samples_are_shown_as_asked(shown):
-    """The options --n-problems, of each difficulty, and --n-samples mean the same as in evaluate.py."""
-    parts = shown("z.pt", "z.pt", n_problems=1, n_samples=40)
-    assert [part.split()[0] for part in parts] == ["q0", "q7"]
-    assert all(part.count("z.pt: 0 of 40 right, 1 different") == 2 for part in parts)
-
-
-def test_samples_show_the_most_frequent_answers_first(shown, answering, answer_tokenizer):
-    """Half right, a quarter wrong and a quarter unreadable at T = 1: counted from 256 samples."""
-    save_checkpoint("mixed.pt", answering(1 / 3, .25), answer_tokenizer, [])
-    lines = shown("seven.pt", "mixed.pt", n_samples=256, temperature=1.0)[1].splitlines()
-    assert lines[2].startswith(" 256 × right    '#### 7'")
-    counts, grades = zip(*(line[57:].replace("×", "").split()[:2] for line in lines[2:]))
-    assert grades[0] == "right" and set(grades) == {"right", "wrong", "unparsed"}
-    assert sum(map(int, counts)) == 256 and abs(int(counts[0]) - 128) < 32
-    assert lines[1].endswith(f"mixed.pt: {counts[0]} of 256 right, 3 different")
