@@ -4,6 +4,7 @@
 over about one nat. `bigram` is a GPT whose next-token distribution is a table given by the test.
 """
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -17,6 +18,11 @@ from data.tokenizer import PATTERN, Tokenizer
 from model import GPT, ModelConfig
 
 torch.set_num_threads(1)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A process per core for a whole folder of tests, none besides this one for a file or a test."""
+    return os.cpu_count() if any(Path(arg).is_dir() for arg in config.args) else 0
 
 
 @pytest.fixture

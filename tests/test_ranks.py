@@ -1,5 +1,6 @@
 """Several processes (torchrun, gloo on the CPU) do the same as one."""
 import dataclasses
+import os
 import subprocess
 import sys
 import threading
@@ -125,3 +126,20 @@ def test_more_processes_than_sequences_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(ranks, "world_size", lambda: 9)
     with pytest.raises(UserError, match="--batch 8: fewer sequences than the 9 processes"):
         worlds.quietly(pretrain.train, options("pretrain.py", tmp_path / "run"))
+
+
+@pytest.mark.parametrize("script", ["pretrain", "sft", "rl", "merge", "evaluate", "sample"])
+def test_idle_threads_are_told_to_sleep_before_torch_is_imported(script):
+    """OpenMP reads the variable when torch is imported; later it has no effect."""
+    code = f"""
+import os, sys
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"))
+            raise SystemExit
+sys.meta_path.insert(0, Watch())
+import {script}"""
+    env = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=worlds.ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout == "1000\n", done.stderr
