@@ -141,5 +141,6 @@ class Watch:
 sys.meta_path.insert(0, Watch())
 import {script}"""
     env = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=worlds.ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=worlds.ROOT, env=env, capture_output=True,
+                          text=True)
     assert done.stdout == "1000\n", done.stderr
