@@ -20,6 +20,7 @@ from model import GPT, ModelConfig
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """A process per core for a whole folder of tests, none besides this one for a file or a test."""
     return os.cpu_count() if any(Path(arg).is_dir() for arg in config.args) else 0

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import check_fields, main, require
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("*.py", "*.md", "*.txt", "*.toml", "data/*.py", "data/*.md", "tests/*.py", "results/README.md",
-          "beyond/*.py", "beyond/*.md", "beyond/*.txt", "tests/beyond/*.py")
+COPIED = ("*.py", "*.md", "*.txt", "*.toml", "data/*.py", "data/*.md", "beyond/*.py", "beyond/*.md",
+          "beyond/*.txt", "tests/*.py", "tests/*.ini", "tests/beyond/*.py", "results/README.md")
 
 
 class Exercise(NamedTuple):

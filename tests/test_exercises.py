@@ -33,7 +33,7 @@ for line in sys.stdin:
     os.wait()
     print("end", flush=True)
 """
-OPTIONS = ["-rfEp", "-q", "--tb=line", "-p", "no:cacheprovider", "-p", "no:xdist"]
+OPTIONS = ["-rfEp", "-q", "--tb=line", "-p", "no:cacheprovider", "-n", "0"]
 
 
 @pytest.fixture(scope="module")
