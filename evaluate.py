@@ -168,10 +168,12 @@ def measure_problems(model: GPT, tokenizer: Tokenizer, problems: list[dict], c: 
         result[f"pass@{k}"] = {"mean": float(each.mean()), "interval": interval(means)}
 
     total = len(sampled.grades)
-    answers = [text.split("####")[-1] for text in sampled.texts]
     styles = Counter(style_of(text) for text in sampled.texts)
-    entropies = [entropy(group) for group in grouped(answers, c.n_samples)]
-    distinct = [len(set(group)) for group in grouped(sampled.texts, c.n_samples)]
+    entropies, distinct = [], []
+    for i in range(0, total, c.n_samples):
+        texts = sampled.texts[i:i + c.n_samples]
+        entropies.append(entropy([text.split("####")[-1] for text in texts]))
+        distinct.append(len(set(texts)))
     return result | {
         "greedy": greedy.grades.count("right") / len(problems),
         "unparsed": sampled.grades.count("unparsed") / total,
@@ -180,10 +182,6 @@ def measure_problems(model: GPT, tokenizer: Tokenizer, problems: list[dict], c: 
         "distinct_completions": float(np.mean(distinct)),
         "styles": {style: n / total for style, n in sorted(styles.items())},
     }
-
-
-def grouped(values: list, n: int) -> list[list]:
-    return [values[i:i + n] for i in range(0, len(values), n)]
 
 
 def packed(prompts: Ids, completions: Ids, pad: int, tokens: int,
@@ -263,21 +261,18 @@ def measure_benchmarks(model: GPT, tokenizer: Tokenizer, items: list[dict]) -> d
     contexts, choices = [], []
     for item in items:
         context = [tokenizer.eos, *tokenizer.encode(item["context"])]
-        for choice in item["choices"]:
-            contexts.append(context)
-            choices.append(tokenizer.encode(choice))
+        contexts += [context] * len(item["choices"])
+        choices += [tokenizer.encode(choice) for choice in item["choices"]]
     sums, exact = score_rows(model, contexts, choices, tokenizer.pad)
 
     by_task: dict[str, list[tuple[int, int, int, float]]] = {}
     at = 0
     for item in items:
         n = len(item["choices"])
+        picked = pick(sums[at:at + n], item["choices"])
+        acc, acc_norm = (int(choice == item["answer"]) for choice in picked)
         if n == 1:
             acc = acc_norm = int(exact[at])
-        else:
-            by_sum, by_norm = pick(sums[at:at + n], item["choices"])
-            acc = int(by_sum == item["answer"])
-            acc_norm = int(by_norm == item["answer"])
         # two choices differ in a letter or two, whose share of the length must not decide (BLiMP: acc)
         hit = acc_norm if n > 2 else acc
         by_task.setdefault(item["task"], []).append((hit, acc, acc_norm, item["chance"]))
@@ -321,10 +316,8 @@ def bits_per_byte(model: GPT, tokenizer: Tokenizer, shard: np.ndarray, blocks: i
 
 # ---- a whole evaluation ----------------------------------------------------------------------------------
 
-def load_reference(path: str, checkpoint: str, model: GPT, tokenizer: Tokenizer) -> GPT | None:
+def load_reference(path: str, checkpoint: str, model: GPT, tokenizer: Tokenizer) -> GPT:
     """The model of --reference; UserError if it cannot score the answers of the checkpoint's model."""
-    if not path:
-        return None
     reference, other_tokenizer, _ = load_model(path, model.device)
     require(other_tokenizer.sha256 == tokenizer.sha256, f"{path}: has another tokenizer than {checkpoint}")
     require(reference.config.context >= model.config.context,
@@ -341,7 +334,7 @@ def evaluate(path: str, c: Config) -> dict:
     _, data_tokenizer, shards = open_data(c.data)
     require(data_tokenizer.sha256 == tokenizer.sha256,
             f"{path}: made with another tokenizer than {c.data} holds")
-    reference = load_reference(c.reference, path, model, tokenizer)
+    reference = load_reference(c.reference, path, model, tokenizer) if c.reference else None
     problems = load_problems(c.problem_file or f"{c.data}/{c.split}.jsonl")
     items = []
     listed = Path(c.data, "benchmarks.jsonl")
