@@ -12,18 +12,23 @@ import io
 import json
 import math
 import os
+import platform
 import re
 import signal
 import sys
-import typing
 import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import MISSING, asdict, fields
 from fractions import Fraction
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import ranks  # before torch, whose idle threads wait as it says
 
 import torch
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from data.tokenizer import Tokenizer
@@ -33,8 +38,6 @@ try:
     import fcntl
 except ImportError:      # Windows: runs work, but are not locked
     fcntl = None
-
-FORMAT = "earlybird checkpoint 1"
 
 
 class UserError(ValueError):
@@ -47,7 +50,6 @@ def require(condition: bool, message: str) -> None:
 
 
 # ---- randomness ------------------------------------------------------------------------------------------
-
 def generator(seed: int, stream: str, step: int = 0) -> torch.Generator:
     """A CPU generator for one stream ('data', 'rollouts', ...) at one step: none disturbs another."""
     digest = hashlib.blake2b(f"{seed} {stream} {step}".encode(), digest_size=7).digest()
@@ -65,32 +67,39 @@ def batch_indices(n: int, batch: int, step: int, seed: int, stream: str) -> list
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------
+FORMAT = "earlybird checkpoint 1"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An error names the file, so that the line on the screen does."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"not written ({error.strerror})", str(path)) from None
+
 
 def atomic_write(path: Path, data: bytes) -> None:
-    """Write a file so that at every moment either the old or the new content is there, whole. Of several
-    ranks, the first one writes."""
+    """Write a file so that at every moment the old or the new content is there, whole. Rank 0 writes."""
     if ranks.rank():
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-        if os.name == "posix":                   # the new name is on disk too
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            error.filename = str(path)           # so that the line on the screen names it
-        raise
+    with writing(path):
+        try:
+            with open(temporary, "wb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+            if os.name == "posix":               # the new name is on disk too
+                folder = os.open(path.parent, os.O_RDONLY)
+                os.fsync(folder)
+                os.close(folder)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
-def save_checkpoint(path: Path, model: GPT, tokenizer: Tokenizer, lineage: list[dict],
-                    **more: typing.Any) -> None:
+def save_checkpoint(path: Path, model: GPT, tokenizer: Tokenizer, lineage: list[dict], **more: Any) -> None:
     """Everything that is needed to use the model elsewhere. `more` must be plain types and tensors."""
     weights = {name.removeprefix("_orig_mod."): w.detach().cpu().clone()
                for name, w in model.state_dict().items()}
@@ -101,21 +110,17 @@ def save_checkpoint(path: Path, model: GPT, tokenizer: Tokenizer, lineage: list[
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """Read a checkpoint on the CPU; never runs code from it. UserError names the file and what is wrong."""
-    require(Path(path).is_file(), f"{path}: no such checkpoint file")
+    """Read a checkpoint on the CPU; never runs code from it. UserError names the file and the fault."""
+    known = {"script", "config", "tokens", "updates", "flops", "seconds"}
     try:
         with zipfile.ZipFile(path) as z:
-            damaged = z.testzip()                # compares every record with its CRC-32
-        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+            require(z.testzip() is None, "a checksum differs")           # every record's CRC-32
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        require(content["format"] == FORMAT, f"its format is not {FORMAT!r}")
+        require(all(known <= stage.keys() for stage in content["lineage"]), "its lineage is not whole")
     except Exception as error:                   # zipfile and torch raise a dozen types for foreign files
-        raise UserError(f"{path}: not a checkpoint, or a truncated one ({type(error).__name__})") from None
-    require(not damaged, f"{path}: damaged (checksum of {damaged} does not match); restore it from a copy")
-    require(isinstance(content, dict) and content.get("format") == FORMAT,
-            f"{path}: a PyTorch file, but not a checkpoint of this project (no format {FORMAT!r})")
-    stages = content.get("lineage")
-    known = {"script", "config", "tokens", "updates", "flops", "seconds"}
-    require(isinstance(stages, list) and all(isinstance(s, dict) and known <= s.keys() for s in stages),
-            f"{path}: its lineage is missing or damaged")
+        fault = error if isinstance(error, UserError) else type(error).__name__
+        raise UserError(f"{path}: missing, damaged or not a checkpoint of this project ({fault})") from None
     return content
 
 
@@ -129,14 +134,12 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[GP
         require(config.n_heads % config.n_kv_heads == 0, "n_kv_heads does not divide n_heads")
         model = GPT(config)
         model.load_state_dict(content["model"])
+        for name, weight in model.state_dict().items():
+            require(bool(weight.isfinite().all()), f"{name} has values that are not finite")
         tokenizer = Tokenizer(content["tokenizer"])
-        require(tokenizer.n_vocab == model.config.n_vocab,
-                "the tokenizer has another vocabulary than the model")
+        require(tokenizer.n_vocab == config.n_vocab, "the tokenizer has another vocabulary than the model")
     except Exception as error:                   # anything a foreign checkpoint may raise above
-        raise UserError(f"{path}: weights, model config and tokenizer do not fit together "
-                        f"({str(error)[:200]})") from None
-    for name, weight in content["model"].items():
-        require(bool(weight.isfinite().all()), f"{path}: {name} has values that are not finite")
+        raise UserError(f"{path}: {str(error)[:200]} (its parts must fit together)") from None
     return model.to(device), tokenizer, content["lineage"]
 
 
@@ -149,38 +152,28 @@ def file_sha256(path: str | Path) -> str:
 
 
 # ---- a run folder ----------------------------------------------------------------------------------------
-
 SHOWN = ("loss", "sft_loss", "reward", "signal", "entropy", "kl",        # the numbers that the bar shows
          "val_general", "val_arithmetic", "val_pass@1")
 HERE = ("device", "threads", "out")              # options that do not change the result
 
 
-class Run:
+class Run(ExitStack):
     """A run folder and its books: config.json, log.jsonl (a line per step), samples.txt, last.pt to resume
-    from, `final` at the end.
+    from, `final` at the end. Use: `with Run(c, steps, lineage of the start) as run:`, run.restore, for every
+    update run.usable, count, log_step and end_step, and run.finish.
 
-        with Run(c, steps, parents) as run:      parents: lineage of the checkpoint that the run starts from
-            if run.finished(): ...
-            step = run.restore(model, optimizer)
-            while True:
-                ...                              one update, and step += 1
-                run.count(tokens=..., seconds=...)
-                run.log(step=step, loss=...)
-                run.end_step(step, model, tokenizer, optimizer)
-            return run.finish(model, tokenizer, optimizer)
+    `start` is the origin of the run (file or folder -> sha256; without it, --init). After Ctrl-C or SIGTERM
+    end_step saves and stops; a second Ctrl-C stops at once. Of several ranks, the first one writes. The end
+    of `with` unlocks the folder and gives the signal handlers back. UserError if another process works in the
+    folder, if it holds a run of another configuration, or if the origin has changed."""
 
-    `start` is what the run begins from (file or folder -> sha256; without it, --init). After Ctrl-C or
-    SIGTERM end_step saves and stops; a second Ctrl-C stops at once. Of several ranks, the first one writes.
-    UserError if another process works in the folder, if it holds a run of another configuration, or if what
-    it began from has changed."""
-
-    def __init__(self, config: typing.Any, steps: int, parents: list[dict], final: str = "final.pt",
-                 start: dict[str, typing.Any] | None = None):
+    def __init__(self, config: Any, steps: int, parents: list[dict], final: str = "final.pt",
+                 start: dict[str, Any] | None = None):
+        super().__init__()
         self.out = Path(config.out)
         self.final = self.out / final
         self.steps = steps
         self.parents = parents
-        self.save_every = config.save_every
         self.script = Path(inspect.getfile(type(config))).name
         self.config = json.loads(json.dumps(asdict(config)))             # tuples become lists, as in the file
         if start is None:
@@ -188,84 +181,59 @@ class Run:
             late = [step for step in config.checkpoints_at if step > steps]
             require(not late, f"--checkpoints-at {late}: not within the run's {steps} steps")
         self.start = start
-        self.counts = {"tokens": 0, "updates": 0, "flops": 0, "seconds": 0.0}
-        self.skipped = 0                         # updates left out because of a gradient that is not finite
-        self.bad_in_a_row: dict[int, int] = {}   # id of an optimizer -> how many
         self.shown: dict[str, float] = {}
-        self.bar: tqdm | None = None
-        self.files: dict[str, typing.BinaryIO] = {}
-        self.sizes = {"log.jsonl": 0, "samples.txt": 0}
         self.signals: set[int] = set()
-        self.handlers: dict[int, typing.Any] = {}
+        self.bad_in_a_row = Counter()            # optimizer -> gradients that are not finite
         self.out.mkdir(parents=True, exist_ok=True)
-        self.lock = open(os.devnull if ranks.rank() else self.out / ".lock", "w")
         try:
             self._open()
         except BaseException:
-            self.__exit__()
+            self.close()
             raise
 
     def _open(self) -> None:
-        """Lock the folder, compare it with this run, open its files, listen to signals."""
-        try:
-            if fcntl and ranks.rank() == 0:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{self.out}: another process is working in this run folder; wait for it, "
-                            "or choose another --out") from None
-        last = self.out / "last.pt"
-        self.last = load_checkpoint(last) if last.exists() else None     # None: a new run
-        self._compare()
-        if self.last:
-            self.counts = self.last["counts"]
-            self.skipped = self.last["skipped"][0]
-            self.sizes = self.last["bytes"]
+        """Lock the folder, compare it with this run, listen to signals."""
+        if fcntl and ranks.rank() == 0:
+            lock = self.enter_context(open(self.out / ".lock", "w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"{self.out}: another process works in it; choose another --out") from None
+        self._load()
+        self.counts = self.last["counts"]
+        self.sizes = self.last["bytes"]
+        self.skipped = self.last["skipped"][0]   # updates left out because of a gradient that is not finite
         if ranks.rank() == 0:
             for litter in (*self.out.glob(".*.pt.*"), *self.out.glob(".config.json.*")):
                 litter.unlink()                  # temporary files that a kill during a write left behind
-            self.files = {name: open(self.out / name, "ab", buffering=0) for name in self.sizes}
         atomic_write(self.out / "config.json", json.dumps(self.config, indent=1).encode())
         for sign in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self.handlers[sign] = signal.signal(sign, self._interrupt)
-            except ValueError:                   # not the main thread: the caller handles signals
-                break
+            with suppress(ValueError):           # not in the main thread: the caller listens
+                self.callback(signal.signal, sign, signal.signal(sign, self._interrupt))
 
-    def _compare(self) -> None:
-        """UserError unless the folder is empty or holds this very run."""
+    def _load(self) -> None:
+        """Read last.pt, if there is one. UserError unless the folder is empty or holds this very run."""
+        counts = {"tokens": 0, "updates": 0, "flops": 0, "seconds": 0.0}
+        new = {"step": 0, "done": False, "start": self.start, "counts": counts, "optimizers": [],
+               "skipped": [0], "bytes": {"log.jsonl": 0, "samples.txt": 0}}
+        last = self.out / "last.pt"
+        self.last = load_checkpoint(last) if last.exists() else new
         path = self.out / "config.json"
         try:
             there = dict(json.loads(path.read_text())) if path.exists() else self.config
         except (ValueError, TypeError):
             raise UserError(f"{path}: damaged; choose another --out") from None
-        different = [f"{k}={there.get(k)} there, {v} asked" for k, v in self.config.items()
-                     if k not in HERE and there.get(k) != v]
-        require(not different, f"{path}: this folder holds a run with another configuration "
-                               f"({'; '.join(different)}); choose another --out")
-        state = {"step", "done", "bytes", "skipped", "start", "optimizers", "counts"}
-        require(not self.last or state <= self.last.keys(),
-                f"{self.out / 'last.pt'}: a checkpoint, but not the state of a run; choose another --out")
-        steps = ranks.gather([self.last["step"] if self.last else 0])
-        require(len(set(steps)) == 1, f"{self.out}: the processes see different states (steps {steps}); they "
-                                      "need one folder on a disk that they share")
-        if self.last:
-            for name, digest in self.start.items():
-                require(self.last["start"].get(name) == digest,
-                        f"{name}: changed since the run in {self.out} started from it; choose another --out")
+        changed = [f"{k}={there.get(k)} there, {v} asked" for k, v in self.config.items()
+                   if k not in HERE and there.get(k) != v]
+        require(not changed, f"{path}: another configuration ({'; '.join(changed)}); choose another --out")
+        require(new.keys() <= self.last.keys(), f"{last}: not the state of a run; choose another --out")
+        steps = ranks.gather([self.last["step"]])
+        require(len(set(steps)) == 1, f"{self.out}: not one folder for all processes (steps {steps})")
+        for name, digest in self.start.items():
+            require(self.last["start"].get(name) == digest,
+                    f"{name}: changed since the run in {self.out} started from it; choose another --out")
 
-    def __enter__(self) -> "Run":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Unlock the folder and give the signal handlers back, however the run ends."""
-        if self.bar is not None:
-            self.bar.close()
-        for f in (*self.files.values(), self.lock):
-            f.close()
-        for sign, handler in self.handlers.items():
-            signal.signal(sign, handler)
-
-    def _interrupt(self, sign: int, frame: typing.Any) -> None:
+    def _interrupt(self, sign: int, frame: Any) -> None:
         if sign in self.signals:                 # torchrun forwards Ctrl-C as SIGTERM: not a second request
             raise KeyboardInterrupt
         self.signals.add(sign)
@@ -273,42 +241,42 @@ class Run:
 
     def finished(self) -> bool:
         """True if an earlier call completed this run; prints whether it is finished or resumed."""
-        if self.last is not None and self.last["done"] and self.final.exists():
+        if self.last["done"] and self.final.exists():
             print(f"{self.out}: finished already; the result is {self.final}")
             return True
-        if self.last:
+        if self.last["step"]:
             print(f"{self.out}: resuming after step {self.last['step']} of {self.steps}")
         return False
 
-    def restore(self, model: GPT, *optimizers: torch.optim.Optimizer) -> int:
+    def restore(self, model: GPT, *optimizers: Optimizer) -> int:
         """Put the last saved state into model and optimizers; returns its step, 0 in a new run."""
-        for name, f in self.files.items():       # cut off what was logged after it
-            f.truncate(self.sizes[name])
-            f.seek(0, os.SEEK_END)
-        if self.last:
+        for name, size in self.sizes.items():
+            if ranks.rank() == 0:
+                with open(self.out / name, "ab") as f:
+                    f.truncate(size)             # cut off the lines logged after it
+        step = self.last["step"]
+        if step:
             model.load_state_dict(self.last["model"])
             bad = self.last["skipped"][1:]
             for optimizer, state, n in zip(optimizers, self.last["optimizers"], bad, strict=True):
                 optimizer.load_state_dict(state)
-                self.bad_in_a_row[id(optimizer)] = n
-        step = self.last["step"] if self.last else 0
-        self.bar = tqdm(total=self.steps, initial=step, unit="step", desc=Path(self.script).stem)
+                self.bad_in_a_row[optimizer] = n
+        bar = tqdm(total=self.steps, initial=step, unit="step", desc=Path(self.script).stem)
+        self.bar = self.enter_context(bar)
         return step
 
-    def usable(self, norm: float, optimizer: torch.optim.Optimizer) -> bool:
+    def usable(self, norm: float, optimizer: Optimizer) -> bool:
         """Whether a gradient of this norm may be used: not if it is not finite. Three such gradients of an
         optimizer in a row raise UserError, the last saved state being whole. Counts updates."""
         if math.isfinite(norm):
             self.counts["updates"] += 1
-            self.bad_in_a_row[id(optimizer)] = 0
+            self.bad_in_a_row[optimizer] = 0
             return True
         self.skipped += 1
-        bad = self.bad_in_a_row.get(id(optimizer), 0) + 1
-        self.bad_in_a_row[id(optimizer)] = bad
-        print(f"\n{self.out}: gradient is not finite, update skipped ({self.skipped} so far)",
-              file=sys.stderr)
-        require(bad < 3, f"{self.out}: three gradients in a row were not finite; last.pt has "
-                         "the last good state. Lower --lr, or look into the data")
+        self.bad_in_a_row[optimizer] += 1
+        print(f"\n{self.out}: gradient not finite, update skipped ({self.skipped} so far)", file=sys.stderr)
+        require(self.bad_in_a_row[optimizer] < 3, f"{self.out}: three gradients in a row were not finite; "
+                "last.pt has the last good state. Lower --lr, or look into the data")
         return False
 
     def count(self, **amounts: float) -> None:
@@ -317,10 +285,9 @@ class Run:
             self.counts[name] += amount
 
     def log(self, step: int, **metrics: float) -> None:
-        """Append a line to log.jsonl and show it in the bar; a number that is not finite becomes null, as
-        JSON has no NaN."""
+        """Append a line to log.jsonl and show it in the bar; JSON has no NaN and no infinity, but null."""
         bad = [k for k, v in metrics.items() if isinstance(v, float) and not math.isfinite(v)]
-        self._append("log.jsonl", json.dumps({"step": step} | metrics | dict.fromkeys(bad)))
+        self.write(json.dumps({"step": step} | metrics | dict.fromkeys(bad)), "log.jsonl")
         self.shown |= {name: metrics[name] for name in SHOWN if name in metrics}
         self.bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in self.shown.items()), refresh=False)
 
@@ -329,23 +296,16 @@ class Run:
         totals = {name: round(total, 3) for name, total in self.counts.items()}
         self.log(step, **metrics, skipped=self.skipped, **totals)
 
-    def write(self, text: str) -> None:
-        """Append to samples.txt, for people to read."""
-        self._append("samples.txt", text)
-
-    def _append(self, name: str, text: str) -> None:
-        if ranks.rank():
-            return
-        try:
-            self.files[name].write((text + "\n").encode())
-        except OSError as error:
-            raise UserError(f"{self.out / name}: not written ({error.strerror}); last.pt is whole") from None
+    def write(self, text: str, name: str = "samples.txt") -> None:
+        """Append to a file of the run; samples.txt is for people to read."""
+        if ranks.rank() == 0:
+            with writing(self.out / name), open(self.out / name, "ab") as f:
+                f.write((text + "\n").encode())
 
     def lineage(self) -> list[dict]:
-        """The parents and this stage: script, options, the sha256 of what it started from (--init or --data)
-        and the totals so far (tokens, updates, FLOPs, seconds)."""
-        stage = {"script": self.script, "config": self.config, **self.counts}
-        stage["parent"] = self.start.get(self.config.get("init"))
+        """The parents and this stage: script, options, sha256 of its origin (--init or --data), totals."""
+        parent = self.start.get(self.config.get("init"))
+        stage = {"script": self.script, "config": self.config, **self.counts, "parent": parent}
         if "init" not in self.config:
             stage["data"] = self.start[self.config["data"]]
         return [*self.parents, stage]
@@ -354,40 +314,37 @@ class Run:
         """Write a checkpoint of this moment into the folder."""
         save_checkpoint(self.out / name, model, tokenizer, self.lineage())
 
-    def _save_last(self, step: int, model: GPT, tokenizer: Tokenizer, optimizers: tuple,
+    def _save_last(self, step: int, model: GPT, tokenizer: Tokenizer, *optimizers: Optimizer,
                    done: bool = False) -> None:
         """The one file to resume from; log files (if `done`: the final checkpoint too) are on disk before."""
-        for name, f in self.files.items():
-            try:
+        for name in self.sizes:
+            with writing(self.out / name), open(self.out / name, "ab") as f:
                 os.fsync(f.fileno())
-            except OSError as error:
-                raise UserError(f"{self.out / name}: not written ({error.strerror})") from None
-        if not done:
-            self.sizes = {name: f.tell() for name, f in self.files.items()}
-        skipped = [self.skipped, *(self.bad_in_a_row.get(id(o), 0) for o in optimizers)]
+                if not done:
+                    self.sizes[name] = f.tell()
+        skipped = [self.skipped, *(self.bad_in_a_row[optimizer] for optimizer in optimizers)]
         save_checkpoint(self.out / "last.pt", model, tokenizer, self.lineage(), step=step,
                         optimizers=[optimizer.state_dict() for optimizer in optimizers], done=done,
                         bytes=self.sizes, skipped=skipped, start=self.start, counts=self.counts)
 
-    def end_step(self, step: int, model: GPT, tokenizer: Tokenizer,
-                 *optimizers: torch.optim.Optimizer) -> None:
+    def end_step(self, step: int, model: GPT, tokenizer: Tokenizer, *optimizers: Optimizer) -> None:
         """Move the bar; save last.pt if it is due; after a signal to any rank, save and stop."""
         interrupted = any(ranks.gather([bool(self.signals)]))
         before = self.bar.n
         self.bar.update(step - before)
-        due = step // self.save_every > before // self.save_every
+        every = self.config["save_every"]
+        due = step // every > before // every
         if due or step == self.steps or interrupted:
-            self._save_last(step, model, tokenizer, optimizers)
+            self._save_last(step, model, tokenizer, *optimizers)
         if interrupted and step < self.steps:
             print(f"saved; run the same command again to resume (--out {self.out})")
             raise KeyboardInterrupt
 
-    def finish(self, model: GPT, tokenizer: Tokenizer, *optimizers: torch.optim.Optimizer,
-               then: str = "") -> Path:
+    def finish(self, model: GPT, tokenizer: Tokenizer, *optimizers: Optimizer, then: str = "") -> Path:
         """Write the final checkpoint, close the books, print a summary and the command to continue with."""
         self.bar.close()
         self.keep(self.final.name, model, tokenizer)
-        self._save_last(self.steps, model, tokenizer, optimizers, done=True)
+        self._save_last(self.steps, model, tokenizer, *optimizers, done=True)
         shown = "".join(f", {name} {value:.3f}" for name, value in self.shown.items())
         print(f"{self.final}: {self.counts['updates']} updates, {self.counts['tokens']:,} tokens, "
               f"{self.counts['seconds'] / 60:.1f} min{shown}\nnext: {then}")
@@ -395,11 +352,6 @@ class Run:
 
 
 # ---- options ---------------------------------------------------------------------------------------------
-
-# former names of options, in commands that were published
-FORMER = {"n_train": "--questions", "problem_file": "--problems"}
-
-
 def number(text: str) -> int:
     """An integer as people write it: 8000000, 8_000_000, 8e6, 8M, 500k."""
     match = re.fullmatch(r"(-?[0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]{1,2})?)([kKMG]?)", text, re.ASCII)
@@ -410,9 +362,10 @@ def number(text: str) -> int:
     return int(value)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        raise UserError(f"{message} (--help explains the options)")
+COMPARE = {">": float.__gt__, ">=": float.__ge__, "<": float.__lt__, "<=": float.__le__}
+# field -> its option's former name, in commands that were published, and how that is read
+FORMER = {"n_train": ("--questions", {"type": number}), "problem_file": ("--problems", {}),
+          "decay": ("--no-decay", {"action": "store_const", "const": 0.0})}
 
 
 @functools.cache
@@ -421,104 +374,90 @@ def help_texts(cls: type) -> dict[str, str]:
     return dict(re.findall(r"^ +(\w+):.*?# *(.*)$", inspect.getsource(cls), re.MULTILINE))
 
 
-COMPARE = {">": float.__gt__, ">=": float.__ge__, "<": float.__lt__, "<=": float.__le__}
-
-
-def within(domain: str, value: typing.Any) -> bool:
+def within(domain: str, value: Any) -> bool:
     """Whether a value lies in a domain such as '> 0', '>= 0, <= 1' or 'one of easy, hard, all'."""
     if domain.startswith("one of "):
         return value in domain.removeprefix("one of ").split(", ")
-    bounds = re.findall(r"([<>]=?) (-?[0-9.]+)", domain)
-    return math.isfinite(value) and all(COMPARE[sign](float(value), float(bound)) for sign, bound in bounds)
+    bounds = re.findall("([<>]=?) ([-0-9.]+)", domain)
+    return all(math.isfinite(value) and COMPARE[sign](float(value), float(bound)) for sign, bound in bounds)
 
 
-def check_fields(config: typing.Any) -> None:
+def check_fields(config: Any) -> None:
     """UserError unless every field of a Config has its type and lies in the domain with which its comment
     begins, before a colon: `lr: float = 3e-4  # > 0: of AdamW`. Of a tuple, every element."""
-    hints = typing.get_type_hints(type(config))
-    for f in fields(config):
-        value = getattr(config, f.name)
-        many = typing.get_origin(hints[f.name]) is tuple
-        kind = typing.get_args(hints[f.name])[0] if many else hints[f.name]
-        allowed = (int, float) if kind is float else kind
-        domain = re.match(r"((?:[<>]=? -?[0-9.]+(?:, )?)+|one of [^:]+):", help_texts(type(config))[f.name])
-        option = f"--{f.name.replace('_', '-')}"
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        option = f"--{name.replace('_', '-')}"
+        kind = (*get_args(hint), hint)[0]        # of a tuple: that of its elements
+        many = kind is not hint
         require(not many or isinstance(value, (tuple, list)), f"{option} {value}: must be a tuple")
+        domain = re.match("((?:one of|[<>]).*?):|", help_texts(type(config))[name])[1] or ""
         for x in value if many else [value]:
-            right = isinstance(x, allowed) and isinstance(x, bool) == (kind is bool)
+            right = type(x) in ((int, float) if kind is float else (kind,))
             require(right, f"{option} {x}: must be of type {kind.__name__}")
-            require(domain is None or within(domain[1], x), f"{option} {x}: must be {domain and domain[1]}")
+            require(within(domain, x), f"{option} {x}: must be {domain}")
 
 
-def parse(cls: type, argv: list[str] | None = None) -> typing.Any:
+def reader(hint: Any) -> Callable:
+    """From the text of an option to its value. A tuple is written with commas."""
+    kind = (*get_args(hint), hint)[0]
+    one = number if kind is int else kind
+    return one if kind is hint else lambda text: tuple(one(x) for x in text.split(",") if x)
+
+
+def parse(cls: type, argv: list[str] | None = None) -> Any:
     """The command line of a Config: field `lr` is option `--lr`, the comment on its line is the help text,
-    and fields without a default are positional (one or more values). A tuple is written with commas."""
-    automatic = cls.__doc__.startswith(f"{cls.__name__}(")               # the docstring that @dataclass makes
-    description = sys.modules[cls.__module__].__doc__ if automatic else cls.__doc__
-    parser = Parser(description=description, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    hints = typing.get_type_hints(cls)
+    and fields without a default are positional (one or more values)."""
+    parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: require(False, f"{message} (--help explains the options)")
+    hints = get_type_hints(cls)
     for f in fields(cls):
-        name = "--" + f.name.replace("_", "-")
+        names = ["-o"] * (f.name == "out") + ["--" + f.name.replace("_", "-")]
         text = help_texts(cls).get(f.name, "").replace("%", "%%")
-        kind = hints[f.name]
         if f.default is MISSING:
             parser.add_argument(f.name, nargs="+", help=text)
-        elif kind is bool:
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=f.default, help=text)
+        elif hints[f.name] is bool:
+            parser.add_argument(*names, action=argparse.BooleanOptionalAction, default=f.default, help=text)
         else:
-            many = typing.get_origin(kind) is tuple
-            one = typing.get_args(kind)[0] if many else kind
-            one = number if one is int else one
-            read = (lambda s, one=one: tuple(one(x) for x in s.split(",") if x)) if many else one
-            shown = ",".join(map(str, f.default)) if many else str(f.default)
-            parser.add_argument(*["-o"] * (f.name == "out"), name, type=read, default=f.default, metavar="X",
+            shown = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else str(f.default)
+            parser.add_argument(*names, type=reader(hints[f.name]), default=f.default, metavar="X",
                                 help=f"{text} (default: {shown or 'none'})")
-            if f.name in FORMER:
-                parser.add_argument(FORMER[f.name], dest=f.name, type=read, default=argparse.SUPPRESS,
-                                    help=argparse.SUPPRESS)
-    if "decay" in hints:
-        parser.add_argument("--no-decay", dest="decay", action="store_const", const=0.0,
-                            default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    for name in FORMER.keys() & hints.keys():
+        option, how = FORMER[name]
+        parser.add_argument(option, dest=name, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **how)
     values = vars(parser.parse_args(argv))
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def main(function: typing.Callable, cls: type) -> None:
-    """Run function(config) from the command line. Errors that the user can fix end in one line and exit
-    status 2."""
+def main(function: Callable, cls: type) -> None:
+    """Run function(config) from the command line. An error that the user can fix is one line, status 2."""
     try:
-        function(parse(cls))
+        return function(parse(cls))
     except (UserError, OSError) as error:
-        close_bars()
-        named = isinstance(error, OSError) and error.filename
-        text = f"{error.filename}: {error.strerror}" if named else str(error)
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(text.split())}", file=sys.stderr)
-        sys.exit(2)
+        named = getattr(error, "filename", None)
+        text = f"{named}: {error.strerror}" if named else str(error)
+        line = f"{Path(sys.argv[0]).name}: error: {' '.join(text.split())}"
+        status = 2
     except KeyboardInterrupt:
-        close_bars()
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-def close_bars() -> None:
-    """End the line of every progress bar, so that the next text has a line of its own."""
+        line = "interrupted"
+        status = 130
     for bar in list(getattr(tqdm, "_instances", ())):
-        bar.close()
+        bar.close()                              # so that the line is one of its own
+    print(line, file=sys.stderr)
+    sys.exit(status)
 
 
 def setup(device: str, threads: int) -> torch.device:
     """Choose the device and the number of threads (0: all cores); keep big memory blocks in the process."""
-    require(0 <= threads <= 4096, f"--threads {threads}: must be 0 (all cores) or more, at most 4096")
     if threads:
         torch.set_num_threads(threads)
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        # glibc hands every big temporary back to the system, and fresh pages are ten times slower to write:
+    if platform.libc_ver()[0] == "glibc":
+        # it hands every big temporary back to the system, and fresh pages are ten times slower to write:
         # keep the memory (mallopt), in pages of 2 MB (read by PyTorch before its first tensor, never later)
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         for option, value in ((-1, 1 << 30), (-2, 1 << 28), (-3, 1 << 30)):   # M_TRIM_THRESHOLD, TOP_PAD, ...
-            libc.mallopt(option, value)
+            ctypes.CDLL(None).mallopt(option, value)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":                         # of several, each rank takes its own
@@ -526,9 +465,8 @@ def setup(device: str, threads: int) -> torch.device:
     try:
         found = torch.empty(1, device=device)
         found.item()                             # the meta device, for one, has no values
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        raise UserError(f"--device {device}: not available here ({str(error).splitlines()[0]}); "
-                        "use cpu, cuda or auto") from None
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UserError(f"--device {device}: not available ({str(error).splitlines()[0]})") from None
     if found.is_cuda:
         torch.cuda.set_device(found.device)
     ranks.join()

@@ -1,5 +1,4 @@
-"""Arithmetic word problems with several correct solutions each:
-the skill that reinforcement learning must improve.
+"""Arithmetic word problems with several correct solutions each: the skill that RL must improve.
 
     Nora has 37 shells. Nora finds 48. Nora loses 20. How many shells?   <- question (prompt adds a newline)
     37+48=85                                                             <- one of four solution styles
@@ -34,7 +33,6 @@ Step = tuple[int, str, int, int]     # a, sign, b, result
 
 def canonical(start: int, operations: Operations) -> str:
     """The problem without its wording and order: gains sorted, then losses sorted, e.g. '37+48-20'.
-
     Addition commutes, so 'has 37, finds 48' and 'has 48, finds 37' are one problem and land in one split."""
     gains = sorted([start] + [n for sign, n in operations if sign == "+"])
     losses = sorted(n for sign, n in operations if sign == "-")
@@ -43,8 +41,7 @@ def canonical(start: int, operations: Operations) -> str:
 
 @cache
 def split_of(canonical_problem: str) -> str:
-    """'pretrain' 70 %, 'train' 20 % (SFT and RL), 'val' 5 %, 'test' 5 %:
-    by hash, hence the same for every seed."""
+    """'pretrain' 70 %, 'train' 20 % (SFT and RL), 'val' 5 %, 'test' 5 %: by hash, the same for every seed."""
     bucket = crc32(canonical_problem.encode()) % 20
     return "val" if bucket == 0 else "test" if bucket == 1 else "train" if bucket < 6 else "pretrain"
 
@@ -67,8 +64,7 @@ def chain(start: int, operations: Operations) -> list[Step]:
 
 
 def solve(start: int, operations: Operations) -> dict[str, str]:
-    """Style -> complete solution, final line '#### answer' included.
-    All end in the same answer and differ as text."""
+    """Style -> complete solution, final line '#### answer' included. No two are the same text."""
     steps = chain(start, operations)
     answer = steps[-1][3]
     # regrouped: add up all gains (largest first), then all losses, then one subtraction
@@ -97,8 +93,7 @@ def solve(start: int, operations: Operations) -> dict[str, str]:
 
 
 def style_of(completion: str) -> str:
-    """Which of STYLES (or 'bare', 'other') a completion is written in;
-    the inverse of `solve`, for evaluation."""
+    """Which of STYLES (or 'bare', 'other') a completion is written in: the inverse of `solve`."""
     first = completion.split("\n")[0]
     number = r"[0-9]+"
     patterns = {"bare": rf"#### {number}", "equations": rf"{number}[+-]{number}={number}",
@@ -111,7 +106,6 @@ def style_of(completion: str) -> str:
 
 
 # ---- the verifier ----------------------------------------------------------------------------------------
-
 ANSWER = r"-?(?:0|[1-9][0-9]*)"      # the form of an answer (ASCII digits only)
 ANSWER_IS = "an integer such as 12 or -3"
 
@@ -128,8 +122,7 @@ def grade(completion: str, answer: str, finished: bool = True) -> str:
     match = re.fullmatch(rf"(?:[\s\S]*\n)?#### ({ANSWER})(\n?)", completion)
     if not match or completion.count("####") != 1:
         return "unparsed"
-    complete = finished or match[2] == "\n"
-    if not complete:
+    if not finished and match[2] == "":
         return "unparsed"
     return "right" if match[1] == answer else "wrong"
 
@@ -143,7 +136,6 @@ def read_answer(tokenizer: Tokenizer, ids: list[int], finished: bool, answer: st
 
 
 # ---- random problems and documents ------------------------------------------------------------------------
-
 def draw_problem(rng: random.Random, difficulty: str, split: str) -> dict:
     """One random problem of a split: {"question", "answer", "solutions": {style: text}, "difficulty",
     "split", "canonical"}. No pretrain or train problem begins with a val or test problem, and none of its
@@ -175,8 +167,7 @@ def draw_problem(rng: random.Random, difficulty: str, split: str) -> dict:
 
 def draw_document(rng: random.Random, hard_fraction: float, split: str = "pretrain") -> list[str]:
     """A pretraining document: one to four question-and-solution texts in a row, all in one style, so that
-    few-shot prompts are in the training distribution. Each text ends a sequence
-    (the caller appends EOS to each)."""
+    few-shot prompts are in the training distribution. The caller appends EOS to each text."""
     style = rng.choices(STYLES + ("bare",), weights=(25, 25, 15, 20, 15))[0]
     n = rng.choices((1, 2, 3, 4), weights=(70, 10, 10, 10))[0]
     texts = []

@@ -20,29 +20,22 @@ def open_data(folder: str) -> tuple[dict, Tokenizer, dict[str, np.ndarray]]:
         names = [name for name in manifest["shards"] if name.endswith(".bin")]
         dtype = np.dtype(manifest.get("dtype", "uint16"))
         tokenizer = Tokenizer.load(path / "tokenizer.json")
-        require(manifest["tokenizer_sha256"] == tokenizer.sha256, f"{path / 'tokenizer.json'}: not the "
-                f"tokenizer that made the shards in {folder}; make the data again")
-        require("train.bin" in names, f"{path / 'manifest.json'}: lists no train.bin; make the data again")
+        made_by = manifest["tokenizer_sha256"]
     except FileNotFoundError as error:
-        raise UserError(f"{error.filename}: not found; make the data with: "
-                        f"python data/prepare.py --out {folder}") from None
-    except UserError:
-        raise
+        raise UserError(f"{error.filename}: not found; run python data/prepare.py --out {folder}") from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(f"{folder}: manifest.json or tokenizer.json is damaged "
-                        f"({type(error).__name__}: {error}); make the data again") from None
-
+        raise UserError(f"{folder}: manifest.json or tokenizer.json is damaged ({error!r})") from None
+    require("train.bin" in names, f"{path / 'manifest.json'}: lists no train.bin; make the data again")
+    require(made_by == tokenizer.sha256, f"{path / 'tokenizer.json'}: not that of the shards")
     for name, digest in sums.items():
         require((path / name).is_file(), f"{path / name}: not found, although the manifest lists it")
-        require(file_sha256(path / name) == digest, f"{path / name}: checksum differs from manifest.json "
-                "(truncated or changed); make the data again")
+        require(file_sha256(path / name) == digest, f"{path / name}: changed; make the data again")
     shards = {name.removesuffix(".bin"): np.memmap(path / name, dtype=dtype, mode="r") for name in names}
     return manifest, tokenizer, shards
 
 
 def load_problems(path: str | Path, difficulty: str = "all", solutions: bool = False) -> list[dict]:
-    """Problems of a JSON-lines file; one without a difficulty, or of "all", belongs to each. UserError names
-    file, line and fault."""
+    """Problems of a JSON-lines file; one without difficulty belongs to each. UserError: file, line, fault."""
     path = Path(path)
     require(path.is_file(), f"{path}: no such problem file")
     manifest = path.parent / "manifest.json"
@@ -52,7 +45,6 @@ def load_problems(path: str | Path, difficulty: str = "all", solutions: bool = F
         except (ValueError, AttributeError):
             raise UserError(f"{manifest}: damaged; make the data again") from None
         require(known in (None, file_sha256(path)), f"{path}: checksum differs from manifest.json")
-
     problems = []
     for i, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if line.strip():
@@ -64,8 +56,7 @@ def load_problems(path: str | Path, difficulty: str = "all", solutions: bool = F
 
 
 def read_problem(line: bytes, where: str, solutions: bool) -> dict:
-    """A line of a problem file. UserError if it is no problem, or if its solutions, where they are needed,
-    are not right."""
+    """A line of a problem file. UserError if it, or one of its solutions where needed, is not right."""
     try:
         p = json.loads(line.decode())
         json.dumps(p, ensure_ascii=False).encode()           # a lone surrogate is not text
@@ -79,11 +70,9 @@ def read_problem(line: bytes, where: str, solutions: bool) -> dict:
     require(isinstance(p.get("difficulty", "all"), str), f"{where}: 'difficulty' must be a text")
     if solutions:
         texts = p.get("solutions")
-        require(isinstance(texts, list) and texts and all(isinstance(t, str) for t in texts),
-                f"{where}: 'solutions' must be a list of at least one text")
-        for text in texts:
-            require(grade(text, answer) == "right",
-                    f"{where}: a solution does not end in the line '#### {answer}'")
+        some = isinstance(texts, list) and len(texts) > 0
+        require(some and all(isinstance(text, str) and grade(text, answer) == "right" for text in texts),
+                f"{where}: 'solutions' must be texts that end in the line '#### {answer}'")
     return p
 
 
@@ -96,7 +85,6 @@ def training_problems(c: typing.Any, model: GPT, tokenizer: Tokenizer, solutions
     require(all(p.get("split") not in ("val", "test") for p in problems),
             f"{path}: holds validation or test problems; training on them would make every number void")
     validation = load_problems(f"{c.data}/val.jsonl", c.difficulty)[:c.eval_problems]
-
     longest = max(len(prompt_ids(tokenizer, p)) for p in problems + validation)
     require(longest + c.max_new <= model.config.context, f"the longest prompt has {longest} tokens: with "
             f"--max-new {c.max_new} that exceeds the model's context of {model.config.context}")

@@ -24,7 +24,6 @@ def train_bpe(texts: list[str], vocab_size: int) -> list[list[int]]:
     pieces = {word: list(word.encode()) for word in words}
     pairs = Counter()                            # how often each pair occurs
     found = defaultdict(set)                     # words in which it ever did
-
     def count(word: str, sign: int) -> None:
         for pair in zip(pieces[word], pieces[word][1:]):
             pairs[pair] += sign * words[word]
@@ -32,13 +31,11 @@ def train_bpe(texts: list[str], vocab_size: int) -> list[list[int]]:
 
     for word in words:
         count(word, 1)
-
     merges: list[list[int]] = []
     while 256 + len(merges) + 2 < vocab_size and pairs:
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         if pairs[best] < 2:
             break
-
         new = 256 + len(merges)
         merges.append(list(best))
         for word in found.pop(best):             # a merge touches these words only
@@ -62,7 +59,6 @@ class Tokenizer:
         tokens = [bytes([b]) for b in spec.get("bytes", range(256))]
         for left, right in spec["merges"]:
             tokens.append(tokens[left] + tokens[right])
-
         if len(set(tokens)) != len(tokens):
             raise ValueError("a merge occurs twice")
         special = spec.get("special", {EOS: len(tokens), PAD: len(tokens) + 1})

@@ -1,8 +1,6 @@
-"""General text: a small world with exact ground truth,
-made of seven kinds of documents and one benchmark for each.
+"""General text: a small world with exact ground truth, in seven kinds of documents with a benchmark each.
 
-The benchmarks follow the manner of well-known ones,
-so that "general capability" is several skills, not one number:
+The benchmarks follow the manner of well-known ones, so that "general capability" is several skills:
 
     recall     a fixed population's facts, in a wording never used for that person   (ARC)         chance 1/4
     tracking   where an object is after several moves                                (bAbI)        chance 1/4
@@ -18,6 +16,7 @@ would state a held-out key is not drawn. A document ends where it ends; prepare.
 import random
 from zlib import crc32
 
+from checkpoint import require
 from data.arithmetic import NAMES
 
 SURNAMES = ("Bell Cole Dean Ford Gray Hill Irons Kent Lake Moss Nash Park Reed Snow Todd Vale West York Zane "
@@ -104,12 +103,10 @@ def moving_story(rng: random.Random, asked: bool) -> tuple[list[str], list[str],
     mentioned = list(where.values())
     for _ in range(rng.randint(1, 4)):
         thing, place = rng.choice(objects), rng.choice(PLACES)
-        if place == where[thing]:
-            sentences.append(f"{rng.choice(people)} looks at the {thing}.")
-            continue
+        moves = f"puts the {thing} in the {place}" if place != where[thing] else f"looks at the {thing}"
+        sentences.append(f"{rng.choice(people)} {moves}.")
         where[thing] = place
         mentioned.append(place)
-        sentences.append(f"{rng.choice(people)} puts the {thing} in the {place}.")
     if held_out(" ".join(sentences)) != asked:
         return moving_story(rng, asked)
     return sentences, mentioned, where
@@ -151,11 +148,11 @@ def ask_ending(rng: random.Random) -> dict:
     told = rng.randint(0, 1)   # endings already told before the asked one
     context = opening + [f"So {name} {NEEDS[need]}." for name, need in pairs[:told]]
     name, need = pairs[told]
-    # the two other needs of the story are choices, and one from outside
+    # wrong are the two other needs of the story, and one from outside
     others = [n for _, n in pairs if n != need]
-    outside = rng.choice([n for n in NEEDS if n != need and n not in others])
-    return item("ending", rng, " ".join(context + [f"So {name}"]), f" {NEEDS[need]}.",
-                [f" {NEEDS[n]}." for n in others + [outside]], 4)
+    others.append(rng.choice([n for n in NEEDS if n != need and n not in others]))
+    wrong = [f" {NEEDS[n]}." for n in others]
+    return item("ending", rng, " ".join(context + [f"So {name}"]), f" {NEEDS[need]}.", wrong, 4)
 
 
 def list_of_things(rng: random.Random) -> tuple[str, list[str], list[str]]:
@@ -183,34 +180,29 @@ def list_of_things(rng: random.Random) -> tuple[str, list[str], list[str]]:
 
 
 def sequence(rng: random.Random) -> str:
-    while True:
-        key, elements, _ = list_of_things(rng)
-        if not held_out(key):
-            return " ".join(elements) + "."
+    key, elements, _ = list_of_things(rng)
+    return sequence(rng) if held_out(key) else " ".join(elements) + "."
 
 
 def ask_sequence(rng: random.Random) -> dict:
-    while True:
-        key, elements, wrong = list_of_things(rng)
-        if held_out(key):
-            return item("sequence", rng, " ".join(elements[:-1]), f" {elements[-1]}.",
-                        [f" {w}." for w in wrong], 4)
+    key, elements, others = list_of_things(rng)
+    if not held_out(key):
+        return ask_sequence(rng)
+    wrong = [f" {other}." for other in others]
+    return item("sequence", rng, " ".join(elements[:-1]), f" {elements[-1]}.", wrong, 4)
 
 
 def clause(rng: random.Random, asked: bool) -> tuple[str, str, str]:
     """'The boys near the tree', its verb in the right number, the verb in the wrong number."""
-    while True:
-        noun, other, link, verb = (rng.choice(list(NOUNS)), rng.choice(list(NOUNS)),
-                                   rng.choice(LINKS), rng.choice(list(VERBS)))
-        plural, other_plural = rng.random() < .5, rng.random() < .5
-        if asked and plural == other_plural or noun == other:
-            continue   # the benchmark asks only where the nearer noun misleads
-        if held_out(f"{noun} {other} {verb} {plural}") != asked:
-            continue
-        subject = (f"The {NOUNS[noun] if plural else noun} {link} "
-                   f"the {NOUNS[other] if other_plural else other}")
-        forms = (VERBS[verb], verb) if plural else (verb, VERBS[verb])
-        return subject, *forms
+    noun, other, link, verb = map(rng.choice, (list(NOUNS), list(NOUNS), LINKS, list(VERBS)))
+    plural, other_plural = rng.random() < .5, rng.random() < .5
+    misleading = plural != other_plural                      # the nearer noun: the only case that is asked
+    if noun == other or asked and not misleading or held_out(f"{noun} {other} {verb} {plural}") != asked:
+        return clause(rng, asked)
+    first = NOUNS[noun] if plural else noun
+    second = NOUNS[other] if other_plural else other
+    forms = (VERBS[verb], verb) if plural else (verb, VERBS[verb])
+    return f"The {first} {link} the {second}", *forms
 
 
 def agreement(rng: random.Random) -> str:
@@ -272,32 +264,29 @@ def item(task: str, rng: random.Random, context: str, right: str, wrong: list[st
             "chance": 1 / n_choices}
 
 
-KINDS = {   # kind -> (share of general documents, how to write one); biography alone needs the population
-    "recall": (30, biography), "tracking": (20, tracking), "ending": (14, ending), "sequence": (12, sequence),
-    "agreement": (10, agreement), "order": (6, order), "dialogue": (14, dialogue),
-}
-ASK = {"recall": ask_recall, "tracking": ask_tracking, "ending": ask_ending, "sequence": ask_sequence,
-       "agreement": ask_agreement, "order": ask_order, "dialogue": ask_dialogue}
+# kind -> (share of general documents, how to write one, how to ask); recall alone needs the population
+KINDS = {"recall": (30, biography, ask_recall), "tracking": (20, tracking, ask_tracking),
+         "ending": (14, ending, ask_ending), "sequence": (12, sequence, ask_sequence),
+         "agreement": (10, agreement, ask_agreement), "order": (6, order, ask_order),
+         "dialogue": (14, dialogue, ask_dialogue)}
 
 
 def draw_document(rng: random.Random, people: dict) -> tuple[str, str]:
     """(kind, text) of one general document."""
-    kind = rng.choices(list(KINDS), weights=[share for share, _ in KINDS.values()])[0]
+    kind = rng.choices(list(KINDS), weights=[share for share, _, _ in KINDS.values()])[0]
     write = KINDS[kind][1]
     return kind, write(rng, people) if kind == "recall" else write(rng)
 
 
 def draw_benchmark(rng: random.Random, people: dict, per_task: int) -> list[dict]:
-    """`per_task` different items of every task."""
+    """`per_task` different items of every task. UserError if there are fewer."""
     items = []
-    for task, ask in ASK.items():
-        seen = {}
+    for task, (_, _, ask) in KINDS.items():
+        found = {}
         for _ in range(100 * per_task):
-            one = ask(rng, people) if task == "recall" else ask(rng)
-            seen.setdefault((one["context"], one["choices"][one["answer"]]), one)
-            if len(seen) == per_task:
-                break
-        else:
-            raise ValueError(f"--benchmark-items {per_task}: {task} has only {len(seen)} different items")
-        items += seen.values()
+            if len(found) < per_task:
+                one = ask(rng, people) if task == "recall" else ask(rng)
+                found.setdefault((one["context"], one["choices"][one["answer"]]), one)
+        require(len(found) == per_task, f"--benchmark-items {per_task}: {task} has only {len(found)}")
+        items += found.values()
     return items
