@@ -3,15 +3,15 @@
     python beyond/convert.py export runs/base/8M.pt exported   for transformers, vLLM, lm-evaluation-harness
     python beyond/convert.py import exported again.pt          from a folder, or a download from the hub:
     python beyond/convert.py import allenai/OLMo-2-0425-1B@stage1-step10000-tokens21B olmo.pt
-    python beyond/convert.py import allenai/OLMo-2-0425-1B --list-revisions
 
-A large model takes memory for three copies of it in fp32. A special token that is spelled out in a text is
-that token for the exported tokenizer, plain text for ours. Left out: other architectures, chat templates.
+A large model takes memory for three copies of it in fp32. In other software, rows of the vocabulary without a
+token have a share of every probability, and a special token spelled out in a text is that token; not in ours.
+Left out: other architectures, chat templates.
 """
-import importlib
 import json
+import os
 import sys
-import typing
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +19,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # so that this file also runs as a script
 
-from beyond.tokenizers import read_tokenizer, to_huggingface  # noqa: E402
-from checkpoint import (  # noqa: E402
-    UserError, atomic_write, check_fields, load_model, main, require, save_checkpoint)
+from beyond.tokenizers import from_huggingface, to_huggingface  # noqa: E402
+from checkpoint import UserError, check_fields, load_model, main, require, save_checkpoint  # noqa: E402
 from data.tokenizer import EOS, PAD, Tokenizer  # noqa: E402
 from model import GPT, ModelConfig  # noqa: E402
 
@@ -30,12 +29,10 @@ from model import GPT, ModelConfig  # noqa: E402
 class Config:
     command: tuple[str, ...]        # export CHECKPOINT FOLDER, or import FOLDER-or-hub-name[@revision] FILE
     dtype: str = "fp32"             # one of fp32, bf16: of the weights written
-    list_revisions: bool = False    # import NAME: print its branches (intermediate checkpoints) and tags
 
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-ARCHITECTURE = {"model_type": "olmo2", "rms_norm_eps": 1e-6, "hidden_act": "silu", "attention_bias": False,
-                "tie_word_embeddings": False, "rope_scaling": None}     # config.json of any model like ours
+FIXED = {"model_type": "olmo2", "rms_norm_eps": 1e-6, "hidden_act": "silu", "attention_bias": False,
+         "tie_word_embeddings": False}           # in the config.json of any model like ours
 SIZES = {"vocab_size": "vocab_size", "context": "max_position_embeddings", "d_model": "hidden_size",
          "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads", "d_ff": "intermediate_size",
          "n_kv_heads": "num_key_value_heads"}
@@ -46,191 +43,111 @@ BLOCK = {"qkv.weight": "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "ou
          "attention_norm": "post_attention_layernorm", "mlp_norm": "post_feedforward_layernorm"}
 
 
-def layout(c: ModelConfig) -> dict[str, tuple[list[str], tuple[int, ...] | None]]:
-    """Our name of each tensor -> (their names, the rows of each where one of ours holds several)."""
-    several = {"qkv.weight": (c.d_model, c.kv_width, c.kv_width), "gate_up.weight": (c.d_ff, c.d_ff)}
-    table = {ours: ([f"{theirs}.weight"], None) for ours, theirs in MODEL.items()}
-    for i in range(c.n_layers):
+def layout(n_layers: int) -> dict[str, list[str]]:
+    """Our name of each tensor -> their names of its parts, one below the other."""
+    table = {ours: [f"{theirs}.weight"] for ours, theirs in MODEL.items()}
+    for i in range(n_layers):
         for ours, theirs in BLOCK.items():
-            names = [f"model.layers.{i}.{name}.weight" for name in theirs.split()]
-            table[f"blocks.{i}.{ours}"] = names, several.get(ours)
+            table[f"blocks.{i}.{ours}"] = [f"model.layers.{i}.{name}.weight" for name in theirs.split()]
     return table
 
 
-def need(package: str) -> typing.Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise UserError(f"a package is missing: pip install {package.split('.')[0]}") from None
-
-
-# ---- export ----------------------------------------------------------------------------------------------
-
-def their_config(c: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> dict:
-    """config.json. transformers 4 reads rope_theta only, 5 reads rope_parameters."""
-    sizes = {theirs: getattr(c, ours) for ours, theirs in SIZES.items()}
-    return ARCHITECTURE | sizes | {
-        "architectures": ["Olmo2ForCausalLM"], "rope_theta": c.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta}, "bos_token_id": None,
-        "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad, "torch_dtype": str(dtype)[6:]}
-
-
 def export_folder(checkpoint: str | Path, out: str | Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Write a checkpoint as a folder; returns it. config.json comes last (an old one goes first), without
-    which nothing opens a folder: a kill leaves no mixture. UserError if the folder holds other files."""
-    safetensors = need("safetensors.torch")
+    """Write a checkpoint as a new folder, which gets its name when it is whole; returns it."""
+    import transformers
     folder = Path(out)
+    require(not folder.exists() or not any(folder.iterdir()), f"{out}: is not empty; choose a new folder")
     model, tokenizer, _ = load_model(checkpoint)
-    config = model.config
-    weights = model.state_dict()
-    del model                                    # each of ours goes when theirs is there
-    theirs = {}
-    for ours, (names, rows) in layout(config).items():
-        whole = weights.pop(ours)
-        for name, part in zip(names, whole.split(rows or len(whole))):
-            theirs[name] = part.to(dtype, copy=True)
-
-    files = {"model.safetensors": safetensors.save(theirs, {"format": "pt"}),
-             "tokenizer.json": to_huggingface(tokenizer.spec),
-             "tokenizer_config.json": {           # of the class that takes tokenizer.json as it is
-                 "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": PAD,
-                 "model_max_length": config.context, "clean_up_tokenization_spaces": False,
-                 "model_input_names": ["input_ids", "attention_mask"]},      # no token_type_ids, as 4 has
-             "generation_config.json": {"eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad},
-             "config.json": their_config(config, tokenizer, dtype)}
-    folder.mkdir(parents=True, exist_ok=True)
-    foreign = sorted({p.name for p in folder.glob("[!.]*")} - files.keys())
-    require(not foreign, f"{folder}: holds other files ({', '.join(foreign[:3])}); choose a new folder")
-    for old in (folder / "config.json", *folder.glob(".*.safetensors.*"), *folder.glob(".*.json.*")):
-        old.unlink(missing_ok=True)              # hidden ones: left by a kill in the middle of a write
-    for name, data in files.items():
-        text = data if isinstance(data, bytes) else json.dumps(data, indent=1, ensure_ascii=False).encode()
-        atomic_write(folder / name, text)
-
-    if spare := config.vocab_size - config.n_vocab:
-        print(f"WARNING: {spare} rows of the vocabulary belong to no token. Our software never scores them, "
-              "other software gives them a share of every probability")
-    print(f"written: {folder}")
-    return folder
-
-
-# ---- import ----------------------------------------------------------------------------------------------
-
-def read_json(path: Path) -> dict:
-    require(path.is_file(), f"{path.parent}: has no {path.name}; is it the folder of an OLMo-2 model, whole?")
-    try:
-        return dict(json.loads(path.read_bytes()))
-    except (ValueError, TypeError, RecursionError):
-        raise UserError(f"{path}: not a JSON object, or a truncated one") from None
-
-
-def read_config(path: Path, n_vocab: int) -> ModelConfig:
-    """The model's shape, for a tokenizer of n_vocab tokens. UserError if the architecture is not ours."""
-    c = read_json(path)
-    for key, wanted in ARCHITECTURE.items():     # transformers leaves out what has its default value
-        found = c.get(key, None if key in ("model_type", "rms_norm_eps") else wanted)
-        require(found == wanted, f"{path}: {key} is {json.dumps(found)}; our model has {json.dumps(wanted)}")
-    if c.get("num_key_value_heads") is None:     # then as many as of queries
-        c["num_key_value_heads"] = c.get("num_attention_heads")
-
-    sizes = {ours: c.get(theirs) for ours, theirs in SIZES.items()}
-    bad = [SIZES[ours] for ours, size in sizes.items() if type(size) is not int or size < 1]
-    require(not bad, f"{path}: {', '.join(bad)}: must be given, as positive whole numbers")
-    heads = sizes["n_heads"]
-    require(heads % sizes["n_kv_heads"] == 0, f"{path}: num_key_value_heads ({sizes['n_kv_heads']}) must "
-            f"divide num_attention_heads ({heads})")
-    require(sizes["d_model"] % (2 * heads) == 0, f"{path}: {heads} heads in a width of {sizes['d_model']}")
-    require(n_vocab <= sizes["vocab_size"], f"{path}: fewer rows (vocab_size) than the tokenizer has tokens")
-
-    rope = c.get("rope_parameters") or {"rope_theta": c.get("rope_theta")}
-    theta = rope.get("rope_theta") if isinstance(rope, dict) else None
-    require(type(theta) in (int, float) and theta > 0 and c.get("rope_theta") in (None, theta)
-            and rope.get("rope_type") in (None, "default"),
-            f"{path}: rope_theta must be given, the same in both places, without scaling")
-    return ModelConfig(n_vocab=n_vocab, rope_theta=float(theta), **sizes)
-
-
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of model.safetensors, or of the files that model.safetensors.index.json names."""
-    safetensors = need("safetensors.torch")
-    files = {"model.safetensors"}
-    if not (folder / "model.safetensors").is_file():
-        index = folder / "model.safetensors.index.json"
-        require(index.is_file(), f"{folder}: has neither model.safetensors nor {index.name}")
-        places = read_json(index).get("weight_map")
-        require(isinstance(places, dict), f"{index}: has no weight_map")
-        files = {Path(str(file)).name for file in places.values()}
-
+    c = model.config
+    sizes = {name: getattr(c, ours) for ours, name in SIZES.items()}
+    rope = {"rope_type": "default", "rope_theta": c.rope_theta}
+    with torch.device("meta"):                   # shapes, without memory behind them
+        theirs = transformers.Olmo2ForCausalLM(transformers.Olmo2Config(
+            **FIXED, **sizes, rope_parameters=rope, eos_token_id=tokenizer.eos, pad_token_id=tokenizer.pad))
+    shapes = theirs.state_dict()
     weights = {}
-    for path in (folder / file for file in sorted(files)):
-        require(path.is_file(), f"{folder}: has no {path.name}; the download is not complete")
-        try:
-            weights |= safetensors.load_file(path)
-        except Exception as error:               # safetensors has types of its own
-            raise UserError(f"{path}: no safetensors file, or a truncated one ({error})") from None
-    for name, weight in weights.items():
-        require(weight.dtype in DTYPES.values() and bool(weight.isfinite().all()),
-                f"{folder}: {name} must be bf16 or fp32 ({weight.dtype} found) and finite")
-    return weights
+    for ours, names in layout(c.n_layers).items():
+        parts = model.state_dict()[ours].split([len(shapes[name]) for name in names])
+        weights |= {name: part.to(dtype, copy=True) for name, part in zip(names, parts)}
+    theirs.load_state_dict(weights, assign=True)
 
-
-def from_hub(source: str, list_revisions: bool = False) -> Path | None:
-    """The folder of owner/name[@revision], downloaded unless it is on disk; or print the revisions."""
-    name, _, revision = source.partition("@")
-    require(name.count("/") == 1, f"{source}: no such folder, and no name of the hub (owner/name[@revision])")
-    hub = need("huggingface_hub")
-    try:
-        if not list_revisions:
-            return Path(hub.snapshot_download(name, revision=revision or None,
-                                              allow_patterns=["*.json", "model*.safetensors"]))
-        refs = hub.list_repo_refs(name)
-        print("\n".join(f"{ref.target_commit[:8]}  {ref.name}" for ref in (*refs.branches, *refs.tags)))
-        return None
-    except Exception as error:                   # a dozen types, of several packages
-        raise UserError(f"{source}: no such folder, and the hub gave nothing; offline, or a wrong name or "
-                        f"revision? ({type(error).__name__}: {error})"[:400]) from None
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        whole = Path(temporary, "whole")
+        theirs.save_pretrained(whole)
+        config = json.loads((whole / "config.json").read_text())
+        config["rope_theta"] = c.rope_theta      # transformers 4 takes 10,000 for it if it is not there
+        files = {"config.json": config,
+                 "tokenizer.json": to_huggingface(tokenizer.spec),
+                 "tokenizer_config.json": {      # of the class that takes tokenizer.json as it is
+                     "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": PAD,
+                     "model_max_length": c.context, "clean_up_tokenization_spaces": False,
+                     "model_input_names": ["input_ids", "attention_mask"]}}      # no token_type_ids, as 4 has
+        for name, content in files.items():
+            (whole / name).write_text(json.dumps(content, indent=1))
+        os.replace(whole, folder)
+    return folder
 
 
 def import_folder(source: str | Path, out: str | Path, dtype: torch.dtype = torch.float32) -> Path:
     """Write a checkpoint from a folder in Hugging Face's layout, or from the hub; returns its path."""
-    folder = Path(source) if Path(source).is_dir() else from_hub(source)
-    tokenizer = read_tokenizer(folder / "tokenizer.json")
-    config = read_config(folder / "config.json", tokenizer.n_vocab)
-    theirs = read_weights(folder)
-    with torch.device("meta"):                   # shapes, without memory behind them
-        model = GPT(config)
-
+    import transformers
+    place, _, revision = str(source).partition("@")
+    local = Path(source).is_dir()
+    if local:                                    # then its name may have an @, and revisions mean nothing
+        place = str(source)
+    at = {"revision": revision or "main"}
+    file = transformers.utils.cached_file(place, "tokenizer.json", **at)
+    tokenizer = Tokenizer(from_huggingface(json.loads(Path(file).read_bytes())))
+    config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False, **at)
+    for key, wanted in FIXED.items():
+        found = getattr(config, key, None)
+        require(found == wanted, f"{source}: {key} is {found}; our model has {wanted}")
+    rope = config.rope_parameters
+    require(rope["rope_type"] == "default", f"{source}: rope_type is {rope['rope_type']}: scaled positions")
+    require(tokenizer.n_vocab <= config.vocab_size, f"{source}: vocab_size is less than the tokenizer has")
+    theirs, info = transformers.Olmo2ForCausalLM.from_pretrained(
+        place, config=config, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True,
+        output_loading_info=True, **at)
+    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        require(not info[fault], f"{source}: weights and config.json do not fit: {sorted(info[fault])[:2]}")
+    parts = theirs.state_dict()
     weights = {}
-    try:
-        for ours, (names, rows) in layout(config).items():
-            parts = [theirs.pop(name).to(dtype) for name in names]
-            require(rows in (None, tuple(map(len, parts))), f"rows of {', '.join(names)}: "
-                    "other hidden_size, num_attention_heads, num_key_value_heads or intermediate_size?")
-            weights[ours] = torch.cat(parts)
-        require(not theirs, f"{', '.join(sorted(theirs)[:3])} left over")
-        model.load_state_dict(weights, assign=True)
-    except (KeyError, TypeError, RuntimeError, UserError) as error:
-        raise UserError(f"{folder}: weights and config.json do not fit together ({error})"[:400]) from None
+    for ours, names in layout(config.num_hidden_layers).items():
+        weights[ours] = torch.cat([parts[name] for name in names])
+        require(bool(weights[ours].isfinite().all()), f"{source}: {ours} has values that are not finite")
+    sizes = {ours: getattr(config, name) for ours, name in SIZES.items()}
+    with torch.device("meta"):
+        model = GPT(ModelConfig(n_vocab=tokenizer.n_vocab, rope_theta=float(rope["rope_theta"]), **sizes))
+    model.load_state_dict(weights, assign=True)
 
-    revision = "" if Path(source).is_dir() else folder.name      # the commit that a branch stands for today
-    stage = {"script": "convert.py import",
-             "config": {"source": str(source), "revision": revision, "dtype": str(dtype)[6:], "seed": 0},
-             "tokens": 0, "updates": 0, "flops": 0, "seconds": 0.0, "parent": None}
+    commit = "" if local else Path(file).parent.name     # which a branch stands for today
+    given = {"source": str(source), "revision": commit, "dtype": str(dtype)[6:], "seed": 0}
+    stage = {"script": "convert.py import", "config": given, "parent": None, "seconds": 0.0}
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(Path(out), model, tokenizer, [stage])
-    print(f"written: {out}\nnext: python sample.py {out}")
+    save_checkpoint(Path(out), model, tokenizer, [stage | dict.fromkeys(("tokens", "updates", "flops"), 0)])
     return Path(out)
 
 
-def convert(c: Config) -> Path | None:
-    """Do what the command line asks for; returns the path written."""
+def convert(c: Config) -> None:
+    """Do what the command line asks for. Any failure is a UserError that names the source."""
     check_fields(c)
-    verb, *paths = c.command
-    require(verb in ("export", "import")[c.list_revisions:] and len(paths) == 2 - c.list_revisions,
-            "say export CHECKPOINT FOLDER, import FOLDER-or-name FILE or import NAME --list-revisions")
-    if c.list_revisions:
-        return from_hub(*paths, list_revisions=True)
-    return (export_folder if verb == "export" else import_folder)(*paths, DTYPES[c.dtype])
+    require(len(c.command) == 3 and c.command[0] in ("export", "import"),
+            "say export CHECKPOINT FOLDER, or import FOLDER-or-name FILE")
+    verb, source, out = c.command
+    dtype = torch.bfloat16 if c.dtype == "bf16" else torch.float32
+    try:
+        import transformers
+        transformers.utils.logging.set_verbosity_error()
+        path = (export_folder if verb == "export" else import_folder)(source, out, dtype)
+    except ImportError:
+        raise UserError("a package is missing: pip install -r beyond/requirements.txt") from None
+    except UserError:
+        raise
+    except Exception as error:                   # dozens of types, of several packages
+        raise UserError(f"{source}: {verb} failed: no whole OLMo-2 model, no such name, offline, or no way "
+                        f"to write {out}? ({type(error).__name__}: {error})"[:500]) from None
+    print(f"written: {path}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Tokenizers of others: Hugging Face's tokenizer.json, both ways, and tiktoken's vocabularies.
 
-A spec is what Tokenizer takes (data/tokenizer.py): pattern and merges; `bytes`, those behind ids 0..255, and
-`special` (text -> id) where they differ from ours. Left out: tokenizers that are not byte-level BPE.
+A spec is what Tokenizer takes (data/tokenizer.py). Left out: tokenizers that are not byte-level BPE.
 """
 import json
 from pathlib import Path
@@ -11,16 +10,9 @@ import tiktoken
 from checkpoint import UserError, load_checkpoint
 from data.tokenizer import EOS, PAD, Tokenizer
 
-# ---- tiktoken's own vocabularies -------------------------------------------------------------------------
-
-def parts_before(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two parts of a token that the merges before its own leave."""
-    parts = [bytes([b]) for b in token]
-    while len(parts) > 2:
-        places = [min(ranks.get(a + b, ranks[token]), ranks[token]) for a, b in zip(parts, parts[1:])]
-        i = places.index(min(places))
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
-    return parts
+HIDDEN = [b for b in range(256) if b == 32 or not chr(b).isprintable()]
+# byte -> the letter for it in tokenizer.json (GPT-2): itself if that can be seen, else one beyond Latin-1
+LETTERS = [chr(256 + HIDDEN.index(b) if b in HIDDEN else b) for b in range(256)]
 
 
 def from_tiktoken(name: str) -> dict:
@@ -30,9 +22,13 @@ def from_tiktoken(name: str) -> dict:
     ranks = encoding._mergeable_ranks
     tokens = sorted(ranks, key=ranks.get)
     merges = []
-    for token in tokens[256:]:
-        merges.append([ranks[part] for part in parts_before(token, ranks)])
-
+    for token in tokens[256:]:                   # merged until two parts are left, as before it existed
+        parts = [bytes([b]) for b in token]
+        while len(parts) > 2:
+            places = [min(ranks.get(a + b, ranks[token]), ranks[token]) for a, b in zip(parts, parts[1:])]
+            i = places.index(min(places))
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        merges.append([ranks[part] for part in parts])
     # possessive {1,3}+ matches the same here, but is another thing to Hugging Face's regular expressions
     pattern = encoding._pat_str.replace("{1,3}+", "{1,3}")
     spec = {"pattern": pattern, "merges": merges, "bytes": [token[0] for token in tokens[:256]]}
@@ -41,22 +37,15 @@ def from_tiktoken(name: str) -> dict:
     return spec
 
 
-# ---- tokenizer.json, as Hugging Face's tokenizers read it ------------------------------------------------
-
-HIDDEN = [b for b in range(256) if b == 32 or not chr(b).isprintable()]
-# byte -> the letter for it in tokenizer.json (GPT-2): itself if that can be seen, else one beyond Latin-1
-LETTERS = [chr(256 + HIDDEN.index(b) if b in HIDDEN else b) for b in range(256)]
-
-
 def to_huggingface(spec: dict) -> dict:
     """A spec as tokenizer.json. Special tokens stand in its vocabulary too, which fixes their ids."""
     tokens = [LETTERS[b] for b in spec.get("bytes", range(256))]
+    merges = []
     for left, right in spec["merges"]:
+        merges.append([tokens[left], tokens[right]])
         tokens.append(tokens[left] + tokens[right])
     special = spec.get("special", {EOS: len(tokens), PAD: len(tokens) + 1})
     vocab = {token: i for i, token in enumerate(tokens)} | special
-    merges = [[tokens[left], tokens[right]] for left, right in spec["merges"]]
-
     split = {"type": "Split", "pattern": {"Regex": spec["pattern"]}, "behavior": "Isolated", "invert": False}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -74,46 +63,29 @@ def from_huggingface(content: dict) -> dict:
         split = split | {"behavior": "Isolated", "invert": False}        # the same, as the pattern covers all
     special = {token["content"]: token["id"] for token in content["added_tokens"]}
     vocab = content["model"]["vocab"] | special
-    token = {i: token for token, i in vocab.items()}
+    tokens = sorted(vocab, key=vocab.get)
     pairs = [x.split(" ") if isinstance(x, str) else x for x in content["model"]["merges"]]
-    n = 256 + len(pairs)
     spec = {"pattern": split["pattern"]["Regex"], "merges": [[vocab[a], vocab[b]] for a, b in pairs],
-            "bytes": [LETTERS.index(token[i]) for i in range(256)], "special": special}
-
+            "bytes": [LETTERS.index(token) for token in tokens[:256]], "special": special}
     again = to_huggingface(spec)
-    if again["model"]["vocab"] != vocab or sorted(token) != list(range(n + len(special))):
+    if again["model"]["vocab"] != vocab or sorted(vocab.values()) != list(range(len(vocab))):
         raise ValueError("ids are not those of the bytes, then the merges, then the special tokens")
     if again["pre_tokenizer"]["pretokenizers"] != [split, level] or content["normalizer"] is not None:
         raise ValueError("another normalizer or another splitting")
-
+    n = 256 + len(pairs)
     ours = {"bytes": list(range(256)), "special": {EOS: n, PAD: n + 1}}          # which our own leave unsaid
     return {key: value for key, value in spec.items() if value != ours.get(key)}
 
 
-# ---- from a file ----------------------------------------------------------------------------------------
-
-def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in the tokenizer.json of a folder in Hugging Face's layout."""
-    try:
-        return Tokenizer(from_huggingface(json.loads(path.read_bytes())))
-    except Exception as error:                   # anything that a foreign file may raise
-        raise UserError(f"{path}: missing, or not a tokenizer as OLMo-2 has ({type(error).__name__}: {error})"
-                        ) from None
-
-
 def open_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a checkpoint or of a tokenizer.json (ours, or one of OLMo-2's kind from Hugging Face),
-    or one of tiktoken's by its name."""
+    """The tokenizer of a checkpoint (.pt), of a tokenizer.json (ours or OLMo-2's) or of tiktoken, by name."""
     try:
-        if Path(name).suffix == ".pt":
+        if name.endswith(".pt"):
             return Tokenizer(load_checkpoint(name)["tokenizer"])
         if not Path(name).is_file():
             return Tokenizer(from_tiktoken(name))
         spec = json.loads(Path(name).read_bytes())
         return Tokenizer(from_huggingface(spec) if "model" in spec else spec)
-    except UserError:
-        raise
     except Exception as error:                   # anything that a foreign file or the network may raise
-        raise UserError(f"--tokenizer {name}: no tokenizer.json, no checkpoint (.pt), no vocabulary that "
-                        f"tiktoken knows and can download; offline? ({type(error).__name__}: {error})"[:300]
-                        ) from None
+        raise UserError(f"--tokenizer {name}: no checkpoint (.pt), no tokenizer.json and no vocabulary that "
+                        f"tiktoken can download; offline? ({type(error).__name__}: {error})"[:400]) from None

@@ -2,6 +2,8 @@
 lm-evaluation-harness the same scores; and a published layout comes in."""
 import json
 import math
+import os
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,9 +49,12 @@ SHAPES = [dict(), dict(d_model=48, n_layers=3, n_heads=3, d_ff=40), dict(d_model
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_equal_those_of_transformers(saved, tmp_path, shape):
-    """Olmo2ForCausalLM reads an export and computes what our model computes."""
+    """Olmo2ForCausalLM reads an export and computes our logits. Theta is there twice: transformers 4.57 takes
+    10,000 if it finds rope_parameters alone; 5 reads these."""
     path, model = saved(**shape)
     convert.export_folder(path, tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == model.config.rope_theta
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(theirs) is transformers.Olmo2ForCausalLM and theirs.dtype == torch.float32
     assert theirs.config.vocab_size == model.config.vocab_size
@@ -61,13 +66,6 @@ def test_logits_equal_those_of_transformers(saved, tmp_path, shape):
         assert (other(ids)[..., :model.config.n_vocab] - ours).abs().max() > 1e-2      # positions matter
     assert ours.std() > .5
     torch.testing.assert_close(logits, ours, atol=1e-5, rtol=1e-5)
-
-
-def test_theta_is_named_in_both_ways(saved, tmp_path):
-    """transformers 4.57 takes 10,000 if it finds rope_parameters alone; 5 reads rope_parameters."""
-    folder = convert.export_folder(saved(rope_theta=5e5)[0], tmp_path / "out")
-    config = json.loads((folder / "config.json").read_text())
-    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 5e5
 
 
 PROMPTS = ("a", "ab b", "1", "c\nc", "bab", "1 é", "aab", "cc")
@@ -160,29 +158,21 @@ def test_export_import_export_is_identical(saved, tmp_path, dtype, rows):
         assert torch.equal(content["model"][name], weight.to(dtype))
 
 
-def test_import_writes_a_first_stage_of_lineage(saved, tmp_path):
-    """No history is made up: nothing was trained here. sample.py shows the stage."""
-    path, _ = saved(context=128)
-    convert.export_folder(path, tmp_path / "out")
-    convert.import_folder(str(tmp_path / "out"), tmp_path / "deep/er/again.pt")
-    [stage] = load_model(tmp_path / "deep/er/again.pt")[2]
-    assert stage == {"script": "convert.py import", "tokens": 0, "updates": 0, "flops": 0, "seconds": 0.0,
-                     "parent": None, "config": {"source": str(tmp_path / "out"), "revision": "",
-                                                "dtype": "float32", "seed": 0}}
-    done = worlds.run_here("sample.py", tmp_path / "deep/er/again.pt", "--threads", "1", stdin="ab\n")
-    assert done.status == 0 and "convert.py import: 0 tokens" in done.out
-
-
 def test_command_line(saved, tmp_path):
-    """Both directions as a user types them, --dtype included; a wrong command is explained."""
-    path, _ = saved()
-    out, again = tmp_path / "out", tmp_path / "again.pt"
+    """Both directions as a user types them, --dtype included; a wrong command is explained. An import is a
+    first stage of lineage without a history, as nothing was trained here; sample.py shows it."""
+    path, _ = saved(context=128)
+    out, again = tmp_path / "out", tmp_path / "deep/er/again.pt"
     assert worlds.run_here("beyond/convert.py", "export", path, out).status == 0
+    assert {p.name for p in out.iterdir()} == FILES
     assert worlds.run_here("beyond/convert.py", "import", out, again, "--dtype", "bf16").status == 0
     assert load_checkpoint(again)["model"]["head.weight"].dtype == torch.bfloat16
-    assert {p.name for p in out.iterdir()} == FILES
-    for argv in (["export", path], ["exprot", path, out], ["export", path, out, "--list-revisions"], [],
-                 ["import", out, again, "--dtype", "fp16"], ["import", out, again, "--list-revisions"]):
+    given = {"source": str(out), "revision": "", "dtype": "bfloat16", "seed": 0}
+    assert load_model(again)[2] == [{"script": "convert.py import", "config": given, "parent": None,
+                                     "tokens": 0, "updates": 0, "flops": 0, "seconds": 0.0}]
+    done = worlds.run_here("sample.py", again, "--threads", "1", stdin="ab\n")
+    assert done.status == 0 and "convert.py import: 0 tokens" in done.out
+    for argv in (["export", path], ["exprot", path, out], [], ["import", out, again, "--dtype", "fp16"]):
         done = worlds.run_here("beyond/convert.py", *argv)
         assert done.status == 2 and len(done.errors) == 1, argv
 
@@ -248,219 +238,142 @@ def test_published_layout_goes_out_again(published, tmp_path):
     assert theirs(f"2025{EOS}")["input_ids"] == [*ours.encode("2025"), ours.eos]
 
 
-def fake_cache(published, root: Path, branch: str) -> str:
-    """The model in huggingface_hub's cache, as after a download; returns the commit."""
+def test_revision_of_the_hub_is_imported(published, tmp_path, monkeypatch):
+    """owner/name@branch from huggingface_hub's cache, as after a download, without a network; the lineage
+    names the commit. A name that is not in the cache is one line, which says that this may be for want of a
+    network; so is a name that is none."""
+    hub = pytest.importorskip("huggingface_hub")
     commit = "0123456789abcdef0123456789abcdef01234567"
-    repo = root / "models--someone--tiny"
-    (repo / "snapshots" / commit).mkdir(parents=True)
+    branch = "stage1-step10000-tokens21B"
+    repo = tmp_path / "hub/models--someone--tiny"
+    shutil.copytree(published.folder, repo / "snapshots" / commit)
     (repo / "refs").mkdir()
     (repo / "refs" / branch).write_text(commit)
-    for file in published.folder.iterdir():
-        (repo / "snapshots" / commit / file.name).write_bytes(file.read_bytes())
-    return commit
-
-
-def test_revision_of_the_hub_is_imported(published, tmp_path, monkeypatch):
-    """owner/name@branch from huggingface_hub's cache, without a network; the lineage names the commit. What
-    is not in the cache is one line, which says that this may be for want of a network."""
-    hub = pytest.importorskip("huggingface_hub")
-    commit = fake_cache(published, tmp_path / "hub", "stage1-step10000-tokens21B")
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
-    name = "someone/tiny@stage1-step10000-tokens21B"
-    done = worlds.run_here("beyond/convert.py", "import", name, tmp_path / "ours.pt")
+    done = worlds.run_here("beyond/convert.py", "import", f"someone/tiny@{branch}", tmp_path / "ours.pt")
     assert done.status == 0, done.errors
     [stage] = load_model(tmp_path / "ours.pt")[2]
-    assert (stage["config"]["source"], stage["config"]["revision"]) == (name, commit)
-    for argv in (["someone/tiny@other", tmp_path / "no.pt"], ["someone/tiny", "--list-revisions"],
-                 ["someone/other", tmp_path / "no.pt"], ["some one/tiny", tmp_path / "no.pt"]):
-        done = worlds.run_here("beyond/convert.py", "import", *argv)
-        assert done.status == 2 and len(done.errors) == 1 and "offline" in done.errors[0]
-        assert argv[0] in done.errors[0]
+    assert (stage["config"]["source"], stage["config"]["revision"]) == (f"someone/tiny@{branch}", commit)
+    for source in ("someone/tiny@other", "someone/tiny", "some one/tiny", "nowhere", "./no/where", "a/b/c@d"):
+        done = worlds.run_here("beyond/convert.py", "import", source, tmp_path / "no.pt")
+        assert done.status == 2 and len(done.errors) == 1
+        assert source in done.errors[0] and "offline" in done.errors[0]
     assert not (tmp_path / "no.pt").exists()
-
-
-def test_revisions_are_listed(monkeypatch, capsys):
-    """Names of intermediate checkpoints are listed, never computed."""
-    hub = pytest.importorskip("huggingface_hub")
-    refs = SimpleNamespace(branches=[SimpleNamespace(name="main", target_commit="a" * 40),
-                                     SimpleNamespace(name="stage1-step0-tokens0B", target_commit="b" * 40)],
-                           tags=[SimpleNamespace(name="v1", target_commit="c" * 40)])
-    asked = []
-    monkeypatch.setattr(hub, "list_repo_refs", lambda name: asked.append(name) or refs)
-    convert.convert(convert.Config(("import", "someone/tiny@main"), list_revisions=True))
-    assert asked == ["someone/tiny"]
-    assert capsys.readouterr().out.splitlines() == ["aaaaaaaa  main", "bbbbbbbb  stage1-step0-tokens0B",
-                                                    "cccccccc  v1"]
 
 
 # ---- refusals --------------------------------------------------------------------------------------------
 
-def change(folder: Path, name: str, **changes) -> None:
-    content = json.loads((folder / name).read_text())
-    for key, value in changes.items():
-        content.pop(key, None) if value is ... else content.update({key: value})
-    (folder / name).write_text(json.dumps(content))
+def change(key: str, value: object = ...):
+    """folder -> None: puts a value into config.json, or takes away what is there."""
+    def edit(folder: Path) -> None:
+        content = json.loads((folder / "config.json").read_text()) | {key: value}
+        kept = {k: v for k, v in content.items() if v is not ...}
+        (folder / "config.json").write_text(json.dumps(kept))
+    return edit
 
 
-def change_tokenizer(folder: Path, edit) -> None:
-    content = json.loads((folder / "tokenizer.json").read_text())
-    edit(content)
-    (folder / "tokenizer.json").write_text(json.dumps(content))
-
-
-def change_weights(folder: Path, edit) -> None:
-    weights = safetensors_torch.load_file(folder / "model.safetensors")
-    edit(weights)
-    safetensors_torch.save_file(weights, folder / "model.safetensors")
-
-
-def swap_merges(t: dict) -> None:
-    t["model"]["merges"][0], t["model"]["merges"][1] = t["model"]["merges"][1], t["model"]["merges"][0]
+def change_weights(edit):
+    def change_file(folder: Path) -> None:
+        weights = safetensors_torch.load_file(folder / "model.safetensors")
+        edit(weights)
+        safetensors_torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return change_file
 
 
 Q, K = (f"model.layers.1.self_attn.{x}_proj.weight" for x in "qk")
-REFUSED = {
-    "architecture": (lambda f: change(f, "config.json", model_type="llama"), "model_type"),
-    "olmo3": (lambda f: change(f, "config.json", model_type="olmo3"), "olmo3"),
-    "grouped": (lambda f: change(f, "config.json", num_key_value_heads=1), "do not fit"),
-    "odd groups": (lambda f: change(f, "config.json", num_key_value_heads=3), "must divide"),
-    "text groups": (lambda f: change(f, "config.json", num_key_value_heads="2"), "num_key_value_heads"),
-    "eps": (lambda f: change(f, "config.json", rms_norm_eps=1e-5), "rms_norm_eps"),
-    "eps default": (lambda f: change(f, "config.json", rms_norm_eps=...), "rms_norm_eps"),   # theirs is 1e-5
-    "tied": (lambda f: change(f, "config.json", tie_word_embeddings=True), "tie_word_embeddings"),
-    "activation": (lambda f: change(f, "config.json", hidden_act="gelu"), "hidden_act"),
-    "biases": (lambda f: change(f, "config.json", attention_bias=True), "attention_bias"),
-    "two thetas": (lambda f: change(f, "config.json", rope_theta=1.0), "rope_theta"),
-    "no theta": (lambda f: change(f, "config.json", rope_theta=..., rope_parameters=...), "rope_theta"),
-    "scaled": (lambda f: change(f, "config.json", rope_parameters={"rope_theta": 1e4, "rope_type": "yarn"}),
-               "scaling"),
-    "scaled 4": (lambda f: change(f, "config.json", rope_scaling={"type": "linear"}), "rope_scaling"),
-    "odd rope": (lambda f: change(f, "config.json", rope_parameters=[1]), "rope_theta"),
-    "no width": (lambda f: change(f, "config.json", hidden_size=...), "hidden_size"),
-    "text width": (lambda f: change(f, "config.json", hidden_size="32"), "hidden_size"),
-    "no layers": (lambda f: change(f, "config.json", num_hidden_layers=0), "num_hidden_layers"),
-    "heads": (lambda f: change(f, "config.json", num_attention_heads=3, num_key_value_heads=3), "3 heads"),
-    "few rows": (lambda f: change(f, "config.json", vocab_size=299), "vocab_size"),
-    "other rows": (lambda f: change(f, "config.json", vocab_size=301), "do not fit"),
-    "more layers": (lambda f: change(f, "config.json", num_hidden_layers=3), "do not fit"),
-    "fewer layers": (lambda f: change(f, "config.json", num_hidden_layers=1), "do not fit"),
-    "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
-    "broken config": (lambda f: (f / "config.json").write_text("{"), "truncated"),
-    "array config": (lambda f: (f / "config.json").write_text("[1]"), "JSON object"),
-    "bytes config": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\0"), "config.json"),
-    "deep tokenizer": (lambda f: (f / "tokenizer.json").write_text("[" * 100_000), "tokenizer.json"),
-    "no special": (lambda f: change(f, "tokenizer.json", added_tokens=[]), "tokenizer.json"),
-    "normalizer": (lambda f: change(f, "tokenizer.json", normalizer={"type": "NFC"}), "normalizer"),
-    "wordpiece": (lambda f: change(f, "tokenizer.json", model={"type": "WordPiece", "vocab": {}}),
-                  "tokenizer.json"),
-    "gpt2 splitting": (lambda f: change(f, "tokenizer.json", pre_tokenizer={
-        "type": "ByteLevel", "add_prefix_space": False, "use_regex": True}), "tokenizer.json"),
-    "merges": (lambda f: change_tokenizer(f, swap_merges), "ids"),
-    "gap in the ids": (lambda f: change_tokenizer(f, lambda t: t["added_tokens"][1].update(id=400)), "ids"),
-    "prefix": (lambda f: change_tokenizer(
-        f, lambda t: t["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True)), "splitting"),
-    "shape": (lambda f: change_weights(f, lambda w: w.update({Q: torch.zeros(31, 32)})), "do not fit"),
-    "shapes that add up": (lambda f: change_weights(
-        f, lambda w: w.update({Q: torch.zeros(40, 32), K: torch.zeros(24, 32)})), "do not fit"),
-    "missing tensor": (lambda f: change_weights(f, lambda w: w.pop(Q)), Q),
-    "extra tensor": (lambda f: change_weights(f, lambda w: w.update({"score.bias": torch.zeros(1)})),
-                     "score.bias"),
-    "fp16": (lambda f: change_weights(f, lambda w: w.update({Q: w[Q].half()})), "float16"),
-    "nan": (lambda f: change_weights(f, lambda w: w[Q].fill_(math.nan)), "finite"),
-    "truncated": (lambda f: (f / "model.safetensors").write_bytes(
-        (f / "model.safetensors").read_bytes()[:-7]), "truncated"),
-    "not weights": (lambda f: (f / "model.safetensors").write_text("weights, honestly"), "safetensors file"),
-}
+REFUSED = {     # case -> (edit of a good folder, text that the line must contain)
+    **{f"{key} {value}": (change(key, value), said) for key, value, said in (
+        ("model_type", "llama", "model_type is llama"), ("model_type", "olmo3", "model_type is olmo3"),
+        ("rms_norm_eps", 1e-5, "rms_norm_eps"), ("rms_norm_eps", ..., "rms_norm_eps"),   # theirs is 1e-5
+        ("hidden_act", "gelu", "hidden_act"), ("attention_bias", True, "attention_bias"),
+        ("tie_word_embeddings", True, "tie_word_embeddings"), ("head_dim", 8, "k_norm"),
+        ("num_key_value_heads", 1, "k_proj"), ("num_key_value_heads", 3, "k_proj"),
+        ("num_key_value_heads", "2", "num_key_value_heads"), ("num_attention_heads", 3, "config.json"),
+        ("hidden_size", "32", "hidden_size"), ("hidden_size", ..., "config.json"),
+        ("num_hidden_layers", 3, "model.layers.2"), ("num_hidden_layers", 0, "model.layers.0"),
+        ("vocab_size", 299, "vocab_size"), ("vocab_size", 301, "embed_tokens"),
+        ("rope_scaling", {"type": "linear", "factor": 2.}, "rope_type"), ("rope_parameters", [1], "rope_"),
+        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.}, "yarn"))},
+    **{f"no {name}": (lambda folder, name=name: (folder / name).unlink(), name)
+       for name in ("config.json", "tokenizer.json", "model.safetensors")},
+    **{f"another {name}": (lambda folder, name=name: (folder / name).write_text("[1]"), "no whole")
+       for name in ("config.json", "tokenizer.json", "model.safetensors")},
+    "truncated": (lambda folder: os.truncate(folder / "model.safetensors", 20_000), "Safetensor"),
+    "shape": (change_weights(lambda w: w.update({Q: torch.zeros(31, 32)})), Q),
+    "shapes that add up": (change_weights(
+        lambda w: w.update({Q: torch.zeros(40, 32), K: torch.zeros(24, 32)})), K),
+    "missing tensor": (change_weights(lambda w: w.pop(Q)), Q),
+    "extra tensor": (change_weights(lambda w: w.update({"score.bias": torch.zeros(1)})), "score.bias"),
+    "nan": (change_weights(lambda w: w[Q].fill_(math.nan)), "finite")}
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_import_refuses_in_one_line_and_writes_nothing(saved, tmp_path, case):
-    """A clear refusal that names the file or folder and what is wrong."""
-    path, _ = saved(d_ff=48)
-    folder = convert.export_folder(path, tmp_path / "out")
+    """A clear refusal that names the folder; where it is one of ours, it says which value is wrong."""
+    folder = convert.export_folder(saved(d_ff=48)[0], tmp_path / "out")
     edit, said = REFUSED[case]
     edit(folder)
     (tmp_path / "there.pt").write_text("an earlier file")
     before = worlds.snapshot(tmp_path)
     done = worlds.run_here("beyond/convert.py", "import", folder, tmp_path / "there.pt")
-    assert done.status == 2 and len(done.errors) == 1
-    assert str(folder) in done.errors[0] and said in done.errors[0]
+    assert done.status == 2 and len(done.errors) == 1, done
+    assert f"{folder}: " in done.errors[0] and said in done.errors[0]
     assert worlds.snapshot(tmp_path) == before
 
 
-def test_missing_shard_is_named(published, tmp_path):
-    """A download that broke off, and an index that is no index."""
-    for file in published.folder.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    shard = sorted(tmp_path.glob("*.safetensors"))[1]
-    shard.unlink()
-    with pytest.raises(UserError, match=shard.name):
-        convert.import_folder(tmp_path, tmp_path / "ours.pt")
-    change(tmp_path, "model.safetensors.index.json", weight_map=...)
-    with pytest.raises(UserError, match="weight_map"):
-        convert.import_folder(tmp_path, tmp_path / "ours.pt")
-
-
-def test_a_source_that_is_nothing_is_explained(tmp_path):
-    for source in ("nowhere", "./no/where", "a/b/c@d"):
-        with pytest.raises(UserError, match="no such folder, and no name of the hub"):
-            convert.import_folder(source, tmp_path / "ours.pt")
+def test_a_download_that_broke_off_is_refused(published, tmp_path):
+    """One of several files with weights is missing."""
+    shutil.copytree(published.folder, tmp_path / "half")
+    sorted((tmp_path / "half").glob("*.safetensors"))[1].unlink()
+    done = worlds.run_here("beyond/convert.py", "import", tmp_path / "half", tmp_path / "ours.pt")
+    assert done.status == 2 and len(done.errors) == 1 and str(tmp_path / "half") in done.errors[0]
 
 
 def test_a_missing_package_is_one_line(saved, tmp_path, monkeypatch):
-    """convert.py alone needs safetensors, and huggingface_hub for names of the hub alone."""
     path, _ = saved()
-    for package in ("safetensors.torch", "huggingface_hub"):
-        monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match="pip install safetensors$"):
-        convert.export_folder(path, tmp_path / "out")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UserError, match="pip install -r beyond/requirements.txt$"):
+        convert.convert(convert.Config(("export", str(path), str(tmp_path / "out"))))
     assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match="pip install huggingface_hub$"):
-        convert.import_folder("someone/tiny", tmp_path / "ours.pt")
 
 
 # ---- nothing half-written --------------------------------------------------------------------------------
 
-def test_export_does_not_touch_a_folder_with_other_files(saved, tmp_path):
-    """A run folder has a config.json too: exporting into it must not replace that."""
+def test_export_does_not_touch_a_folder_with_files(saved, tmp_path):
+    """A run folder has a config.json too: exporting into it must not replace that. An empty one will do."""
     path, _ = saved()
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    (folder / "log.jsonl").write_text("")
-    before = worlds.snapshot(folder)
-    with pytest.raises(UserError, match="log.jsonl"):
-        convert.export_folder(path, folder)
-    assert worlds.snapshot(folder) == before
+    (tmp_path / "run").mkdir()
+    convert.export_folder(path, tmp_path / "run")
+    before = worlds.snapshot(tmp_path)
+    for place in (tmp_path / "run", path):
+        done = worlds.run_here("beyond/convert.py", "export", path, place)
+        assert done.status == 2 and len(done.errors) == 1 and str(place) in done.errors[0]
+    assert worlds.snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("stop", range(5))
-def test_interrupted_export_does_not_open(saved, tmp_path, monkeypatch, stop):
-    """Over an earlier export of another model: whichever file was the last to be written, the folder has no
-    config.json, so nothing opens it as a mixture; the next call makes it whole, and removes litter."""
-    other, _ = saved(name="other.pt", seed=5)
-    path, _ = saved(seed=6)
-    folder = convert.export_folder(other, tmp_path / "out")
-    write, count = convert.atomic_write, []
+@pytest.mark.parametrize("stop", range(4))
+def test_an_interrupted_export_leaves_nothing(saved, tmp_path, monkeypatch, stop):
+    """Whichever step is the last one: writing one of our three files, or giving the folder its name. The next
+    call makes it whole."""
+    path, _ = saved()
+    count = []
 
-    def failing(target: Path, data: bytes) -> None:
-        if len(count) == stop:
-            (folder / f".{target.name}.abc").write_text("half")          # as a kill leaves it
-            raise KeyboardInterrupt
-        count.append(target)
-        write(target, data)
-    monkeypatch.setattr(convert, "atomic_write", failing)
-    with pytest.raises(KeyboardInterrupt):
-        convert.export_folder(path, folder)
-    with pytest.raises((OSError, ValueError), match="config.json"):
-        transformers.AutoModelForCausalLM.from_pretrained(folder)
-    monkeypatch.setattr(convert, "atomic_write", write)
-    convert.export_folder(path, folder)
-    convert.export_folder(path, tmp_path / "fresh")
-    assert worlds.snapshot(folder) == worlds.snapshot(tmp_path / "fresh")
+    def stopping(original):
+        def call(*args, **kwargs):
+            if len(count) == stop:
+                raise KeyboardInterrupt
+            count.append(args)
+            return original(*args, **kwargs)
+        return call
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", stopping(Path.write_text))
+        patch.setattr(convert.os, "replace", stopping(os.replace))
+        with pytest.raises(KeyboardInterrupt):
+            convert.export_folder(path, tmp_path / "out")
+    assert {p.name for p in tmp_path.iterdir()} == {path.name}
+    convert.export_folder(path, tmp_path / "out")
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").num_parameters() > 0
 
 
 # ---- lm-evaluation-harness -------------------------------------------------------------------------------

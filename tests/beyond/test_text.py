@@ -57,33 +57,33 @@ def story_file(tmp_path) -> str:
 
 # ---- reading text ----------------------------------------------------------------------------------------
 
+def read_text(path: Path, text: str) -> list[str]:
+    """The documents of a file with this text."""
+    path.write_text(text, encoding="utf-8")
+    return list(read_texts((str(path),)))
+
+
 def test_a_text_is_split_where_its_documents_end(tmp_path):
     """TinyStories' convention, by hand: at '<|endoftext|>' wherever it stands; empty documents and the white
-    space around a document go, line breaks inside stay."""
-    path = tmp_path / "t.txt"
-    long = "\n\n".join(["a line"] * 3_000)       # longer than the pieces of a file without separators
-    path.write_text(f"\n one\n\ntwo \n{EOS}\n{EOS}three{EOS}{long}{EOS}four\n")
-    assert list(read_texts((str(path),))) == ["one\n\ntwo", "three", long, "four"]
-
-
-@pytest.mark.parametrize("between, low, high", [("\n\n", 2_000, 2_550), ("\n", 8_000, 8_062)])
-def test_a_text_without_separators_is_cut(between, low, high, tmp_path):
-    """No separator in the file: documents of 2,000 characters or a little more, which end where a paragraph
-    does; without any blank line of 8,000 or a little more, which end where a line does; nothing is lost."""
+    space around a document go, line breaks inside stay. A long document is cut into pieces of 8,000
+    characters or a little more, which end where a line does; nothing is lost."""
+    whole = "\n\n".join(["a line"] * 900)
+    found = read_text(tmp_path / "t.txt", f"\n one\n\ntwo \n{EOS}\n{EOS}three{EOS}{whole}{EOS}four\n")
+    assert found == ["one\n\ntwo", "three", whole, "four"]
     rng = random.Random(1)
-    paragraphs = ["\n".join("x" * rng.randint(1, 60) for _ in range(rng.randint(1, 9))) for _ in range(400)]
-    (tmp_path / "t.txt").write_text(between.join(paragraphs))
-    found = list(read_texts((str(tmp_path / "t.txt"),)))
-    assert between.join(found) == between.join(paragraphs)
-    assert all(low <= len(text) + len(between) < high for text in found[:-1]) and len(found) > 4
+    long = "\n".join("x" * rng.randint(1, 60) for _ in range(2_000))
+    for start in ("", f"one{EOS}"):
+        pieces = read_text(tmp_path / "t.txt", start + long)[start != "":]
+        assert "\n".join(pieces) == long and len(pieces) > 4
+        assert all(8_000 <= len(piece) < 8_062 for piece in pieces[:-1])
 
 
 def test_every_form_of_file_gives_the_same_documents(story_file, tmp_path):
-    lines = "".join(json.dumps({"text": text, "id": 3}) + "\n" for text in stories())
-    (tmp_path / "s.jsonl").write_text(lines)
-    for name, text in (("s.txt.gz", Path(story_file).read_text()), ("s.jsonl.gz", lines),
-                       ("a.txt.gz", EOS.join(stories()[:200])),
-                       ("b.jsonl.gz", "\n".join(lines.split("\n")[200:]))):
+    lines = [json.dumps({"text": text, "id": 3}) + "\n" for text in stories()]
+    plain, jsonl = Path(story_file).read_text(), "".join(lines)
+    (tmp_path / "s.jsonl").write_text(jsonl)
+    for name, text in (("s.txt.gz", plain), ("s.jsonl.gz", jsonl), ("a.txt.gz", EOS.join(stories()[:200])),
+                       ("b.jsonl.gz", "\n".join(lines[200:]))):
         (tmp_path / name).write_bytes(gzip.compress(text.encode()))
     for names in ("stories.txt", "s.txt.gz", "s.jsonl", "s.jsonl.gz", "a.txt.gz b.jsonl.gz"):
         assert list(read_texts(tuple(str(tmp_path / name) for name in names.split()))) == stories(), names
@@ -101,10 +101,8 @@ def test_parquet_is_read(tmp_path):
 
 
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
-    """pyarrow is optional: one line says which package to install."""
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    """It is optional: one line says which package to install."""
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    (tmp_path / "t.parquet").write_bytes(b"")
     with pytest.raises(UserError, match=r"t\.parquet.*pip install pyarrow"):
         list(read_texts((str(tmp_path / "t.parquet"),)))
 
@@ -119,7 +117,7 @@ def test_a_large_text_is_not_loaded_whole(separator, tmp_path):
     n = sum(1 for _ in read_texts((str(path),)))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert n >= 9_000 and peak < 1e6
+    assert n >= 2_000 and peak < 1e6
 
 
 # ---- text in the shards ----------------------------------------------------------------------------------
@@ -243,52 +241,47 @@ def problem_file(tmp_path) -> str:
     return write(tmp_path / "problems.jsonl", [gsm(i) for i in range(1, 201)])
 
 
-def test_a_published_problem_becomes_ours(tmp_path):
+def test_a_published_problem_becomes_ours(problem_file):
     """By hand: annotations go (or stay, if asked), thousands lose their commas in the answer and in the final
-    line, nothing else changes."""
-    path = write(tmp_path / "g.jsonl", [gsm(i) for i in range(1, 41)])
-    for annotations, step in ((False, ""), (True, "<<2*7000=14000>>")):
-        splits, _ = read_problems((path,), annotations)
-        p = next(p for problems in splits.values() for p in problems if "Ann has 7 pens" in p["question"])
+    line, nothing else changes. The scorer, which is the reward, calls every solution right."""
+    for annotations, step, last in ((False, "", ""), (True, "<<2*7000=14000>>", "<<7+14000=14007>>")):
+        splits, _ = read_problems((problem_file,), annotations)
+        problems = sum(splits.values(), [])
+        p = next(p for p in problems if "Ann has 7 pens" in p["question"])
         assert (p["answer"], p["difficulty"]) == ("14007", "all")
         assert p["question"] == "Ann has 7 pens and buys  2 boxes of 7,000. How many?"
-        last = "<<7+14000=14007>>" if annotations else ""
         assert p["solutions"] == [f"The boxes have 2*7000={step}14,000 pens.\nIn all 7+14000={last}14007.\n"
                                   "#### 14007"]
-
-
-def test_every_solution_is_right_for_the_scorer(problem_file):
-    """The scorer, which is the reward, calls every solution right."""
-    splits, _ = read_problems((problem_file,), False)
-    problems = sum(splits.values(), [])
-    assert len(problems) == 200
-    assert all(grade(s, p["answer"]) == "right" for p in problems for s in p["solutions"])
+        assert len(problems) == 200
+        assert all(grade(s, p["answer"]) == "right" for p in problems for s in p["solutions"])
 
 
 def test_our_own_problems_pass_through(tmp_path):
     """A file in our form: question, answer and all solutions are as they were."""
-    lines = [{"question": f"{i}+{i}?", "answer": str(2 * i), "solutions": [f"{i}+{i}={2 * i}\n#### {2 * i}",
-              f"#### {2 * i}"], "difficulty": "hard", "split": "train"} for i in range(60)]
-    splits, _ = read_problems((write(tmp_path / "o.jsonl", lines),), False)
+    lines = []
+    for i in range(60):
+        solutions = [f"{i}+{i}={2 * i}\n#### {2 * i}", f"#### {2 * i}"]
+        lines.append({"question": f"{i}+{i}?", "answer": str(2 * i), "solutions": solutions})
+    marked = [line | {"difficulty": "hard", "split": "train"} for line in lines]
+    splits, _ = read_problems((write(tmp_path / "o.jsonl", marked),), False)
     found = sorted(sum(splits.values(), []), key=lambda p: int(p["answer"]))
-    keys = ("question", "answer", "solutions")
-    assert [[p[k] for k in keys] for p in found] == [[p[k] for k in keys] for p in lines]
-    assert {p["difficulty"] for p in found} == {"all"}
-    assert all(p["split"] == split and p["id"] == f"{split}-{i}"
-               for split in splits for i, p in enumerate(splits[split]))
+    for p, line in zip(found, lines, strict=True):
+        assert line.items() <= p.items() and p["difficulty"] == "all"
+    for split, problems in splits.items():
+        assert [p["id"] for p in problems] == [f"{split}-{i}" for i in range(len(problems))]
+        assert {p["split"] for p in problems} == {split}
 
 
 def test_problems_are_held_out(problem_file, tmp_path):
-    """train, val and test share no question whatever its case and white space, and which is which depends
-    neither on the order of the file nor on the other problems in it."""
+    """Some for each split, and which is which depends neither on the order of the file nor on the other
+    problems in it."""
     splits, left_out = read_problems((problem_file,), False)
-    assert {split: len(problems) > 3 for split, problems in splits.items()} == dict.fromkeys(splits, True)
-    assert len(splits["train"]) > 150
+    assert [*splits] == ["train", "val", "test"] and min(map(len, splits.values())) > 3
+    assert len(splits["train"]) > 150 and left_out == {"duplicates": 0, "answers that are not integers": 0}
     lines = [gsm(i) for i in range(201, 1, -1)]
     again, _ = read_problems((write(tmp_path / "again.jsonl", lines),), False)
     where = {p["question"]: split for split in splits for p in splits[split]}
     assert all(where.get(p["question"], split) == split for split in again for p in again[split])
-    assert left_out == {"duplicates": 0, "answers that are not integers": 0}
 
 
 def test_duplicates_are_dropped_and_counted(tmp_path):

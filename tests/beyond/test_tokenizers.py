@@ -10,7 +10,7 @@ import worlds
 from test_tokenizer import NASTY, random_text
 
 import evaluate
-from beyond.tokenizers import from_huggingface, from_tiktoken, open_tokenizer, read_tokenizer, to_huggingface
+from beyond.tokenizers import from_huggingface, from_tiktoken, open_tokenizer, to_huggingface
 from checkpoint import UserError, load_checkpoint
 from data import prepare
 from data.problems import open_data
@@ -43,20 +43,13 @@ def adversarial(seed: int, n: int) -> list[str]:
     rng = random.Random(seed)
     blanks = " \t\n\r\v\f\x1c\x1f\x85\xa0\u1680\u2000\u2028\u202f\u3000\u200b\ufeff"
 
-    def piece() -> str:
-        kind = rng.randrange(6)
-        if kind == 0:
-            return "".join(rng.choice(blanks) for _ in range(rng.randrange(1, 9)))
-        if kind == 1:
-            return str(rng.randrange(10 ** rng.randrange(1, 15))) + rng.choice(("", "٣", "３", "Ⅷ", "½"))
-        if kind == 2:
-            return rng.choice(LOOK_ALIKES)
-        if kind == 3:
-            return "".join(chr(rng.randrange(0x180)) for _ in range(rng.randrange(1, 6)))
-        if kind == 4:
-            return "".join(rng.choice("aabbc é'sSſ1\n") for _ in range(rng.randrange(1, 30)))
-        return random_text(rng)
-    texts = ["".join(piece() for _ in range(rng.randrange(1, 8))) for _ in range(n - len(NASTY) - 1)]
+    def some(letters: str, most: int) -> str:
+        return "".join(rng.choice(letters) for _ in range(rng.randrange(1, most)))
+    kinds = (lambda: some(blanks, 9), lambda: rng.choice(LOOK_ALIKES), lambda: some("aabbc é'sSſ1\n", 30),
+             lambda: some(EVERY[:0x180], 6), lambda: random_text(rng),
+             lambda: str(rng.randrange(10 ** rng.randrange(1, 15))) + rng.choice(("", "٣", "３", "Ⅷ", "½")))
+    pieces = [rng.choice(kinds)() for _ in range(4 * n)]
+    texts = ["".join(rng.choices(pieces, k=rng.randrange(1, 8))) for _ in range(n - len(NASTY) - 1)]
     return [*NASTY, EVERY, *texts]
 
 
@@ -104,7 +97,7 @@ def test_tokenizers_splits_3000_adversarial_strings_alike(tmp_path, byte_tokeniz
     publish_tokenizer(tmp_path)
     ours = {"few letters": few_letters, "bytes": lambda: byte_tokenizer,
             "world": lambda: Tokenizer.load(worlds.data() / "tokenizer.json"),
-            "foreign": lambda: read_tokenizer(tmp_path / "tokenizer.json")}[which]()
+            "foreign": lambda: open_tokenizer(str(tmp_path / "tokenizer.json"))}[which]()
     theirs = theirs_of(ours.spec)
     texts = adversarial(7, 3_000)
     assert len(texts) == 3_000
@@ -137,6 +130,24 @@ def test_a_tokenizer_comes_back_with_its_hash(byte_tokenizer, answer_tokenizer):
     for tokenizer in (few_letters(), byte_tokenizer, answer_tokenizer):
         again = Tokenizer(from_huggingface(json.loads(json.dumps(to_huggingface(tokenizer.spec)))))
         assert again.sha256 == tokenizer.sha256
+
+
+@pytest.mark.parametrize("keys, value, said", [
+    (["added_tokens"], [], "ids"), (["added_tokens", 1, "id"], 400, "ids"),
+    (["model", "merges"], [["a", "b"], ["a", "a"]], "ids"), (["model"], {"vocab": {}}, "merges"),
+    (["normalizer"], {"type": "NFC"}, "normalizer"), (["pre_tokenizer"], {"type": "ByteLevel"}, "pretok"),
+    (["pre_tokenizer", "pretokenizers", 1, "add_prefix_space"], True, "splitting"),
+    (["pre_tokenizer", "pretokenizers", 0, "invert"], True, "splitting")])
+def test_another_kind_of_tokenizer_json_is_refused(keys, value, said, tmp_path):
+    """Text would be split into other tokens, or ids stand for others: one line, which names the file."""
+    content = to_huggingface(few_letters().spec)
+    place = content
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"t.json.*{said}"):
+        open_tokenizer(str(tmp_path / "t.json"))
 
 
 # ---- tiktoken --------------------------------------------------------------------------------------------
