@@ -58,7 +58,6 @@ def check(c: Config) -> None:
 
 
 # ---- pass@k and intervals --------------------------------------------------------------------------------
-
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Probability that k of n samples, c of them right, drawn without replacement, contain at least one right
     answer (Chen et al. 2021, equation 1). Raises ValueError if k > n."""
@@ -84,7 +83,6 @@ def interval(replicates: np.ndarray) -> tuple[float, float]:
 
 
 # ---- answers to problems ---------------------------------------------------------------------------------
-
 def by_difficulty(problems: list[dict], n: int) -> dict[str, list[dict]]:
     """Difficulty -> its first n problems."""
     return {d: [p for p in problems if p.get("difficulty", "all") == d][:n]
@@ -226,7 +224,6 @@ def entropy(values: list[str]) -> float:
 
 
 # ---- general capabilities --------------------------------------------------------------------------------
-
 def pick(scores: list[float], choices: list[str]) -> tuple[int, int]:
     """(choice by acc, choice by acc_norm) as in lm-evaluation-harness: largest log-likelihood, and largest
     log-likelihood per character of the choice without its leading space; the first of equals."""
@@ -315,7 +312,6 @@ def bits_per_byte(model: GPT, tokenizer: Tokenizer, shard: np.ndarray, blocks: i
 
 
 # ---- a whole evaluation ----------------------------------------------------------------------------------
-
 def load_reference(path: str, checkpoint: str, model: GPT, tokenizer: Tokenizer) -> GPT:
     """The model of --reference; UserError if it cannot score the answers of the checkpoint's model."""
     reference, other_tokenizer, _ = load_model(path, model.device)

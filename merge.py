@@ -85,7 +85,6 @@ def arm_config(cls: type, c: Config) -> rl.Config | sft.Config:
 
 
 # ---- averaging of updates --------------------------------------------------------------------------------
-
 Arm = Callable[[int], None]         # arm(h) does the h-th update of a round: gradient, clip, its own AdamW
 
 
@@ -149,7 +148,6 @@ def sft_gradient(model: GPT, tokenizer: Tokenizer, examples: list[sft.Example], 
 
 
 # ---- training --------------------------------------------------------------------------------------------
-
 def train(c: Config) -> Path:
     """Run (or resume) the training; returns the path of the last checkpoint."""
     check(c)
@@ -233,7 +231,6 @@ def train(c: Config) -> Path:
 
 
 # ---- merging of finished weights -------------------------------------------------------------------------
-
 @dataclass
 class WeightsConfig:
     checkpoints: tuple[str, ...]    # two or more checkpoints with a common ancestor

@@ -63,7 +63,6 @@ SIZES = {
 
 
 # ---- the Transformer -------------------------------------------------------------------------------------
-
 def precision(model: "GPT") -> torch.autocast:
     """On a GPU matrix products in bf16, the rest in fp32, weights and their gradients too. The model itself
     enters it, so that sampling and scoring agree."""
@@ -239,7 +238,6 @@ class GPT(nn.Module):
 
 
 # ---- sampling --------------------------------------------------------------------------------------------
-
 class Cache:
     """Keys and values decoded so far: two tensors (L, B·H, capacity, D), filled up to `length`. No query sees
     the first `padding` (B,) columns of a row. Decoding attends over the whole capacity, unfilled columns
@@ -435,7 +433,6 @@ def decode(model: GPT, prompts: Ids, u: Tensor,
 
 
 # ---- scoring ---------------------------------------------------------------------------------------------
-
 def pack(prompts: Ids, completions: Ids, pad: int,
          device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Rows of prompt + completion, padded on the right: ids (B, T) and `target` (B, T), True at completion
@@ -475,7 +472,6 @@ def micro_batches(lengths: list[int], tokens: int) -> list[list[int]]:
 
 
 # ---- a prompt computed once for its group ----------------------------------------------------------------
-
 class SharedPrompts:
     """Keys and values of P prompts, computed once, to which the G completions of each prompt attend in
     training. `backward` propagates the gradient accumulated in `keys_values` into the prompts."""

@@ -104,7 +104,6 @@ def new_optimizer(model: GPT, c: Config) -> torch.optim.Optimizer:
 
 
 # ---- training --------------------------------------------------------------------------------------------
-
 def train(c: Config) -> Path:
     """Run (or resume) the pretraining; returns the path of the last checkpoint."""
     check(c)

@@ -85,7 +85,6 @@ COMPOSITION = ((("0.5M, 60 %", "8M"), ("1M, 30 %", "8M")), (("0.5M, 60 %", "8M")
 BRITTLE = (5, .03, 3)
 
 # ---- statistics ------------------------------------------------------------------------------------------
-
 METRICS = (PASS_1, "easy pass@8", PASS_32, "hard pass@1", "hard pass@32", "general")
 
 
@@ -169,7 +168,6 @@ def verdict(low: float, high: float, margin: float) -> str:
 
 
 # ---- claims ----------------------------------------------------------------------------------------------
-
 def judged(claim: str, says: str, where: str, x: np.ndarray, margin: float, paper: str = "",
            comparisons: int = 1) -> list[str]:
     """A row of the table: id, claim, checkpoints, statistic of x (S, N), margin, verdict, paper."""
@@ -244,7 +242,6 @@ def judge(records: list[dict]) -> list[list[str]]:
 
 
 # ---- figures ---------------------------------------------------------------------------------------------
-
 class Shown:
     """The checkpoints of the first base model, the recipes, and the evaluations at the ends of their runs."""
 
@@ -432,7 +429,6 @@ def draw(out: Path, records: list[dict], order: tuple[str, ...] = ()) -> list[st
 
 
 # ---- text ------------------------------------------------------------------------------------------------
-
 CLAIMS_HEADER = "| claim | what it says | checkpoints | difference in points | margin | verdict | the paper |"
 ALL_CLAIMS_HEADER = ("| study | claim | what it says | checkpoints | difference in points [95 %] | margin "
                      "| verdict | the paper (%) |")

@@ -74,7 +74,6 @@ def check(c: Config) -> None:
 
 
 # ---- the algorithm ---------------------------------------------------------------------------------------
-
 def reward(problem: dict, text: str, grade: str) -> float:
     """1 for a right answer, 0 for a wrong or an unparsed one. A shaped reward in [0, 1] goes here."""
     return float(grade == "right")
@@ -170,7 +169,6 @@ def policy_gradient(model: GPT, reference: GPT | None, batch: Batch, advantage: 
 
 
 # ---- its bookkeeping -------------------------------------------------------------------------------------
-
 def scored(model: GPT, batch: Batch, rows: list[int], c: Config, pad: int
            ) -> Iterator[tuple[list[int], Tensor]]:
     """(some of the rows, log-probabilities (N,) of all their tokens), until all rows were there; of several
@@ -236,7 +234,6 @@ def positions(batch: Batch, rows: list[int]) -> int:
 
 
 # ---- measurements ----------------------------------------------------------------------------------------
-
 def grpo_flops(model: GPT, batch: Batch, trained: int, c: Config) -> int:
     """FLOPs of sampling a batch and of updating on `trained` positions; measurements are not counted."""
     prompted = sum(map(len, batch.prompts))
@@ -290,7 +287,6 @@ def rollout_metrics(batch: Batch, advantage: Tensor) -> dict[str, float]:
 
 
 # ---- training --------------------------------------------------------------------------------------------
-
 def learning_rate(c: Config, step: int, steps: int) -> float:
     """Linear warm-up, then constant."""
     return c.lr * min(1.0, (step + 1) / max(1, c.warmup))

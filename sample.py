@@ -16,7 +16,7 @@ from checkpoint import check_fields, generator, load_model, main, require, setup
 from data.problems import load_problems
 from data.tokenizer import EOS
 from evaluate import Attempts, attempt, by_difficulty
-from model import sample
+from model import GPT, sample
 
 
 @dataclass
@@ -34,9 +34,8 @@ class Config:
     threads: int = 0                # >= 0, <= 4096: CPU threads, 0 = all cores
 
 
-def describe(path: str) -> None:
+def describe(path: str, model: GPT, lineage: list[dict]) -> None:
     """Print the sizes of a checkpoint and the stages that made it."""
-    model, _, lineage = load_model(path)
     m = model.config
     n = sum(p.numel() for p in model.parameters())
     core = n - 2 * m.vocab_size * m.d_model
@@ -50,10 +49,10 @@ def describe(path: str) -> None:
 
 def talk(path: str, c: Config) -> None:
     """Answer every typed line with the model's continuation of that line."""
-    model, tokenizer, _ = load_model(path, setup(c.device, c.threads))
+    model, tokenizer, lineage = load_model(path, setup(c.device, c.threads))
     room = model.config.context - c.max_new - 1          # tokens of a question
     require(room > 0, f"--max-new {c.max_new}: must be at most {model.config.context - 2}")
-    describe(path)
+    describe(path, model, lineage)
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
     print('  type a question, such as "Nora has 37 shells. Nora finds 48. How many shells?" (end: Ctrl-D)')

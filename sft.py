@@ -104,7 +104,6 @@ def sft_gradient(model: GPT, examples: list[Example], c: Config, pad: int) -> di
 
 
 # ---- training --------------------------------------------------------------------------------------------
-
 def train(c: Config) -> Path:
     """Run (or resume) SFT; returns the path of the last checkpoint."""
     check_fields(c)

@@ -32,7 +32,6 @@ from checkpoint import atomic_write, check_fields, main, number, parse, require
 from evaluate import Config as EvaluateConfig
 
 # ---- recipes and studies ---------------------------------------------------------------------------------
-
 # Recipe -> command. {base} is the checkpoint that a cell starts from, {SFT} the one that recipe SFT made of
 # it; so A→B in a name means B from A's result. Their order is that of the colours in the figures.
 # The settings of RL are the same wherever RL appears. Chosen on validation problems: results/README.md.
@@ -134,7 +133,6 @@ class Config:
 
 
 # ---- the grid --------------------------------------------------------------------------------------------
-
 @dataclass
 class Cell:
     base: str                       # which base model
@@ -318,7 +316,6 @@ def done(x: Cell) -> bool:
 
 
 # ---- running it ------------------------------------------------------------------------------------------
-
 REDRAW = 2.0                # seconds between two states of the progress bar
 
 
