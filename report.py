@@ -281,11 +281,14 @@ def forgetting(records: list[dict], ends: list[dict]) -> list[Panel]:
 
 
 def seeds(_: list[dict], ends: list[dict]) -> list[Panel]:
-    """Training reward and validation from the first trained checkpoint, with the spread over seeds."""
+    """Training reward and validation from the first trained checkpoint, a line per seed."""
     at = checkpoints(ends, trained=True)[0]
     runs = [r for r in ends if r["at"] == at and r["curve"]]
-    rewards = [(r["recipe"], point[0], [100 * point[1]]) for r in runs for point in r["curve"]]
-    scores = [(r["recipe"], step, [100 * score]) for r in runs for step, score in r["validation"]]
+    rewards, scores = [], []
+    for r in runs:
+        name = f"_{r['recipe']}, seed {r['seed']}" if r["seed"] else r["recipe"]     # "_": not in the legend
+        rewards += [(name, point[0], [100 * point[1]]) for point in r["curve"]]
+        scores += [(name, step, [100 * score]) for step, score in r["validation"]]
     return [(f"from {at}: training reward (%)", "steps of 64 problems", "-", rewards),
             (f"from {at}: validation pass@1 (%)", "steps of 64 problems", "-", scores)] if runs else []
 
@@ -313,8 +316,9 @@ def plot(panels: list[Panel], order: tuple[str, ...]) -> Figure:
             curves.setdefault(recipe, {}).setdefault(x, []).append(scores)
         for recipe, curve in curves.items():
             mean, low, high = np.array([bootstrap(np.array(scores)) for scores in curve.values()]).T
+            color = colors.get(recipe.removeprefix("_").partition(", seed ")[0], "0.75")
             axis.errorbar(list(curve), mean, [mean - low, high - mean], fmt=style, ms=3, lw=1, label=recipe,
-                          color=colors.get(recipe, "0.75"))
+                          color=color)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(unit)
         axis.tick_params("x", rotation=0 if unit else 90)
