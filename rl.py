@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
 
 from checkpoint import Run, batch_indices, check_fields, generator, load_model, main, require, setup
 from data.arithmetic import read_answer
@@ -267,15 +268,15 @@ def probe(model: GPT, tokenizer: Tokenizer, problems: list[dict], c: Config) -> 
     batch = collect(model, tokenizer, problems, n, c, generator(c.seed, "probe"))
     signal = np.mean([signal_probability(row, c.rollouts) for row in batch.rewards.tolist()])
     total = len(batch.grades)
-    print(f"before training: {batch.grades.count('right') / total:.1%} of {total} answers right, "
-          f"{batch.grades.count('unparsed') / total:.1%} unparsed; about {signal:.0%} of groups of "
-          f"{c.rollouts} will have a signal")
+    tqdm.write(f"before training: {batch.grades.count('right') / total:.1%} of {total} answers right, "
+               f"{batch.grades.count('unparsed') / total:.1%} unparsed; about {signal:.0%} of groups of "
+               f"{c.rollouts} will have a signal")
     if signal == 0:
-        print("WARNING: no group has a signal, so RL cannot learn anything here. Start from a later "
-              "checkpoint, or use easier problems or more --rollouts.")
+        tqdm.write("WARNING: no group has a signal, so RL cannot learn anything here. Start from a later "
+                   "checkpoint, or use easier problems or more --rollouts.")
     elif signal < .3:
-        print("WARNING: few groups have a signal, and a rare success gets a large advantage: updates will be "
-              "noisy. More --n-problems or --rollouts, or a smaller --lr, are safer.")
+        tqdm.write("WARNING: few groups have a signal, and a rare success gets a large advantage: updates will be "
+                   "noisy. More --n-problems or --rollouts, or a smaller --lr, are safer.")
 
 
 def rollout_metrics(batch: Batch, advantage: Tensor) -> dict[str, float]:
