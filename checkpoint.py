@@ -393,7 +393,8 @@ def check_fields(config: Any) -> None:
         require(not many or isinstance(value, (tuple, list)), f"{option} {value}: must be a tuple")
         domain = re.match("((?:one of|[<>]).*?):|", help_texts(type(config))[name])[1] or ""
         for x in value if many else [value]:
-            right = type(x) in ((int, float) if kind is float else (kind,))
+            fits = isinstance(x, (int, float) if kind is float else kind)
+            right = fits and isinstance(x, bool) == (kind is bool)
             require(right, f"{option} {x}: must be of type {kind.__name__}")
             require(within(domain, x), f"{option} {x}: must be {domain}")
 
