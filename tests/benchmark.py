@@ -5,26 +5,27 @@
 
 Writes results/benchmark/benchmark.json and, beside it, scaling.png: cost against rollouts and answer length.
 Limit: a model's FLOPs (GPT.flops_per_token; backward twice forward) at the rate that its own weight matrices
-reach when multiplied one after the other, with as many threads. The models are random; EOS is not in their
-vocabulary of 512, so every answer is as long as allowed. In the updates every group has a signal and every
-rollout takes part: the dearest case. Every workload is a process of its own: its peak memory is its own too.
+reach when multiplied one after the other, with as many threads. EOS is not in the random models' vocabulary
+of 512: every answer is as long as allowed. In the updates every rollout takes part: the dearest case.
 """
-import dataclasses
 import json
 import multiprocessing
 import os
 import resource
+import shutil
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -39,9 +40,8 @@ import ranks
 import rl
 import sft
 from checkpoint import atomic_write, check_fields, generator, main, require, setup
-from data.problems import prompt_ids
 from data.tokenizer import PATTERN, Tokenizer
-from model import GPT, SIZES, Cache, ModelConfig, completion_logprobs, micro_batches, pack
+from model import GPT, SIZES, Cache, ModelConfig
 
 
 @dataclass
@@ -85,11 +85,6 @@ def random_ids(n: int, length: int) -> list[list[int]]:
     return torch.randint(TOKENIZER.eos, (n, length), generator=generator(0, "ids")).tolist()
 
 
-def make_advantages(n: int, group: int) -> torch.Tensor:
-    """(n · group,), none of them 0: every other rollout is right."""
-    return rl.advantages((torch.arange(n * group) % 2).float().view(n, group)).flatten()
-
-
 def update(model: GPT, optimizer: torch.optim.Optimizer) -> None:
     """As it stands in every loop, but for the books."""
     ranks.sum_gradients(model)
@@ -101,14 +96,14 @@ def update(model: GPT, optimizer: torch.optim.Optimizer) -> None:
 def grpo_step(model: GPT, reference: GPT, optimizer: torch.optim.Optimizer, n: int, c: rl.Config) -> None:
     batch = rl.collect(model, TOKENIZER, make_problems(n), c.rollouts, c, generator(0, "rollouts"))
     rl.kl_to_reference(reference, batch, c, TOKENIZER.pad)
-    rl.policy_gradient(model, reference, batch, make_advantages(n, c.rollouts), range(n * c.rollouts), c,
+    half_right = (torch.arange(n * c.rollouts) % 2).float().view(n, c.rollouts)      # no group is silent
+    rl.policy_gradient(model, reference, batch, rl.advantages(half_right).flatten(), range(n * c.rollouts), c,
                        TOKENIZER.pad)
     update(model, optimizer)
 
 
 def sampling_flops(model: GPT, problems: int, group: int, new: int) -> int:
-    """Prompts computed once, and `group` answers to each, whose tokens see the prompt and half of the answer
-    on average; flops_per_token(length) means length/2 keys, hence twice the prompt."""
+    """Prompts once, then answers, whose tokens see PROMPT + new/2 others: flops_per_token(n) means n/2."""
     return problems * (PROMPT * model.flops_per_token(PROMPT)
                        + group * new * model.flops_per_token(2 * PROMPT + new))
 
@@ -135,29 +130,37 @@ def watched(clock: Counter, label: Callable[..., str], function: Callable) -> Ca
     return timed
 
 
-def in_child(function: Callable, rank: int, processes: int, threads: int, folder: str,
-             *args: object) -> tuple[object, float, float]:
+def in_child(function: Callable, c: Config, size: str, processes: int, threads: int, folder: str,
+             rank: int) -> tuple[object, float, float]:
     def peak() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     setup("cpu", threads)
     if processes > 1:
         dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=processes)
     imports = peak()
-    return function(*args), peak(), peak() - imports
+    return function(c, size), peak(), peak() - imports
 
 
-def alone(function: Callable, processes: int, threads: int, *args: object) -> tuple[object, float, float]:
-    """(result of the first, peak MB of all, MB beyond the imports) of function(*args) in forks of this
+def alone(function: Callable, c: Config, size: str, processes: int, threads: int) -> tuple:
+    """(result of the first, peak MB of all, MB beyond the imports) of function(c, size) in forks of this
     process, which itself must not compute anything: OpenMP's threads do not survive a fork."""
-    with (tempfile.TemporaryDirectory() as folder,
-          ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as executor):
-        futures = [executor.submit(in_child, function, rank, processes, threads, folder, *args)
-                   for rank in range(processes)]
-        results, peaks, added = zip(*(f.result() for f in futures))
+    fork = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(processes, fork) as executor:
+        child = partial(in_child, function, c, size, processes, threads, folder)
+        results, peaks, added = zip(*executor.map(child, range(processes)))
     return results[0], sum(peaks), sum(added)
 
 
-# ---- workloads: rows are (what, amount, unit of the amount, seconds, FLOPs) ------------------------------
+# ---- workloads -------------------------------------------------------------------------------------------
+
+class Row(NamedTuple):
+    what: str
+    amount: int
+    unit: str                       # of the amount
+    flops: float
+    seconds: list[float]            # of each repetition
+    parts: list[dict] = []          # of each repetition: seconds by what they were spent on
+
 
 @torch.no_grad()
 def machine(c: Config, size: str) -> dict:
@@ -168,19 +171,19 @@ def machine(c: Config, size: str) -> dict:
     weights = [p for name, p in build(size)[0].named_parameters() if p.dim() == 2 and name != "embed.weight"]
     inputs = {w.shape[1]: torch.randn(2048, w.shape[1]) for w in weights}
 
-    def big() -> None:
-        torch.mm(x, y, out=out)
-
     def own() -> None:
         for w in 5 * weights:
             F.linear(inputs[w.shape[1]], w)
-    big(), own()
-    return {"matmul_gflops": 2e-9 * c.matrix ** 3 / median(repeat(big, c)),
-            "own_gflops": 2e-9 * 2048 * 5 * sum(w.numel() for w in weights) / median(repeat(own, c)),
-            "copy_gb_per_s": 8e-9 * len(source) / median(repeat(lambda: target.copy_(source), c))}
+
+    def rate(work: Callable[[], object], amount: float) -> float:
+        work()
+        return amount / 1e9 / median(repeat(work, c))
+    return {"matmul_gflops": rate(lambda: torch.mm(x, y, out=out), 2 * c.matrix ** 3),
+            "own_gflops": rate(own, 2 * 2048 * 5 * sum(w.numel() for w in weights)),
+            "copy_gb_per_s": rate(lambda: target.copy_(source), 8 * len(source))}
 
 
-def pretraining(c: Config, size: str, compiled: bool = False) -> dict:
+def pretraining(c: Config, size: str, compiled: bool = False) -> list[Row]:
     """Forward, backward, AdamW with the batches of pretrain.py; three updates at a time."""
     (model, optimizer), p = build(size), pretrain.Config()
     sequences = torch.tensor(random_ids(p.batch, p.context + 1))
@@ -192,33 +195,23 @@ def pretraining(c: Config, size: str, compiled: bool = False) -> dict:
                 (pretrain.next_token_loss(forward, part) * (len(part) / p.batch)).backward()
             update(model, optimizer)
     work(1)
-    seconds, tokens = repeat(work, c), 3 * p.batch * p.context
-    flops = tokens * 3 * model.flops_per_token(p.context)
-    name = "the same, --compile" if compiled else "pretraining"
-    return {"repeats": len(seconds), "rows": [(name, tokens, "tokens", median(seconds), flops)]}
+    tokens = 3 * p.batch * p.context
+    return [Row("the same, --compile" if compiled else "pretraining", tokens, "tokens",
+                tokens * 3 * model.flops_per_token(p.context), repeat(work, c))]
 
 
-def pretraining_compiled(c: Config, size: str) -> dict:
-    """pretrain.py --compile, which needs a C++ compiler; no row where there is none."""
-    try:
-        return pretraining(c, size, compiled=True)
-    except torch._dynamo.exc.BackendCompilerFailed:
-        return {"repeats": 0, "rows": []}
-
-
-def learning(c: Config, size: str) -> dict:
+def learning(c: Config, size: str) -> list[Row]:
     """Rounds of parallel averaging, of which one arm is a GRPO step, of which sampling is a part."""
     (model, optimizer), (reference, _) = build(size), build(size)
     sft_optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     config, n_examples = rl.Config(max_new=c.max_new, rollouts=c.rollouts), merge.Config.batch
     examples = list(zip(random_ids(n_examples, PROMPT), random_ids(n_examples, c.max_new)))
-    clock, parts = Counter(), []                 # seconds of the parts of a GRPO step; those of every step
+    clock, steps = Counter(), []                 # seconds of the parts of a GRPO step; those of every step
     model.hidden = watched(clock, lambda ids, cache=None: "prefill" if isinstance(cache, Cache)
                            and ids.shape[1] > 1 else "other", model.hidden)
-    ranks.sample_together = watched(clock, lambda *_: "sample", ranks.sample_together)
-    for name in ("collect", "kl_to_reference", "policy_gradient"):
-        setattr(rl, name, watched(clock, lambda *_, name=name: name, getattr(rl, name)))
-    torch.Tensor.backward = watched(clock, lambda *_: "backward", torch.Tensor.backward)
+    for owner, name in ((ranks, "sample_together"), (rl, "collect"), (rl, "kl_to_reference"),
+                        (rl, "policy_gradient"), (torch.Tensor, "backward")):
+        setattr(owner, name, watched(clock, lambda *_, name=name: name, getattr(owner, name)))
     step = watched(clock, lambda *_: "step", grpo_step)
 
     def sft_arm(h: int) -> None:
@@ -229,85 +222,105 @@ def learning(c: Config, size: str) -> dict:
         def rl_arm(h: int) -> None:
             clock.clear()
             step(model, reference, optimizer, n, config)
-            parts.append(dict(clock))
+            steps.append(clock.copy())
         merge.parallel_round(model, [rl_arm, sft_arm], [.5, .5])
     work(4)
-    parts.clear()
+    steps.clear()
     seconds = repeat(work, c)
-    breakdowns = [
-        {"prefill": t["prefill"], "decode": t["sample"] - t["prefill"], "grading": t["collect"] - t["sample"],
-         "scoring": t["kl_to_reference"], "forward": t["policy_gradient"] - t["backward"],
-         "backward": t["backward"],
-         "optimizer": t["step"] - t["collect"] - t["kl_to_reference"] - t["policy_gradient"]} for t in parts]
-    breakdown, t = ({k: median(part[k] for part in every) for k in every[0]} for every in (breakdowns, parts))
+    parts = [{"prefill": t["prefill"], "decode": t["sample_together"] - t["prefill"],
+              "grading": t["collect"] - t["sample_together"], "scoring": t["kl_to_reference"],
+              "forward": t["policy_gradient"] - t["backward"], "backward": t["backward"],
+              "optimizer": t["step"] - t["collect"] - t["kl_to_reference"] - t["policy_gradient"]}
+             for t in steps]
     B, length = c.n_problems * c.rollouts, PROMPT + c.max_new
     row, sampled = (length * model.flops_per_token(length),
                     sampling_flops(model, c.n_problems, c.rollouts, c.max_new))
     whole = 4 * sampled + min(64, B) * row       # sampling, an update of three times that, scoring of 64 rows
-    return {"repeats": len(seconds), "breakdown": breakdown, "rows": [
-        ("sampling", B * c.max_new, "tokens", t["sample"], sampled),
-        ("update, prompts shared", B, "rollouts", t["policy_gradient"], 3 * sampled),
-        ("GRPO step", B, "rollouts", t["step"], whole),
-        ("parallel averaging", B, "rollouts", median(seconds), whole + 3 * n_examples * row)]}
+    return [
+        Row("sampling", B * c.max_new, "tokens", sampled, [t["sample_together"] for t in steps]),
+        Row("update, prompts shared", B, "rollouts", 3 * sampled, [t["policy_gradient"] for t in steps]),
+        Row("GRPO step", B, "rollouts", whole, [t["step"] for t in steps], parts),
+        Row("parallel averaging", B, "rollouts", whole + 3 * n_examples * row, seconds)]
 
 
-def plain_update(c: Config, size: str) -> dict:
-    """The same gradient, but each row with its prompt; measured on 16 problems, given for them all."""
-    (model, _), n = build(size), min(16, c.n_problems)
-    prompts = ranks.my_part([prompt_ids(TOKENIZER, p) for p in make_problems(n)
-                           for _ in range(c.rollouts)])
-    answers, advantage = random_ids(len(prompts), c.max_new), make_advantages(n, c.rollouts)
-
-    def work() -> None:
-        for rows in micro_batches([len(p) + c.max_new for p in prompts], rl.Config.micro_tokens):
-            ids, target = pack([prompts[r] for r in rows], [answers[r] for r in rows], TOKENIZER.pad)
-            logp = completion_logprobs(model, ids, target)
-            loss = rl.policy_loss(logp, logp.detach(), advantage[rows].repeat_interleave(c.max_new), .2, .2)
-            (loss.sum() / (len(prompts) * c.max_new)).backward()
-        model.zero_grad(set_to_none=True)
-    work()
-    seconds, B, length = repeat(work, c), c.n_problems * c.rollouts, PROMPT + c.max_new
-    flops = B * length * 3 * model.flops_per_token(length)
-    return {"repeats": len(seconds), "rows": [
-        ("update, plain path", B, "rollouts", c.n_problems / n * median(seconds), flops)]}
-
-
-def evaluation(c: Config, size: str) -> dict:
+def evaluation(c: Config, size: str) -> list[Row]:
     """Sampling at the temperature of evaluate.py, texts, grades; measured on 64 problems, given for 200."""
-    model, n = build(size)[0], c.eval_problems
+    model, n, measured = build(size)[0], c.eval_problems, min(64, c.eval_problems)
 
-    def work(problems: int = min(64, n)) -> None:
+    def work(problems: int = measured) -> None:
         evaluate.attempt(model, TOKENIZER, make_problems(problems), c.eval_samples,
                          evaluate.Config.temperature, c.eval_new, generator(0, "evaluation"))
     work(2)
-    seconds, flops = repeat(work, c), sampling_flops(model, n, c.eval_samples, c.eval_new)
-    return {"repeats": len(seconds), "rows": [(f"evaluation, {n} x {c.eval_samples}", n * c.eval_samples,
-                                               "samples", n / min(64, n) * median(seconds), flops)]}
+    return [Row(f"evaluation, {n} x {c.eval_samples}", n * c.eval_samples, "samples",
+                sampling_flops(model, n, c.eval_samples, c.eval_new),
+                [n / measured * seconds for seconds in repeat(work, c)])]
 
 
 # ---- all of it -------------------------------------------------------------------------------------------
+
+def stages(c: Config, where: dict, result: dict) -> None:
+    """Measure every stage with a size, processes and threads: a table on the screen, rows in the result."""
+    limit, *_ = alone(machine, c, **where)
+    limit = {name: where["processes"] * rate for name, rate in limit.items()}
+    result["limits"].append(where | limit)
+    print("\n" + ", ".join(f"{name} {value}" for name, value in where.items()) + ". Limits: "
+          + ", ".join(f"{name} {rate:.1f}" for name, rate in limit.items())
+          + f"\n{'':44s} seconds  GFLOP/s  of limit  peak MB  repeats")
+    compiled = [partial(pretraining, compiled=True)] * bool(shutil.which(os.environ.get("CXX", "g++")))
+    for workload in (pretraining, *compiled, learning, evaluation):
+        rows, peak_mb, _ = alone(workload, c, **where)
+        for what, amount, unit, flops, each, parts in rows:
+            seconds = median(each)
+            gflops = flops / seconds / 1e9
+            share = gflops / limit["own_gflops"]
+            print(f"  {what:23s}{amount / seconds:8,.0f} {unit + '/s':11s}{seconds:8.2f}{gflops:9.1f}"
+                  f"{share:10.0%}{peak_mb:9.0f}{len(each):9d}", flush=True)
+            result["figures"].append(where | {
+                "what": what, "amount": amount, "unit": unit, "seconds": seconds, "repeats": len(each),
+                "per_second": amount / seconds, "gflops": gflops, "of_limit": share,
+                "of_big_matmul": gflops / limit["matmul_gflops"], "peak_mb": peak_mb})
+            if parts:
+                breakdown = {name: median(part[name] for part in parts) for name in parts[0]}
+                result["breakdown"].append(where | breakdown)
+                print("    " + ", ".join(f"{name} {value:.3f}" for name, value in breakdown.items()))
+
+
+def scaling(c: Config, threads: int) -> dict[str, list[dict]]:
+    """The cost of a GRPO step of the first size against its rollouts and against the length of answers."""
+    print(f"\na GRPO step of {c.sizes[0]}, threads: {threads}")
+    series = {"rollouts": [replace(c, n_problems=n, max_new=c.max_new // 2) for n in c.scale],
+              "answer tokens": [replace(c, n_problems=c.scale[0], max_new=new) for new in c.lengths]}
+    result = {x: [] for x in series}
+    for x, changed in ((x, changed) for x, configs in series.items() for changed in configs):
+        (_, _, step, _), peak_mb, added_mb = alone(learning, changed, c.sizes[0], 1, threads)
+        B, new, seconds = step.amount, changed.max_new, median(step.seconds)
+        result[x].append({"rollouts": B, "answer tokens": new, "seconds": seconds, "peak_mb": peak_mb,
+                          "added_mb": added_mb})
+        print(f"{B:7d} rollouts of {new:3d} tokens{seconds:9.2f} s{1e3 * seconds / B:8.2f} ms per rollout, "
+              f"memory +{added_mb:.0f} MB", flush=True)
+    return result
+
 
 def draw(series: dict[str, list[dict]], path: Path) -> None:
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6.5), sharex="col")
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6.5), sharex="col", layout="tight")
     for (x, points), (above, below) in zip(series.items(), axes.T):
-        xs, seconds = [p[x] for p in points], [p["seconds"] for p in points]
+        xs, seconds, memory = ([p[key] for p in points] for key in (x, "seconds", "added_mb"))
         above.loglog(xs, seconds, "o-", label="seconds per GRPO step")
         above.loglog(xs, [seconds[-1] / xs[-1] * at for at in xs], ":", color="0.5", label="proportional")
-        below.semilogx(xs, [p["added_mb"] for p in points], "o-", label="peak memory beyond imports, MB")
+        below.semilogx(xs, memory, "o-", label="peak memory beyond imports, MB")
         below.set(xlabel=x, ylim=(0, None), xticks=xs, xticklabels=xs)
         below.minorticks_off()
         for axis in (above, below):
             axis.grid(alpha=.3)
             axis.legend(fontsize=8)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 
 def run(c: Config) -> None:
-    c = dataclasses.replace(c, **QUICK) if c.quick else c
+    c = replace(c, **QUICK) if c.quick else c
     check_fields(c)
     require(all((c.sizes, c.threads, c.scale)), "--sizes, --threads and --scale must not be empty")
     started, out, cores = time.perf_counter(), Path(c.out), torch.get_num_threads()
@@ -315,47 +328,15 @@ def run(c: Config) -> None:
     cpu = [x.split(": ")[1] for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
     about = {"cpu": cpu[0], "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2),
              "torch": torch.__version__, "date": datetime.now().isoformat(timespec="minutes")}
-    print(", ".join(f"{k} {v}" for k, v in about.items())
-          + ("\nWARNING: the machine is busy; the numbers say little about it" if about["load"] > .5 else ""))
-    result = {"machine": about, "config": dataclasses.asdict(c), "limits": [], "figures": [], "breakdown": []}
+    print(", ".join(f"{k} {v}" for k, v in about.items()))
+    if about["load"] > .5:
+        print("WARNING: the machine is busy; the numbers say little about it")
+    result = {"machine": about, "config": asdict(c), "limits": [], "figures": [], "breakdown": []}
     ways = dict.fromkeys([*((1, n or cores) for n in c.threads), (c.processes or cores, 1)])
     for (processes, threads), size in product(ways, c.sizes):
-        where = {"size": size, "processes": processes, "threads": threads}
-        limit, *_ = alone(machine, processes, threads, c, size)
-        limit = {name: processes * rate for name, rate in limit.items()}
-        result["limits"].append(where | limit)
-        print(f"\n{size}, {processes} process(es) of {threads} thread(s). Matrix products: "
-              f"{limit['own_gflops']:.0f} GFLOP/s at its shapes, "
-              f"{limit['matmul_gflops']:.0f} at {c.matrix}³; copying: {limit['copy_gb_per_s']:.1f} GB/s\n"
-              f"{'':44s} seconds  GFLOP/s  of limit  peak MB  repeats")
-        for workload in (pretraining, pretraining_compiled, learning, plain_update, evaluation):
-            done, peak_mb, _ = alone(workload, processes, threads, c, size)
-            for what, amount, unit, seconds, flops in done["rows"]:
-                gflops = flops / seconds / 1e9
-                share = gflops / limit["own_gflops"]
-                print(f"  {what:23s}{amount / seconds:8,.0f} {unit + '/s':11s}{seconds:8.2f}{gflops:9.1f}"
-                      f"{share:10.0%}{peak_mb:9.0f}{done['repeats']:9d}", flush=True)
-                result["figures"].append(where | {
-                    "what": what, "amount": amount, "unit": unit, "seconds": seconds,
-                    "per_second": amount / seconds, "gflops": gflops, "of_limit": share,
-                    "of_big_matmul": gflops / limit["matmul_gflops"], "peak_mb": peak_mb,
-                    "repeats": done["repeats"]})
-            if "breakdown" in done:
-                result["breakdown"].append(where | done["breakdown"])
-                print("    " + ", ".join(f"{k} {v:.3f}" for k, v in done["breakdown"].items()))
-    threads = max(n or cores for n in c.threads)
-    print(f"\na GRPO step of {c.sizes[0]}, threads: {threads}")
-    series = result["scaling"] = {"rollouts": [], "answer tokens": []}
-    for x, n, new in ([("rollouts", n, c.max_new // 2) for n in c.scale]
-                      + [("answer tokens", c.scale[0], new) for new in c.lengths]):
-        changed = dataclasses.replace(c, n_problems=n, max_new=new)
-        done, peak_mb, added_mb = alone(learning, 1, threads, changed, c.sizes[0])
-        _, B, _, seconds, _ = done["rows"][2]
-        series[x].append({"rollouts": B, "answer tokens": new, "seconds": seconds, "peak_mb": peak_mb,
-                          "added_mb": added_mb})
-        print(f"{B:7d} rollouts of {new:3d} tokens{seconds:9.2f} s{1e3 * seconds / B:8.2f} ms per rollout, "
-              f"memory +{added_mb:.0f} MB", flush=True)
-    draw(series, out.with_name("scaling.png"))
+        stages(c, {"size": size, "processes": processes, "threads": threads}, result)
+    result["scaling"] = scaling(c, max(n or cores for n in c.threads))
+    draw(result["scaling"], out.with_name("scaling.png"))
     atomic_write(out, json.dumps(result, indent=1).encode())
     print(f"\nwritten: {out} and scaling.png beside it, {(time.perf_counter() - started) / 60:.1f} min")
 

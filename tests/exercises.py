@@ -82,8 +82,7 @@ def table() -> str:
 
 
 def blank(source: str, function: str) -> str:
-    """Python source with `raise NotImplementedError` for the body of a function ('advantages',
-    'Block.attend'); everything above its first statement stays."""
+    """Source with `raise NotImplementedError` for a function's body; all above its first statement stays."""
     node = ast.parse(source)
     for name in function.split("."):
         found = [x for x in node.body if getattr(x, "name", None) == name]

@@ -6,7 +6,6 @@
 A change that only tidies the code prints the same lines. One thread, two data seeds, about two minutes.
 Across machines the lines differ: rounding does.
 """
-import dataclasses
 import hashlib
 import io
 import json
@@ -32,13 +31,14 @@ QUICK = dict(eval_every=10, eval_problems=4, eval_samples=4, save_every=1_000, m
 RL = QUICK | dict(n_problems=8, rollouts=8, steps=STEPS)
 
 
+def short_sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
 def weights(path: Path) -> str:
     """sha256 of the names and values of a checkpoint's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(torch.load(path, weights_only=True)["model"].items()):
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    tensors = sorted(torch.load(path, weights_only=True)["model"].items())
+    return short_sha256(b"".join(name.encode() + w.contiguous().numpy().tobytes() for name, w in tensors))
 
 
 def quietly(function, config):
@@ -46,38 +46,29 @@ def quietly(function, config):
         return function(config)
 
 
-def sevens(path: Path) -> Path:
+def sevens(path: Path) -> str:
     """A problem file in which every answer is 7, learned by a model in seconds, so that RL has a signal."""
     path.write_text("".join(json.dumps({
         "id": f"seven-{i}", "question": f"Nora has {i + 2} shells. How many are seven?", "answer": "7",
         "solutions": ["#### 7"], "difficulty": "easy", "split": "train"}) + "\n" for i in range(64)))
-    return path
-
-
-def problem_option(script) -> str:
-    """The option that names a problem file."""
-    names = [f.name for f in dataclasses.fields(script.Config)]
-    return "problem_file" if "problem_file" in names else "problems"
+    return str(path)
 
 
 def fingerprint(folder: Path, seed: int) -> None:
     data = folder / "data"
     quietly(prepare.prepare, prepare.Config(out=str(data), seed=seed, **DATA))
     for path in sorted(data.iterdir()):
-        print(f"seed {seed} {path.name:20s} {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}")
+        print(f"seed {seed} {path.name:20s} {short_sha256(path.read_bytes())}")
 
-    def run(name: str, script, show: bool = True, **options) -> Path:
-        if options.pop("seven", False):
-            options[problem_option(script)] = str(problems)
+    def run(name: str, script, **options) -> Path:
         path = quietly(script.train, script.Config(data=str(data), out=str(folder / name), **options))
-        if show:
-            print(f"seed {seed} {name:20s} {weights(path)}", flush=True)
+        print(f"seed {seed} {name:20s} {weights(path)}", flush=True)
         return path
-    problems = sevens(folder / "sevens.jsonl")
+    seven = dict(problem_file=sevens(folder / "sevens.jsonl"))
     base = run("pretrain", pretrain, tokens=STEPS * 4096, threads=1)
-    run("sft", sft, init=str(base), epochs=STEPS, batch=32, **QUICK, **first_questions(32))
-    parrot = run("sft sevens", sft, init=str(base), seven=True, epochs=5, batch=8, lr=6e-3, warmup=2, **QUICK)
-    start = dict(init=str(parrot), seven=True, **RL)
+    run("sft", sft, init=str(base), epochs=STEPS, batch=32, n_train=32, **QUICK)
+    parrot = run("sft sevens", sft, init=str(base), epochs=5, batch=8, lr=6e-3, warmup=2, **seven, **QUICK)
+    start = dict(init=str(parrot), **seven, **RL)
     first = run("rl", rl, **start)
     run("rl updates 4, kl", rl, updates=4, kl=.05, **start)
     averaged = run("merge parallel", merge, batch=8, **start)
@@ -94,15 +85,10 @@ def fingerprint(folder: Path, seed: int) -> None:
                                  max_new=16, reference=str(parrot), threads=1)
         result = quietly(evaluate.run, config)[0]
         numbers = {k: result[k] for k in ("problems", "benchmarks", "general_mean", "bits_per_byte")}
-        digest = hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:16]
-        print(f"seed {seed} evaluate {path.parent.name:11s} {digest} bits per byte "
+        print(f"seed {seed} evaluate {path.parent.name:11s} "
+              f"{short_sha256(json.dumps(numbers, sort_keys=True).encode())} bits per byte "
               f"{result['bits_per_byte']!r}, general {result['general_mean']!r}, "
               f"kl {numbers['problems']['easy']['kl']!r}", flush=True)
-
-
-def first_questions(n: int) -> dict[str, int]:
-    """The option that limits the training problems to the first n, under either of its names."""
-    return {"n_train" if hasattr(sft.Config(), "n_train") else "questions": n}
 
 
 if __name__ == "__main__":

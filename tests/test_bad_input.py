@@ -2,6 +2,7 @@
 half-written. Values are tried on every field of every Config, by the domain that its comment declares; bad
 files on every script that reads such a file; the rest is listed row by row."""
 import errno
+import functools
 import gzip
 import importlib
 import io
@@ -14,17 +15,19 @@ import subprocess
 import sys
 import typing
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import worlds
 
+import checkpoint
 import ranks
-from checkpoint import UserError, check_fields, help_texts, parse
+from checkpoint import UserError, check_fields, help_texts, load_model, parse, save_checkpoint
 from data.arithmetic import grade, style_of
-from model import SIZES
+from model import GPT
 
 TRAINING = ("--data {data} --out {out} --threads 1 --eval-problems 1 --eval-samples 1 --max-new 4 "
             "--problem-file {bad}/good.jsonl --init {base} ")
@@ -40,17 +43,44 @@ QUICK = {   # command -> options with which it ends soon if it is not refused; l
     "evaluate.py": "--data {data} --threads 1 --n-problems 1 --n-samples 2 --k 1 --max-new 4 --no-benchmarks",
     "sample.py": "--data {data} --threads 1 --n-problems 1 --n-samples 2 --max-new 4"}
 COPIES = {"merge.py weights": 2, "evaluate.py": 1, "sample.py": 1, "beyond/convert.py": 3}   # files named
+WIDTH = 16          # of the model in {base}
 TRAINERS = [*QUICK][1:5]
 OTHERS = [name for name in ("study.py", "beyond/memory.py", "beyond/convert.py")
           if (worlds.ROOT / name).exists()]
 
 
-def run(command: str, arguments: str, bad: Path, tmp_path: Path) -> worlds.Outcome:
+@functools.cache
+def base() -> Path:
+    """A checkpoint of a model so small that hundreds of calls load it in a moment."""
+    model, tokenizer, lineage = load_model(worlds.base())
+    path = worlds.folder() / "tiny" / "base.pt"
+    path.parent.mkdir()
+    config = replace(model.config, d_model=WIDTH, n_layers=1, n_heads=2, n_kv_heads=2, d_ff=16)
+    save_checkpoint(path, GPT(config), tokenizer, lineage)
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def comments_are_read_once():
+    """A script's help texts are read from its source by its first call here, not by each of a thousand."""
+    known = {}
+
+    def texts(cls: type) -> dict[str, str]:
+        name = sys.argv[0], cls.__module__, cls.__name__
+        return known.get(name) or known.setdefault(name, help_texts.__wrapped__(cls))
+    with mock.patch.object(checkpoint, "help_texts", texts):
+        yield
+
+
+def argv_of(command: str, arguments: str, bad: Path | str, tmp_path: Path) -> list[str]:
     """A command with its options in QUICK and these arguments, in which {base} and the like are paths."""
-    argv = f"{command} {QUICK.get(command, '')} {arguments}".format(
-        bad=bad, base=worlds.base(), data=worlds.data(), other=worlds.other_data(), sevens=worlds.sevens(),
-        out=tmp_path / "out")
-    return worlds.run_here(*argv.split())
+    return f"{command} {QUICK.get(command, '')} {arguments}".format(
+        bad=bad, base=base(), data=worlds.data(), other=worlds.other_data(), sevens=worlds.sevens(),
+        out=tmp_path / "out").split()
+
+
+def run(command: str, arguments: str, bad: Path, tmp_path: Path) -> worlds.Outcome:
+    return worlds.run_here(*argv_of(command, arguments, bad, tmp_path))
 
 
 def assert_refused(outcome: worlds.Outcome, *names: object) -> None:
@@ -64,12 +94,6 @@ def assert_refused(outcome: worlds.Outcome, *names: object) -> None:
 def config_of(command: str) -> type:
     module = importlib.import_module(command.split()[0].removesuffix(".py").replace("/", "."))
     return module.WeightsConfig if command == "merge.py weights" else module.Config
-
-
-def make(command: str, /, **values):
-    """A Config; two checkpoints for what has no default."""
-    cls = config_of(command)
-    return cls(**{f.name: ("a.pt", "b.pt") for f in fields(cls) if f.default is MISSING} | values)
 
 
 def inside(domain: str, x) -> bool:
@@ -87,10 +111,12 @@ def edges(kind: type, domain: str) -> list:
     return [bound + step for bound in bounds for step in ((-1, 0, 1) if kind is int else (-.125, 0, .125))]
 
 
-def refusal(config) -> str:
-    """What check_fields says, '' if it accepts."""
+def refusal(command: str, /, **values) -> str:
+    """What check_fields says of a Config with these values (and two checkpoints for what has no default)."""
+    cls = config_of(command)
+    given = {f.name: ("a.pt", "b.pt") for f in fields(cls) if f.default is MISSING}
     try:
-        check_fields(config)
+        check_fields(cls(**given | values))
     except UserError as error:
         return str(error)
     return ""
@@ -99,10 +125,8 @@ def refusal(config) -> str:
 @pytest.mark.parametrize("command, name", [(command, f.name) for command in [*QUICK, *OTHERS]
                                            for f in fields(config_of(command))])
 def test_every_field_keeps_to_its_domain(command, name, bad, tmp_path):
-    """A field's comment begins with its domain; no number is without one. 0, -1, NaN, infinity, a word, other
-    types, both sides of every bound: what is inside is accepted. Anything else raises one UserError with
-    option, value and domain (or type), and ends in one line on the command line, in a tuple behind a good
-    value too, with nothing written."""
+    """Each number's comment begins with its domain. Values inside are accepted; 0, -1, NaN, infinity, a word,
+    other types, both sides of every bound elsewhere: one line with option, value and domain (or type)."""
     option, hint = "--" + name.replace("_", "-"), typing.get_type_hints(config_of(command))[name]
     many = typing.get_origin(hint) is tuple
     kind = typing.get_args(hint)[0] if many else hint
@@ -112,7 +136,7 @@ def test_every_field_keeps_to_its_domain(command, name, bad, tmp_path):
     for value in [0, -1, 2.5, math.nan, math.inf, "x", True, None, *edges(kind, domain)]:
         right_type = type(value) in ((int, float) if kind is float else (kind,))
         good = "a.pt" if kind is str else 1
-        said = refusal(make(command, **{name: (good, value) if many else value}))
+        said = refusal(command, **{name: (good, value) if many else value})
         if right_type and inside(domain, value):
             assert said == ""
             continue
@@ -123,7 +147,7 @@ def test_every_field_keeps_to_its_domain(command, name, bad, tmp_path):
             outcome = run(command, f"{copies} {option}={typed}", bad, tmp_path)
             assert_refused(outcome, option)
             assert str(value) in outcome.errors[0] or str(float(value)) in outcome.errors[0]
-    assert not many or option in refusal(make(command, **{name: 1}))
+    assert not many or option in refusal(command, **{name: 1})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -136,10 +160,9 @@ def test_every_field_keeps_to_its_domain(command, name, bad, tmp_path):
     ("data/prepare.py", dict(vocab_size=260, math_fraction=0), dict(vocab_size=259, text_share=0)),
     ("pretrain.py", dict(decay=1, checkpoints_at=()), dict(decay=1.5, size="2M", threads=5000))])
 def test_domains_that_are_easily_lost(command, accepted, refused):
-    """The test above believes the comments; these facts do not: a group of one has no advantage, temperature
-    0 is no policy to learn from, weights may be negative, an arm may rest."""
-    assert refusal(make(command, **accepted)) == ""
-    assert all(refusal(make(command, **{name: value})) for name, value in refused.items())
+    """Facts that comments might lose: a group of one has no advantage, weights may be negative, ..."""
+    assert refusal(command, **accepted) == ""
+    assert all(refusal(command, **{name: value}) for name, value in refused.items())
 
 
 @pytest.mark.parametrize("command, former, now, value", [
@@ -149,7 +172,7 @@ def test_domains_that_are_easily_lost(command, accepted, refused):
 def test_former_options_still_work(command, former, now, value):
     """Commands that were published still mean the same; --help shows the new name only."""
     config = parse(config_of(command), ["a.pt"] * COPIES.get(command, 0) + former.split())
-    assert getattr(config, now) == value != getattr(make(command), now)
+    assert getattr(config, now) == value != getattr(config_of(command), now)
     shown = worlds.run_here(command, "--help").out
     assert f"--{now.replace('_', '-')} X" in shown and former.split()[0] not in shown
 
@@ -165,7 +188,7 @@ def line(**changes) -> str:
 
 BROKEN = {      # file name -> second line of a problem file, of no use to anybody
     "broken": line()[:40], "not_json": "hello", "array": "[1, 2]", "number": "12", "null": "null",
-    "deep": "[" * 100_000, "bad_utf8": b'{"question": "What is \xff?", "answer": "3"}',
+    "deep": "[" * 100_000, "bad_utf8": '{"question": "What is \udcff?", "answer": "3"}',
     "empty_answer": line(answer=""), "word_answer": line(answer="twelve"), "float_answer": line(answer="3.0"),
     "padded_answer": line(answer="03"), "plus_answer": line(answer="+3"), "int_answer": line(answer=3),
     "underscore_answer": line(answer="1_2"), "fullwidth_answer": line(answer="３"),
@@ -186,8 +209,8 @@ TEXTS = {       # file name -> content of a file for --text
 TEXT_LINES = {"array": "[1]", "key": '{"txt": "x"}', "number": '{"text": 3}', "null": "null",
               "surrogate": '{"text": "\\ud800"}', "half": '{"text": "x'}
 FORGED = {      # file name -> a place in a good checkpoint, and what is put there (... takes it away)
-    "nan": ("model norm", torch.full((SIZES["0.3M"][0],), math.nan)), "less": ("model norm", ...),
-    "inf": ("model norm", torch.full((SIZES["0.3M"][0],), math.inf)), "more": ("model bias", torch.ones(7)),
+    "nan": ("model norm", torch.full((WIDTH,), math.nan)), "less": ("model norm", ...),
+    "inf": ("model norm", torch.full((WIDTH,), math.inf)), "more": ("model bias", torch.ones(7)),
     "shape": ("model norm", torch.ones(7)), "text_weight": ("model norm", "ones"),
     "format": ("format", "earlybird checkpoint 0"), "config_extra": ("config colour", "red"),
     **{f"no_{key}": (key, ...) for key in ("model", "config", "tokenizer", "lineage")},
@@ -202,8 +225,6 @@ UNRELATED = {   # good alone, but with another context or another tokenizer than
     "context": ("config context", 64), "tokenizer_other": ("tokenizer merges", [[i, i] for i in range(254)])}
 NO_CHECKPOINTS = ["absent", "empty", "half", "short", "text", "json", "flipped", "foreign", "list", "module",
                   "evil", "old_evil", *FORGED]
-
-
 DATA = {        # data folder -> the file in which something is wrong, and how it came about: see spoil
     "d_flipped": ("train.bin", .3), "d_empty_shard": ("train.bin", b""),
     "d_truncated": ("val_general.bin", 1_001), "d_no_shard": ("val_arithmetic.bin", None),
@@ -224,24 +245,24 @@ DATA = {        # data folder -> the file in which something is wrong, and how i
 RUNS = {        # likewise a run folder of pretrain.py
     "r_config_text": ("config.json", b"hello"), "r_config_list": ("config.json", b"[]"),
     "r_last_half": ("last.pt", 100_000), "r_last_flipped": ("last.pt", .7),
-    "r_last_foreign": ("last.pt", worlds.base)}
+    "r_last_foreign": ("last.pt", base)}
 
 
 def spoil(path: Path, how) -> None:
     """Remove a file (None), cut it to a size (int), flip a bit at this fraction of it (float), or put there
     other content (bytes), another file (a function returns its path), or one text for another."""
+    raw = bytearray(path.read_bytes())
     if how is None:
-        path.unlink()
+        return path.unlink()
     elif callable(how):
-        shutil.copy(how(), path)
+        raw = how().read_bytes()
     elif isinstance(how, int):
-        os.truncate(path, how)
+        del raw[how:]
     elif isinstance(how, float):
-        raw = bytearray(path.read_bytes())
         raw[int(how * len(raw))] ^= 4
-        path.write_bytes(raw)
     else:
-        path.write_bytes(how if isinstance(how, bytes) else path.read_text().replace(*how, 1).encode())
+        raw = how if isinstance(how, bytes) else raw.decode().replace(*how, 1).encode()
+    path.write_bytes(raw)
 
 
 class Evil:
@@ -256,37 +277,33 @@ def bad() -> Path:
     """A folder of bad files, one fault each."""
     folder = worlds.folder() / "bad"
     (folder / "folder").mkdir(parents=True)
-    content = {"folder/keep.txt": b"mine", "file": b"not a folder", "nothing.jsonl": b"",
-               "blank.jsonl": b"\n \n\n", **TEXTS}
-    for name, second in (BROKEN | UNSOLVED | UNFIT).items():
-        second = second if isinstance(second, bytes) else second.encode()
-        content[f"{name}.jsonl"] = b"\n".join([line().encode(), second, line().encode()])
-    for name, second in TEXT_LINES.items():
-        content[f"text_{name}.jsonl"] = f'{{"text": "One sentence."}}\n{second}\n'.encode()
-    content |= {"empty.pt": b"", "text.pt": b"weights, honestly\n", "json.pt": b"{}"}
-    for name, raw in content.items():
+    files = {"folder/keep.txt": "mine", "file": "not a folder", "nothing.jsonl": "",
+             "blank.jsonl": "\n \n\n", "empty.pt": "", "text.pt": "weights, honestly\n", "json.pt": "{}"}
+    for name, text in TEXT_LINES.items():
+        files[f"text_{name}.jsonl"] = f'{{"text": "One sentence."}}\n{text}\n'
+    for name, text in (BROKEN | UNSOLVED | UNFIT).items():
+        files[f"{name}.jsonl"] = f"{line()}\n{text}\n{line()}"
+    for name, text in (files | TEXTS).items():
+        raw = text if isinstance(text, bytes) else text.encode(errors="surrogateescape")
         (folder / name).write_bytes(raw)
 
-    size = worlds.base().stat().st_size
+    size = base().stat().st_size
     for name, how in {"half": size // 2, "short": size - 10, "flipped": .5}.items():
-        spoil(Path(shutil.copy(worlds.base(), folder / f"{name}.pt")), how)
+        spoil(Path(shutil.copy(base(), folder / f"{name}.pt")), how)
     torch.save(Evil(), folder / "old_evil.pt", _use_new_zipfile_serialization=False)
-    torch.save({"format": "earlybird checkpoint 1", "model": Evil()}, folder / "evil.pt")
-    torch.save({"weights": torch.zeros(3)}, folder / "foreign.pt")
-    torch.save([1, 2], folder / "list.pt")
-    torch.save(torch.nn.Linear(2, 2), folder / "module.pt")
+    for name, content in {"evil": {"format": "earlybird checkpoint 1", "model": Evil()}, "list": [1, 2],
+                          "foreign": {"weights": torch.zeros(3)}, "module": torch.nn.Linear(2, 2)}.items():
+        torch.save(content, folder / f"{name}.pt")
     for name, (place, value) in (FORGED | UNRELATED).items():
-        forged = at = torch.load(worlds.base(), weights_only=True)
+        forged = at = torch.load(base(), weights_only=True)
         *outer, last = place.split()
         for key in outer:
             at = at[key]
-        at |= {last: value}
+        at[last] = value
         if value is ...:
             del at[last]
         torch.save(forged, folder / f"{name}.pt")
-
-    argv = QUICK["pretrain.py"].format(data=worlds.data(), out=folder / "r_whole").split()
-    assert worlds.run_here("pretrain.py", *argv).status == 0
+    assert run("pretrain.py", f"--out {folder / 'r_whole'}", folder, folder).status == 0
     for name, (file, how) in (DATA | RUNS).items():
         whole = folder / "r_whole" if name in RUNS else worlds.data()
         spoil(Path(shutil.copytree(whole, folder / name)) / file, how)
@@ -307,16 +324,15 @@ READ_PROBLEMS = [("evaluate.py", "{base} --n-problems 3"), *READ_VAL]
 
 
 def rows(readers: list[tuple[str, str]], arguments: str, names, expected: str) -> list[tuple[str, str, str]]:
-    """(command, arguments, texts that the line must contain, with & between them): every name, in the place
-    of X, for every reader."""
+    """(command, arguments, texts in the line, with & between them): every name, for X, and every reader."""
     return [(command, f"{before} {arguments}".replace("X", name), expected.replace("X", name))
             for command, before in readers for name in names]
 
 
 def folders(readers: list[tuple[str, str]], option: str, kinds: dict, file: str = "") -> list:
     """Likewise every folder in which something is wrong with `file`."""
-    return [(command, f"{before} {option} {{bad}}/{name}", f"{name} & {damaged}")
-            for command, before in readers for name, (damaged, _) in kinds.items() if file in damaged]
+    return [row for name, (damaged, _) in kinds.items() if file in damaged
+            for row in rows(readers, f"{option} {{bad}}/X", [name], f"X & {damaged}")]
 
 
 ROWS = [
@@ -388,30 +404,33 @@ for command, pairs in {     # arguments: text that the line must contain, "" for
     ROWS += [(command, arguments, expected or arguments) for arguments, expected in pairs.items()]
 
 
+def listing(folder: Path) -> dict:
+    """Path -> size and time of the last change of every file below a folder, locks aside."""
+    paths = [os.path.join(place, name) for place, _, names in os.walk(folder) for name in names]
+    stats = {path: os.stat(path) for path in paths if not path.endswith("/.lock")}
+    return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
+
+
+@pytest.fixture(scope="module")
+def watched(bad) -> dict[Path, dict]:
+    """Folders that no call may change, as they are at first."""
+    return {folder: listing(folder) for folder in (bad, base().parent, worlds.data())}
+
+
 @pytest.mark.parametrize("command, arguments, expected", ROWS,
                          ids=[f"{command} {arguments[:60]}" for command, arguments, _ in ROWS])
-def test_bad_input_is_refused_in_one_line(command, arguments, expected, bad, tmp_path):
-    """The message is one line that names the culprit, the exit status is 2, no code of the input ran, and no
-    folder has a file more, less or changed."""
-    watched = [bad, worlds.base().parent, worlds.data(), tmp_path]
-    before = [listing(path) for path in watched]
+def test_bad_input_is_refused_in_one_line(command, arguments, expected, bad, watched, tmp_path):
+    """One line names the culprit, the status is 2, no code of the input ran, no file is new or changed."""
     outcome = run(command, arguments, bad, tmp_path)
     assert_refused(outcome, f"{Path(command.split()[0]).name}: error: ", *expected.split(" & "))
-    assert [listing(path) for path in watched] == before
-
-
-def listing(folder: Path) -> dict:
-    """Name -> size and time of the last change of everything below a folder, locks aside."""
-    stats = {p: p.stat() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
-    return {str(p): (s.st_size, s.st_mtime_ns) for p, s in stats.items()}
+    assert {folder: listing(folder) for folder in watched} == watched and listing(tmp_path) == {}
 
 
 @pytest.mark.parametrize("command, copies", ALL)
 def test_the_table_starts_from_good_input(command, copies, bad, tmp_path):
-    """Each row changes one thing: without the change the same command succeeds, so the row tests its
-    change."""
+    """Each row changes one thing: without it the same command succeeds, so the row tests its change."""
     assert len(set(ROWS)) == len(ROWS)
-    outcome = run(command, copies.format(base=shutil.copy(worlds.base(), tmp_path)), bad, tmp_path)
+    outcome = run(command, copies.format(base=shutil.copy(base(), tmp_path)), bad, tmp_path)
     assert outcome.status == 0, outcome.errors
 
 
@@ -423,7 +442,7 @@ def test_a_read_only_folder(command, copies, bad, tmp_path):
     """A read-only place is named in one line, and nothing in it changes."""
     place = tmp_path / "read_only"
     place.mkdir()
-    path = shutil.copy(worlds.base(), place)
+    path = shutil.copy(base(), place)
     place.chmod(0o555)
     outcome = run(command, copies.format(base=path), bad, place)
     place.chmod(0o755)
@@ -431,8 +450,11 @@ def test_a_read_only_folder(command, copies, bad, tmp_path):
     assert [p.name for p in place.iterdir()] == [Path(path).name]
 
 
+FULL = os.strerror(errno.ENOSPC)
+
+
 @contextmanager
-def full_disk(monkeypatch, after: int):
+def full_disk(after: int):
     """The disk is full once `after` checkpoints are in place: no later write can be brought to the disk."""
     done, real_fsync, real_replace = [], os.fsync, os.replace
 
@@ -442,11 +464,9 @@ def full_disk(monkeypatch, after: int):
 
     def fsync(handle):
         if len(done) >= after:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(errno.ENOSPC, FULL)
         real_fsync(handle)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", replace)
-        patch.setattr(os, "fsync", fsync)
+    with mock.patch("os.replace", replace), mock.patch("os.fsync", fsync):
         yield
 
 
@@ -466,14 +486,12 @@ DOZEN = {"pretrain.py": "--tokens 2k --checkpoints-at 2000", "rl.py": "--steps 1
 
 
 @pytest.mark.parametrize("script", TRAINERS)
-def test_a_full_disk_costs_no_checkpoint(script, bad, tmp_path, monkeypatch):
-    """The disk fills up at the third checkpoint: one line names the file that could not be written, the
-    second one is whole, there is no litter; and when there is room again the same command finishes the
-    run."""
+def test_a_full_disk_costs_no_checkpoint(script, bad, tmp_path):
+    """Full at the third checkpoint: one line names it, the second is whole; with room again the run ends."""
     options, out = f"{DOZEN[script]} --save-every 1", tmp_path / "out"
-    with full_disk(monkeypatch, after=2):
+    with full_disk(after=2):
         outcome = run(script, options, bad, tmp_path)
-    assert_refused(outcome, out, os.strerror(errno.ENOSPC))
+    assert_refused(outcome, out, FULL)
     assert {p.name for p in out.iterdir()} == {".lock", "config.json", "last.pt", "log.jsonl", "samples.txt"}
     assert torch.load(out / "last.pt", weights_only=True)["step"] == 2
     outcome = run(script, options, bad, tmp_path)
@@ -483,20 +501,18 @@ def test_a_full_disk_costs_no_checkpoint(script, bad, tmp_path, monkeypatch):
 @pytest.mark.parametrize("command, arguments, named, said", [
     ("merge.py weights", "{base} {base} --out HERE", "here.pt", ""),
     ("evaluate.py", "HERE", ".json", "pass@1")])
-def test_a_full_disk_leaves_what_was_there(command, arguments, named, said, bad, tmp_path, monkeypatch):
-    """Merged weights that do not fit leave the file of that name as it was; minutes of measuring are on the
-    screen before their file is written. The line names the file that could not be, and there is no litter."""
-    here = shutil.copy(worlds.base(), tmp_path / "here.pt")
-    with full_disk(monkeypatch, after=0):
+def test_a_full_disk_leaves_what_was_there(command, arguments, named, said, bad, tmp_path):
+    """The old file stays; what was measured is on the screen already; one line names the file, no litter."""
+    here = shutil.copy(base(), tmp_path / "here.pt")
+    with full_disk(after=0):
         outcome = run(command, arguments.replace("HERE", str(here)), bad, tmp_path)
-    assert_refused(outcome, named, os.strerror(errno.ENOSPC))
+    assert_refused(outcome, named, FULL)
     assert said in outcome.out
-    assert worlds.snapshot(tmp_path) == {"here.pt": worlds.base().read_bytes()}
+    assert worlds.snapshot(tmp_path) == {"here.pt": base().read_bytes()}
 
 
 def test_a_full_disk_leaves_no_half_data_set(bad, tmp_path):
-    """A write that fails half-way (here at a limit on the size of files) leaves neither the folder nor a
-    partial one, and the line says which file did not fit."""
+    """A write that fails half-way leaves no folder, not even a partial one; the line names the file."""
     with largest_file(20_000):
         outcome = run("data/prepare.py", "--tokens 30_000", bad, tmp_path)
     assert_refused(outcome, "train.bin")
@@ -505,8 +521,7 @@ def test_a_full_disk_leaves_no_half_data_set(bad, tmp_path):
 
 @pytest.mark.parametrize("script", TRAINERS)
 def test_a_log_that_outgrows_the_disk(script, bad, tmp_path):
-    """A limit on the size of files is reached by the log between two checkpoints: one line names the log,
-    which is cut to whole lines and continues when there is room again."""
+    """A log that cannot grow: one line names it; with room again it continues after its last whole line."""
     options = f"{DOZEN[script]} --save-every 1000"
     with largest_file(1_500):
         outcome = run(script, options, bad, tmp_path)
@@ -521,10 +536,9 @@ def test_a_log_that_outgrows_the_disk(script, bad, tmp_path):
 
 def test_a_log_that_cannot_be_written(tmp_path):
     """The interpreter would report the unwritten rest of the log once more at its end: one line even so."""
-    argv = QUICK["sft.py"].format(data=worlds.data(), out=tmp_path, base=worlds.base(), bad="").split()
-    argv += ["--problem-file", worlds.sevens(), "--batch", 1, "--save-every", 1_000]
-    outcome = worlds.run_process("sft.py", *argv, preexec_fn=lambda: resource.setrlimit(
-        resource.RLIMIT_FSIZE, (1_500, 1_500)))
+    options = f"{DOZEN['sft.py']} --save-every 1000"
+    with largest_file(1_500):
+        outcome = worlds.run_process(*argv_of("sft.py", options, "", tmp_path))
     assert_refused(outcome, "log.jsonl")
 
 
@@ -532,9 +546,9 @@ def test_a_log_that_cannot_be_written(tmp_path):
 def test_output_that_cannot_be_written():
     """A table sent to a full disk must not end in success: the caller's script would continue without it."""
     with open("/dev/full", "w") as full:
-        outcome = worlds.run_process("sample.py", worlds.base(), "--threads", 1, stdout=full)
+        outcome = worlds.run_process("sample.py", base(), "--threads", 1, stdout=full)
     said = " ".join(outcome.errors)
-    assert outcome.status != 0 and os.strerror(errno.ENOSPC) in said and "Traceback" not in said
+    assert outcome.status != 0 and FULL in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize("script, arguments, expected", [
@@ -542,17 +556,15 @@ def test_output_that_cannot_be_written():
     ("merge.py", "weights none.pt nothing.pt", "none.pt"),
     ("evaluate.py", "none.pt --k 32 --n-samples 8", "--n-samples 8")])
 def test_real_processes_do_the_same(script, arguments, expected, tmp_path):
-    """The table runs inside this process; a shell sees the same: status 2, one line on stderr, nothing on
-    stdout."""
+    """A shell sees the same as this process: status 2, one line on stderr, nothing on stdout."""
     outcome = worlds.run_process(script, *arguments.split(), cwd=tmp_path)
     assert_refused(outcome, expected)
     assert outcome.out == "" and list(tmp_path.iterdir()) == []
 
 
 def test_a_typed_line_that_is_not_utf8():
-    """sample.py: a pasted line with bytes that are not UTF-8 is answered or refused in a line, and the next
-    one too."""
-    argv = [sys.executable, worlds.ROOT / "sample.py", worlds.base(), "--threads", "1", "--max-new", "4"]
+    """sample.py: a pasted line that is not UTF-8 is answered or refused in a line, and the next one too."""
+    argv = [sys.executable, worlds.ROOT / "sample.py", base(), "--threads", "1", "--max-new", "4"]
     done = subprocess.run(argv, input=b"caf\xe9?\nNora\n", capture_output=True, timeout=300,
                           env=worlds.environment(PYTHONIOENCODING="utf-8:strict"))
     assert done.returncode == 0, done.stderr.decode()
@@ -561,20 +573,17 @@ def test_a_typed_line_that_is_not_utf8():
 
 # ---- and the rest ------------------------------------------------------------------------------------------
 
-def test_an_interrupted_evaluation(bad, tmp_path, monkeypatch):
+def test_an_interrupted_evaluation(bad, tmp_path):
     """Ctrl-C gives status 130, no traceback and no half-written result."""
-    def interrupt(*args):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(ranks, "sample_together", interrupt)
-    path = shutil.copy(worlds.base(), tmp_path)
-    outcome = run("evaluate.py", str(path), bad, tmp_path)
+    path = shutil.copy(base(), tmp_path)
+    with mock.patch.object(ranks, "sample_together", side_effect=KeyboardInterrupt):
+        outcome = run("evaluate.py", str(path), bad, tmp_path)
     assert outcome.status == 130 and outcome.errors == ["interrupted"]
     assert [p.name for p in tmp_path.iterdir()] == [Path(path).name]
 
 
 def test_models_text_stays_text(tmp_path):
-    """Text from a model never reaches an interpreter, a shell or a path: nothing but shell and Python code is
-    graded and shown as text."""
+    """Text from a model never reaches an interpreter, a shell or a path: code is graded as text."""
     ran = tmp_path / "ran"
     evil = f"__import__('pathlib').Path('{ran}').touch() $(touch {ran}) `touch {ran}`; touch {ran}"
     for text in (evil, f"{evil}\n#### 3", f"#### {evil}", "9**9**9\n#### 9**9**9", f"#### 3\n{evil}"):

@@ -22,7 +22,7 @@ SMALL_EVALUATION = "--n-problems 2 --n-samples 8 --k 1 --max-new 8 --no-benchmar
 
 def recipe(title: str) -> tuple[list[str], list[list[str]]]:
     """(code in the text, commands without 'python') of one recipe of README.md."""
-    section = (Path(__file__).parent.parent / "README.md").read_text().partition("\n## Change it\n")[2]
+    section = Path(__file__).parents[1].joinpath("README.md").read_text().partition("\n## Change it\n")[2]
     text = section.partition("\n## ")[0].partition(f"**{title}.**")[2].partition("\n**")[0]
     commands = re.findall(r"^    python (.*)$", text, re.M)
     return re.findall(r"`([^`]+)`", text), [shlex.split(command) for command in commands]
@@ -71,16 +71,16 @@ def copy(tmp_path, monkeypatch):
         (tmp_path / path.relative_to(here)).parent.mkdir(exist_ok=True)
         shutil.copy(path, tmp_path / path.relative_to(here))
 
-    def loaded(*folders: Path) -> list[str]:
+    def loaded(root: Path) -> list[str]:
         return [name for name, module in sys.modules.items()
-                if Path(getattr(module, "__file__", None) or "/").parent in folders]
-    for name in loaded(here, here / "data"):
+                if Path(getattr(module, "__file__", None) or "/").parent in (root, root / "data")]
+    for name in loaded(here):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(worlds, "ROOT", tmp_path)
     yield
-    for name in loaded(tmp_path, tmp_path / "data"):
+    for name in loaded(tmp_path):
         del sys.modules[name]
 
 
@@ -90,35 +90,35 @@ def listed(command: list[str], script: str) -> list[list[str]]:
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith(f"python {script} ")]
 
 
-def weights(folder: Path | str) -> torch.Tensor:
-    return load_checkpoint(Path(folder, "final.pt"))["model"]["head.weight"]
+def first_steps(folder: str) -> tuple[dict, dict]:
+    """The log of the first step as it is and of a run in a folder, whose final weights are others."""
+    folders = unchanged()[0], Path(folder)
+    heads = [load_checkpoint(path / "final.pt")["model"]["head.weight"] for path in folders]
+    assert not torch.equal(*heads)
+    return tuple(worlds.lines(path / "log.jsonl")[1] for path in folders)
 
 
 def test_a_loss(copy):
-    """The study lists its runs in the new place, and the first RL run in that list ends with other weights,
-    though its first batch has the same rewards."""
+    """The study lists its runs in the new place; its first RL run has the same rewards, other weights."""
     code, (command,) = recipe("A loss")
     end_with("rl.py", "policy_loss", code)
     cell = listed(command, "rl.py")[0]
     assert "--out runs/mine/" in shlex.join(cell)
     rl(cell, "--out", "mine")
-    before, after = (worlds.lines(Path(out, "log.jsonl"))[1] for out in (unchanged()[0], "mine"))
+    before, after = first_steps("mine")
     assert before["reward"] == after["reward"] and before["loss"] != after["loss"]
-    assert not torch.equal(weights("mine"), weights(unchanged()[0]))
 
 
 def test_a_reward(copy):
-    """The mean of the shaped reward is logged, and it counts in training; before the first step right answers
-    are still counted, not rewards."""
+    """The shaped mean is logged and counts in training; at the start right answers are counted as before."""
     code, (command,) = recipe("A reward")
     end_with("rl.py", "reward", code)
     said = rl(command)
-    step, plain = (worlds.lines(Path(out, "log.jsonl"))[1] for out in ("runs/shaped", unchanged()[0]))
+    plain, step = first_steps("runs/shaped")
     wrong = 1 - plain["reward"] - plain["unparsed"]
     assert step["reward"] == pytest.approx(plain["reward"] + .1 * wrong) and wrong > 0
     assert 16 * step["reward"] % 1 > .05                         # of 16 rollouts
     assert said.split(" answers right")[0] == unchanged()[1].split(" answers right")[0]
-    assert not torch.equal(weights("runs/shaped"), weights(unchanged()[0]))
 
 
 def test_a_task(copy):
@@ -153,8 +153,7 @@ def test_a_recipe(copy):
 
 
 def test_the_contract_of_a_model():
-    """Of model.GPT: the generator sets the weights; tokens sampled with a cache, from prompts of several
-    lengths, have the log-probabilities that scoring computes, with and without shared prompts."""
+    """The generator sets the weights; sampled tokens have the log-probabilities of both ways of scoring."""
     import model                                 # in test_a_model: the copy's
     config = model.ModelConfig(64, 61, 64, 32, 2, 2, 64)
     gpt, twin = (model.GPT(config, generator(0, "weights")) for _ in range(2))

@@ -7,6 +7,7 @@ import functools
 import importlib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import stat
 import typing
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -25,13 +27,11 @@ import worlds
 
 import evaluate
 import merge
-import model
 import pretrain
 import rl
 import sft
 from checkpoint import (Run, UserError, atomic_write, batch_indices, generator, load_checkpoint, load_model,
                         number, parse, save_checkpoint)
-from data.tokenizer import PATTERN, Tokenizer
 
 TRAINERS = {"pretrain": pretrain, "sft": sft, "rl": rl, "merge": merge}
 CONFIGS = {name: importlib.import_module(name).Config
@@ -72,8 +72,7 @@ def log_lines(folder: Path) -> list[dict]:
 # ---- the file ----------------------------------------------------------------------------------------------
 
 def test_what_is_saved_comes_back(gpt, byte_tokenizer, tmp_path):
-    """Weights (bitwise), config, tokenizer, lineage, optimizer and generator state come back under
-    weights_only=True."""
+    """Weights (bitwise), config, tokenizer, lineage, optimizer, generator state, under weights_only=True."""
     optimizer = torch.optim.AdamW(gpt.parameters(), lr=.01)
     gpt(torch.tensor([[1, 2, 3]])).sum().backward()
     optimizer.step()
@@ -89,16 +88,14 @@ def test_what_is_saved_comes_back(gpt, byte_tokenizer, tmp_path):
     assert content["optimizer"]["state"][0]["exp_avg"].abs().sum() > 0
 
 
-def test_a_loaded_model_computes_the_same(make_gpt, tmp_path):
-    """The checkpoint is self-contained; model and tokenizer rebuilt from it give the same logits, bitwise;
-    the lineage is the one that was saved."""
-    gpt, tokenizer = make_gpt(vocab_size=320, n_vocab=258), Tokenizer({"pattern": PATTERN, "merges": []})
+def test_a_loaded_model_computes_the_same(make_gpt, byte_tokenizer, tmp_path):
+    """Model and tokenizer from the file give the same logits, bitwise; the lineage is the saved one."""
+    gpt, ids = make_gpt(vocab_size=320, n_vocab=258), torch.tensor([[5, 60, 3, 200]])
     lineage = [dict.fromkeys(("script", "config", "tokens", "updates", "flops", "seconds"), 1)]
-    save_checkpoint(tmp_path / "a.pt", gpt, tokenizer, lineage)
+    save_checkpoint(tmp_path / "a.pt", gpt, byte_tokenizer, lineage)
     again, tokenizer_again, lineage_again = load_model(tmp_path / "a.pt")
-    ids = torch.tensor([[5, 60, 3, 200]])
     assert torch.equal(again(ids), gpt(ids))
-    assert tokenizer_again.spec == tokenizer.spec and lineage_again == lineage
+    assert tokenizer_again.spec == byte_tokenizer.spec and lineage_again == lineage
 
 
 def test_a_view_does_not_save_its_whole_storage(gpt, byte_tokenizer, tmp_path):
@@ -132,21 +129,15 @@ def test_mode_follows_umask(mask, tmp_path):
 
 @pytest.mark.parametrize("where", ["fsync", "replace"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), KeyboardInterrupt(), MemoryError()])
-def test_an_exception_while_writing_leaves_the_old_file_whole(where, error, tmp_path, monkeypatch):
+def test_an_exception_while_writing_leaves_the_old_file_whole(where, error, tmp_path):
     """Whatever is raised at whatever point of the write, the old content stays and no litter is left."""
-    path = tmp_path / "last.pt"
-    path.write_bytes(b"old")
-
-    def fail(*args):
-        raise error
-    monkeypatch.setattr(os, where, fail)
-    with pytest.raises(type(error)):
-        atomic_write(path, b"new" * 1000)
-    monkeypatch.undo()
+    (tmp_path / "last.pt").write_bytes(b"old")
+    with mock.patch.object(os, where, side_effect=error), pytest.raises(type(error)):
+        atomic_write(tmp_path / "last.pt", b"new" * 1000)
     assert worlds.snapshot(tmp_path) == {"last.pt": b"old"}
 
 
-def test_the_new_file_is_on_disk_before_it_replaces_the_old(tmp_path, monkeypatch):
+def test_the_new_file_is_on_disk_before_it_replaces_the_old(tmp_path):
     """Write, fsync the file, rename, fsync the folder, in this order: a power cut shows old or new."""
     calls, real_fsync, real_replace = [], os.fsync, os.replace
 
@@ -159,9 +150,8 @@ def test_the_new_file_is_on_disk_before_it_replaces_the_old(tmp_path, monkeypatc
         assert Path(a).parent == Path(b).parent                # a rename is atomic within a folder only
         calls.append("replace")
         real_replace(a, b)
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(os, "replace", replace)
-    atomic_write(tmp_path / "a", b"12345")
+    with mock.patch("os.fsync", fsync), mock.patch("os.replace", replace):
+        atomic_write(tmp_path / "a", b"12345")
     assert calls == ["fsync file of 5", "replace", "fsync folder"]
     assert worlds.snapshot(tmp_path) == {"a": b"12345"}
 
@@ -189,20 +179,18 @@ def test_a_flipped_byte_is_detected(tmp_path):
             assert "flipped.pt" in str(error)
             refused += 1
         else:
-            assert same_weights(content["model"], good["model"])
-            assert {k: v for k, v in content.items() if k != "model"} == {
-                k: v for k, v in good.items() if k != "model"}
+            assert same_weights(content.pop("model"), good["model"])
+            assert content == {k: v for k, v in good.items() if k != "model"}
     assert refused > 30
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_weights_that_are_not_finite_are_refused(value, gpt, tmp_path):
+def test_weights_that_are_not_finite_are_refused(value, make_gpt, byte_tokenizer, tmp_path):
     """One NaN weight makes every number NaN; the line names the file and the weight."""
-    tokenizer = Tokenizer({"pattern": PATTERN, "merges": []})
-    big = model.GPT(model.ModelConfig(320, 258, 64, 32, 2, 2, 64))
+    gpt = make_gpt(vocab_size=320, n_vocab=258)
     with torch.no_grad():
-        big.blocks[1].down.weight[3, 4] = value
-    save_checkpoint(tmp_path / "nan.pt", big, tokenizer, [])
+        gpt.blocks[1].down.weight[3, 4] = value
+    save_checkpoint(tmp_path / "nan.pt", gpt, byte_tokenizer, [])
     with pytest.raises(UserError, match=r"nan\.pt: blocks\.1\.down\.weight"):
         load_model(tmp_path / "nan.pt")
 
@@ -211,8 +199,7 @@ def test_weights_that_are_not_finite_are_refused(value, gpt, tmp_path):
 
 def test_generators_are_functions_of_seed_stream_and_step():
     """The same triple gives the same numbers, any other triple others; using one leaves the others alone."""
-    triples = [(s, stream, step) for s in (0, 1, 10) for stream in ("data", "rollouts", "evaluation")
-               for step in (0, 1, 10)]
+    triples = [*itertools.product((0, 1, 10), ("data", "rollouts", "evaluation"), (0, 1, 10))]
     first = {t: tuple(torch.rand(4, generator=generator(*t)).tolist()) for t in triples}
     again = {t: tuple(torch.rand(4, generator=generator(*t)).tolist()) for t in reversed(triples)}
     assert first == again
@@ -251,12 +238,10 @@ def test_every_stream_has_its_own_order():
 
 def short_run(kind: str, out: Path, **changes) -> Path:
     """A run of a few steps in which something is learned."""
-    options = dict(problem_file=str(worlds.sevens()), max_new=12, eval_problems=2, eval_samples=2)
-    options |= {"sft": dict(init=str(worlds.base()), batch=8, epochs=1),
-                "rl": dict(init=str(worlds.parrot()), n_problems=4, rollouts=4, steps=3),
-                "merge": dict(init=str(worlds.parrot()), n_problems=4, rollouts=4, batch=8, steps=4, inner=2),
-                "pretrain": {}}[kind]
-    options = worlds.PRETRAIN if kind == "pretrain" else options
+    brief = dict(problem_file=str(worlds.sevens()), max_new=12, eval_problems=2, eval_samples=2)
+    grpo = brief | dict(init=str(worlds.parrot()), n_problems=4, rollouts=4)
+    options = {"pretrain": worlds.PRETRAIN, "sft": brief | dict(init=str(worlds.base()), batch=8, epochs=1),
+               "rl": grpo | dict(steps=3), "merge": grpo | dict(batch=8, steps=4, inner=2)}[kind]
     options = options | dict(data=str(worlds.data()), out=str(out), threads=1) | changes
     return worlds.quietly(TRAINERS[kind].train, TRAINERS[kind].Config(**options))
 
@@ -281,22 +266,14 @@ def test_evaluation_never_changes_training(kind, tmp_path):
 def help_of(name: str) -> dict[str, str]:
     """Option or positional -> its help text, read from the output of --help."""
     printed = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed), \
-            pytest.raises(SystemExit) as stop:
-        patch.setenv("COLUMNS", "1000")
+    with (mock.patch.dict(os.environ, COLUMNS="1000"), contextlib.redirect_stdout(printed),
+          pytest.raises(SystemExit) as stop):
         parse(CONFIGS[name], ["--help"])
     assert not stop.value.code
-    found, option = {}, None
-    for line in re.split("positional arguments:|options:", printed.getvalue(), maxsplit=1)[1].splitlines():
-        match = re.match(r"  (?:-h, |-o X, )?(?:--)?([a-z0-9-]+)(?:, --no-[a-z0-9-]+|)(?: X|)(?:  +(.*))?$",
-                         line)
-        if match and line[2] != " ":
-            option = match[1].replace("-", "_")
-            found[option] = match[2] or ""
-        elif line.startswith("    ") and option:   # a long option's text is on the next line
-            found[option] += line.strip()
-    found.pop("help")
-    return found
+    options = re.split("positional arguments:|options:", printed.getvalue(), maxsplit=1)[1]
+    found = re.findall(r"^  (?:-o X, )?(?:--)?([a-z0-9][a-z0-9-]*)(?:, --no-[a-z0-9-]+)?(?: X)?\s{2,}(\S.*)$",
+                       options, re.MULTILINE)          # a long option's text is on the next line
+    return {name.replace("-", "_"): text for name, text in found}
 
 
 def positional(name: str) -> dict:
@@ -305,8 +282,7 @@ def positional(name: str) -> dict:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_command_line_and_python_are_the_same(name):
-    """Every option is a field and the other way round; no option means the default, of which there are not
-    two; every script of a run takes --seed, --device and --threads."""
+    """Options are fields, with the same defaults; every run has --seed, --device and --threads."""
     names = {f.name for f in fields(CONFIGS[name])}
     assert help_of(name).keys() == names
     assert parse(CONFIGS[name], ["a.pt"] * len(positional(name))) == CONFIGS[name](**positional(name))
@@ -320,8 +296,7 @@ GIVEN = {int: ("12k", 12_000), float: ("1.5e-3", .0015), str: ("x y", "x y"),
 @pytest.mark.parametrize("name, option",
                          [(name, f.name) for name, cls in CONFIGS.items() for f in fields(cls)])
 def test_every_option(name, option):
-    """--help gives a reason or a unit, as the field's comment has it, beside the default; the option sets its
-    own field, with its own type, and no other."""
+    """--help has the field's comment and default; the option sets its own field, in its type, no other."""
     cls, text = CONFIGS[name], help_of(name)[option]
     default, hint = cls.__dataclass_fields__[option].default, typing.get_type_hints(cls)[option]
     explained = text.rsplit(" (default:", 1)[0]
@@ -388,9 +363,8 @@ def test_options_are_not_abbreviated(capsys):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_run_gives_lock_and_signals_back(fails, tmp_path, monkeypatch):
-    """From Python, a finished or failed train() must not block the folder for the rest of the process (it
-    did: the signal handler kept the Run, and with it the lock, alive); and in a notebook Ctrl-C must stop the
-    next cell, not announce 'stopping after this step'. During the run both are the run's."""
+    """From Python, a finished or failed train() must not block the folder for the rest of the process (its
+    handler kept the lock alive); in a notebook Ctrl-C must stop the next cell. A run takes both."""
     before, taken = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}, []
     real = sft.sft_gradient
 
@@ -435,8 +409,7 @@ def test_device_and_threads_may_differ_when_resuming(tmp_path):
 
 
 def test_log_sizes_are_true_after_resuming(gpt, byte_tokenizer, tmp_path):
-    """Lines logged after the last state are cut off on resuming. (The next state once recorded the old,
-    longer size of a file that nothing had been written to since, and resuming from it appended NUL bytes.)"""
+    """Lines logged after the last state are cut off, also where nothing was written between two states."""
     optimizer = torch.optim.SGD(gpt.parameters(), lr=.1)
     with run_in(tmp_path) as run:
         assert run.restore(gpt, optimizer) == 0
@@ -456,8 +429,7 @@ def test_log_sizes_are_true_after_resuming(gpt, byte_tokenizer, tmp_path):
 
 
 def test_each_optimizer_gets_its_own_state_back(gpt, byte_tokenizer, tmp_path):
-    """Two AdamW over the same weights, as merge.py has: one has done three updates and one none; after a
-    resume each continues exactly where it was, on the weights that were saved."""
+    """Two AdamW over the same weights, as in merge.py: each continues exactly where it was."""
     before, after = ([torch.optim.AdamW(gpt.parameters(), lr=lr) for lr in (.1, .2)] for _ in range(2))
     with run_in(tmp_path) as run:
         run.restore(gpt, *before)
@@ -479,8 +451,7 @@ def test_each_optimizer_gets_its_own_state_back(gpt, byte_tokenizer, tmp_path):
 
 
 def test_totals_are_counted_across_a_resume(gpt, byte_tokenizer, tmp_path):
-    """Tokens, FLOPs, seconds and updates add up over crashes: they stand in every log line of a step and,
-    with the sha256 of the start, in the lineage."""
+    """Tokens, FLOPs, seconds, updates add up over crashes, in every line of a step and in the lineage."""
     optimizer = torch.optim.SGD(gpt.parameters(), lr=.1)
     for step in (1, 2):
         with run_in(tmp_path) as run:
@@ -501,9 +472,8 @@ def test_totals_are_counted_across_a_resume(gpt, byte_tokenizer, tmp_path):
 # ---- gradients, finite and not -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", TRAINERS)
-def test_gradients_are_clipped_used_and_cleared(kind, tmp_path, monkeypatch):
-    """Every optimizer step sees a gradient of norm grad_clip, as all are longer; the norm before clipping is
-    logged; and no gradient is left for the next step."""
+def test_gradients_are_clipped_used_and_cleared(kind, tmp_path):
+    """Each step sees a gradient of norm grad_clip; the norm before is logged; no gradient is left."""
     norms, parameters, left = [], {}, []
     real_step, real_log = torch.optim.AdamW.step, Run.log_step
 
@@ -517,9 +487,8 @@ def test_gradients_are_clipped_used_and_cleared(kind, tmp_path, monkeypatch):
         left.extend(p for p in parameters.values() if p.grad is not None)
         return real_log(run, *args, **metrics)
     worlds.parrot()                              # trained before anything is watched
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    monkeypatch.setattr(Run, "log_step", log_step)
-    short_run(kind, tmp_path, grad_clip=1e-3)
+    with mock.patch.object(torch.optim.AdamW, "step", step), mock.patch.object(Run, "log_step", log_step):
+        short_run(kind, tmp_path, grad_clip=1e-3)
     assert len(norms) >= 2 and norms == pytest.approx([1e-3] * len(norms), rel=1e-2)
     logged = [v for line in log_lines(tmp_path) for k, v in line.items() if k.startswith("grad_norm")]
     assert len(logged) >= 2 and min(logged) > .01
@@ -527,8 +496,7 @@ def test_gradients_are_clipped_used_and_cleared(kind, tmp_path, monkeypatch):
 
 
 def test_three_bad_gradients_in_a_row_end_the_run(gpt, tmp_path, capsys):
-    """A gradient that is not finite is not usable, reported and counted. Two are forgiven when a good one
-    follows; the third in a row ends the run; another optimizer's good ones do not help."""
+    """Two bad gradients are forgiven if a good one follows; three in a row of one optimizer end the run."""
     run, a, b = run_in(tmp_path), *(torch.optim.SGD(gpt.parameters(), lr=.1) for _ in range(2))
     nan, inf = math.nan, math.inf
     assert [run.usable(norm, a) for norm in (nan, inf, 1., inf)] == [False, False, True, False]
@@ -555,8 +523,7 @@ def test_bad_gradients_are_counted_across_a_resume(gpt, byte_tokenizer, tmp_path
 
 
 def test_log_lines_are_json_even_with_nan(tmp_path):
-    """A line with NaN is not JSON: jq and JavaScript refuse it. Every line must be read by a strict reader:
-    without a reference the KL is not a number."""
+    """NaN is no JSON: a strict reader must read every line. Without a reference the KL is not a number."""
     short_run("rl", tmp_path / "run", reference=False)
 
     def refuse(constant: str):

@@ -7,6 +7,7 @@ import json
 import random
 import re
 from collections import Counter, defaultdict
+from unittest import mock
 
 import pytest
 import worlds
@@ -31,8 +32,7 @@ def parse(question: str) -> tuple[int, list[int]]:
 
 
 def canonical(question: str) -> tuple[int, ...]:
-    """All numbers of the problem with their signs, sorted: its identity, whatever the wording and the
-    order."""
+    """All numbers of the problem with their signs, sorted: its identity, whatever wording and order."""
     start, changes = parse(question)
     return tuple(sorted([start, *changes]))
 
@@ -80,8 +80,7 @@ def is_right(solution: str, answer: str) -> bool:
         "1+2=3\n#### 3", "plus: 2+1=3\n#### 3", "plus: 9\nminus: 4+2=6\n9-6=3\n#### 3", "#### 3")),
     (is_right, ["12+34: 43, 46\n#### 46", "46"], False), (is_right, ["12+34: 42, 46\n#### 46", "46"], True)])
 def test_the_readers_read(reader, text, seen):
-    """The instruments of the tests below, on text written by hand; overlapping sums are both found; a false
-    equation, a false answer and text that cannot be read are seen."""
+    """The instruments of the tests below, on text by hand: overlapping sums are found, false text is seen."""
     assert reader(*text) == seen
 
 
@@ -101,11 +100,9 @@ def texts(shard: str) -> list[str]:
 
 
 @functools.cache
-def arithmetic_texts(shard: str) -> list[tuple[str, str]]:
-    """(question, solution) of every arithmetic text of a shard."""
-    found = [tuple(text.split("\n", 1)) for text in texts(shard) if "How many" in text]
-    assert all(len(pair) == 2 for pair in found)
-    return found
+def arithmetic_texts(shard: str) -> list[list[str]]:
+    """[question, solution] of every arithmetic text of a shard."""
+    return [text.split("\n", 1) for text in texts(shard) if "How many" in text]
 
 
 @functools.cache
@@ -145,8 +142,7 @@ TASKS = ("recall", "tracking", "ending", "sequence", "agreement", "order", "dial
 
 
 def test_the_same_seed_writes_the_same_bytes(tmp_path):
-    """The same options write the same bytes, in another process with another hash seed, by the command
-    line."""
+    """The same options write the same bytes: by the command line, with another hash seed."""
     argv = [f"--{k.replace('_', '-')}={v}" for k, v in (worlds.TINY_OPTIONS | {"seed": 5}).items()]
     out = tmp_path / "again"
     other_hashes = worlds.environment(PYTHONHASHSEED="77")
@@ -184,13 +180,12 @@ def test_a_second_call_changes_nothing(capsys):
     assert worlds.snapshot(worlds.data()) == before
 
 
-def test_an_interrupted_call_leaves_nothing(tmp_path, monkeypatch):
+def test_an_interrupted_call_leaves_nothing(tmp_path):
     """The folder appears when it is whole; a crash half-way leaves nothing behind."""
-    def crash(*args):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(world, "draw_benchmark", crash)
-    with pytest.raises(KeyboardInterrupt):
-        worlds.quietly(prepare.prepare, prepare.Config(out=str(tmp_path / "d"), **worlds.TINY_OPTIONS))
+    config = prepare.Config(out=str(tmp_path / "d"), **worlds.TINY_OPTIONS)
+    with (mock.patch.object(world, "draw_benchmark", side_effect=KeyboardInterrupt),
+          pytest.raises(KeyboardInterrupt)):
+        worlds.quietly(prepare.prepare, config)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -206,15 +201,13 @@ def test_there_are_arithmetic_texts_to_read():
 @pytest.mark.parametrize("a, b", [pair for pair in itertools.combinations(
     ("train", "val", "test", "train.bin", "val_arithmetic.bin"), 2) if pair != ("val", "val_arithmetic.bin")])
 def test_problem_sets_are_disjoint(a, b):
-    """Pretraining (train.bin), train, val and test share no problem, by numbers and signs, whatever order or
-    wording; the shard val_arithmetic.bin may share problems with val alone."""
+    """No two sets share a problem, whatever order or wording; val and its shard alone may."""
     assert canonicals(a) and canonicals(b) and not canonicals(a) & canonicals(b)
 
 
 def test_splits_are_disjoint_beyond_these_files():
-    """For any seed and size 1,500 fresh problems of each split share no problem. With about 4,900 sums and
-    4,900 differences of one operation alone, a leak between splits would show in dozens of common
-    problems."""
+    """For any seed and size 1,500 fresh problems of each split share no problem. There are about 4,900 sums
+    of one operation and as many differences: a leak would show in dozens of common problems."""
     rng, drawn = random.Random(3), {}
     for split in ("pretrain", *SPLITS):
         fresh = (arithmetic.draw_problem(rng, "easy", split) for _ in range(1_500))
@@ -230,32 +223,27 @@ def test_a_problem_stands_in_a_file_once():
 
 
 def test_no_solution_spells_out_a_held_out_problem():
-    """A step '37+48=85' of a longer solution is the problem 37+48 solved; none of val or test is given away
-    in pretraining or in train.jsonl."""
+    """A step '37+48=85' is the problem 37+48 solved; none of val or test is given away in training."""
     held_out = {c for c in canonicals("val") | canonicals("test") if len(c) == 2}
     assert len(held_out) > 30
     training = [solution for _, solution in arithmetic_texts("train.bin")]
     training += [solution for p in problems("train") for solution in p["solutions"]]
-    for solution in training:
-        assert not spelled_out(solution) & held_out, solution
+    assert not [solution for solution in training if spelled_out(solution) & held_out]
 
 
 def test_no_training_problem_begins_with_a_held_out_problem():
     """Whoever solves 9+5-3 step by step has solved 9+5. No problem of train.bin or train.jsonl begins with
-    one of val, test or the validation shard. (Longer beginnings were not looked at: 9+5-3+2 was drawn though
-    9+5-3 was a test problem.)"""
+    one of val, test or the validation shard, also of more steps (9+5-3+2 was drawn, 9+5-3 being in test)."""
     held_out = canonicals("val") | canonicals("test") | canonicals("val_arithmetic.bin")
     assert min(Counter(map(len, held_out))[n] for n in (2, 3, 4)) > 30
     training = [q for q, _ in arithmetic_texts("train.bin")] + [p["question"] for p in problems("train")]
     assert sum(len(beginnings(q)) > 1 for q in training) > 200
-    for question in training:
-        assert not beginnings(question) & held_out, question
+    assert not [question for question in training if beginnings(question) & held_out]
 
 
 @pytest.mark.parametrize("split", ["pretrain", "train"])
 def test_no_problem_of_any_size_begins_with_a_held_out_one(split):
-    """For any seed and size every beginning of 400 fresh hard problems, asked for its own split, says
-    pretrain or train; of problems drawn blindly one in five would begin with a held-out one."""
+    """All beginnings of 400 fresh hard problems are pretrain's or train's; drawn blindly, four in five."""
     rng, own = random.Random(4), {"pretrain": 0, "train": 0, "val": 0, "test": 0}
     for _ in range(400):
         for numbers in beginnings(arithmetic.draw_problem(rng, "hard", split)["question"]):
@@ -283,8 +271,7 @@ def test_general_validation_documents_are_not_in_training():
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_numbers_are_in_their_ranges(split):
-    """Easy has 1-2 operations, hard 3-4, gains and losses, each in a share worth the name; operands are 2 to
-    99, every result is 0 to 199, and the answer is the last."""
+    """Easy has 1-2 operations, hard 3-4; operands are 2 to 99, results 0 to 199, the answer is the last."""
     lengths, signs = Counter(), Counter()
     for p in problems(split):
         start, changes = parse(p["question"])
@@ -299,8 +286,7 @@ def test_numbers_are_in_their_ranges(split):
 
 
 def test_the_share_of_hard_problems_is_as_asked():
-    """--hard-fraction .3: of train.jsonl exactly, of the pretraining questions about (4 standard errors); val
-    and test have as many hard as easy ones."""
+    """--hard-fraction .3: exactly in train.jsonl, about in train.bin (4 standard errors); else half."""
     assert Counter(p["difficulty"] for p in problems("train")) == {"easy": 280, "hard": 120}
     for split in ("val", "test"):
         assert Counter(p["difficulty"] for p in problems(split)) == {"easy": 100, "hard": 100}
@@ -309,9 +295,7 @@ def test_the_share_of_hard_problems_is_as_asked():
 
 
 def test_every_solution_is_right():
-    """Every equation of every solution is true and ends in the answer recomputed from the question, in the
-    problem files and in the decoded shards. Every problem has four or more solutions, no two equal; with SFT
-    --gold they keep pass@k diverse."""
+    """Every equation is true, the last line the answer recomputed; a problem has four solutions or more."""
     for p in sum(map(problems, SPLITS), []):
         assert len(set(p["solutions"])) == len(p["solutions"]) >= 4
         assert all(is_right(solution, str(sum(canonical(p["question"])))) for solution in p["solutions"]), p
@@ -332,8 +316,7 @@ def test_style_of_inverts_solve():
 
 
 def test_styles_in_pretraining_and_in_problem_files():
-    """Each style has a share of pretraining worth the name, or RL could never find it; answers without steps
-    are in the training distribution of the base model, not in SFT."""
+    """Each style has a share of pretraining, or RL could never find it; bare answers are not in SFT."""
     styles = Counter(arithmetic.style_of(solution) for _, solution in arithmetic_texts("train.bin"))
     assert set(styles) == {*arithmetic.STYLES, "bare"} and .05 < styles["bare"] / styles.total() < .3
     assert min(styles.values()) > .08 * styles.total()
@@ -362,8 +345,7 @@ def test_between_two_texts_there_is_eos_alone():
 
 def test_a_few_shot_prompt_looks_like_pretraining():
     """The prompt of evaluate --shots is EOS, text, EOS, text, EOS, question: id for id as in a document of
-    several questions after the EOS of the document before, although prompt and solution are encoded apart.
-    All examples are in one style."""
+    several questions, although prompt and solution are encoded apart. The examples share a style."""
     problem, styles = problems("val")[0], set()
     for seed in range(8):
         ids = few_shot_prefix(tokenizer(), problems("train"), 3, seed) + prompt_ids(tokenizer(), problem)
@@ -406,9 +388,8 @@ def test_every_general_kind_has_its_share():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_benchmarks_are_well_formed(task):
-    """Every task has at least 200 different items, choices that differ, chance = the score of guessing, and a
-    right answer that stands at every place about equally often, so that a fixed place scores chance (5
-    standard errors)."""
+    """Every task has 200 different items or more, choices that differ, chance = the score of guessing, and a
+    right answer about as often at every place: a fixed place scores chance (5 standard errors)."""
     items = benchmarks(task)
     assert len(items) >= 200
     assert len(set(map(statement, items))) == len(items)
@@ -417,17 +398,13 @@ def test_benchmarks_are_well_formed(task):
         assert len(set(item["choices"])) == len(item["choices"]) == n
         assert item["chance"] == (1 / n if n > 1 else .5)    # dialogue: one of the two that the context names
         assert all(choice.startswith(" ") for choice in item["choices"])
-    places = Counter(item["answer"] for item in items)
-    error = (1 / n * (1 - 1 / n) / len(items)) ** .5
-    for place in range(n):
-        assert places[place] / len(items) == pytest.approx(1 / n, abs=5 * error)
+    places, error = Counter(item["answer"] for item in items), (1 / n * (1 - 1 / n) / len(items)) ** .5
+    assert all(abs(places[place] / len(items) - 1 / n) <= 5 * error for place in range(n))
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_benchmarks_are_held_out(task):
-    """Held out by construction: no statement that a benchmark asks for occurs in the decoded training shard,
-    nor in 2,000 further documents of its kind. (Of a held-out pattern 'red blue red blue red.' a longer one
-    said it all, until all patterns that take turns in the same way were given one key.)"""
+    """No statement that a benchmark asks for is in the training shard, nor in 2,000 further documents."""
     rng, people, write = random.Random(1), world.population(0), world.KINDS[task][1]
     more = [write(rng, people) if task == "recall" else write(rng) for _ in range(2_000)]
     train = "\n".join(texts("train.bin") + more)
@@ -446,11 +423,9 @@ WORDINGS = {    # attribute -> wordings, as a reader of the texts would list the
 def fact(sentence: str) -> tuple[str, str, int, str] | None:
     """'Nora Bell lives in Rome.' -> ('Nora Bell', 'city', 0, 'Rome')"""
     for attribute, wordings in WORDINGS.items():
-        for i, wording in enumerate(wordings.split("|")):
-            pattern = wording.replace(".", r"\.").format(n="([A-Z][a-z]+ [A-Z][a-z]+)", x=r"(\w+)")
-            if match := re.fullmatch(pattern, sentence):
+        for i, wording in enumerate(wordings.replace(".", r"\.").split("|")):
+            if match := re.fullmatch(wording.format(n="([A-Z][a-z]+ [A-Z][a-z]+)", x=r"(\w+)"), sentence):
                 return match[1], attribute, i, match[2]
-    return None
 
 
 @functools.cache
@@ -465,10 +440,9 @@ def known_facts() -> dict[tuple[str, str], list[tuple[int, str]]]:
 
 
 def test_recall_asks_what_training_tells_in_other_words():
-    """Recall: the right choice is the value that training states for this person; training never contradicts
-    itself; and where it is silent (it is small here) the right choice is still the population's. The asked
-    wording does not occur in training for this person; others do, or nobody could answer. The wrong choices
-    are values of the same attribute, so that the wording alone tells nothing."""
+    """Recall: the right choice is the value that training states for this person, always the same, or else
+    the population's. The asked wording does not occur in training for this person; others do. The wrong
+    choices are values of the same attribute, so that the wording alone tells nothing."""
     people, kinds, everywhere, answerable = world.population(0), defaultdict(set), set(), 0
     assert len(known_facts()) > 500
     for (_, attribute), said in known_facts().items():
@@ -487,8 +461,7 @@ def test_recall_asks_what_training_tells_in_other_words():
 
 def test_tracking_answers_by_replaying_the_story():
     """Tracking: moving the objects as told ends in the right choice. Often that is not the first place told,
-    and the wrong choices are places of the story where it has enough of them, so that reading along is
-    needed."""
+    and the wrong choices are places of the story where it has enough: reading along is needed."""
     moved = named = 0
     for item in benchmarks("tracking"):
         where, mentioned, first = {}, set(), {}
@@ -509,8 +482,7 @@ def test_tracking_answers_by_replaying_the_story():
 
 
 def test_ending_answers_follow_the_need():
-    """Ending: training shows which action goes with which need; the right choice is the one for this
-    person."""
+    """Ending: training shows which action goes with which need; the right choice is this person's."""
     action = {}
     for text in texts("train.bin"):
         needs = dict(re.findall(r"(\w+) is (\w+)\.", text))
@@ -530,26 +502,19 @@ MONTHS = ("January February March April May June July August September October N
 
 def next_element(elements: list[str]) -> str:
     """The next element by the simplest rule that fits: count on, go round the calendar, repeat."""
-    if all(re.fullmatch(r"-?\d+", e) for e in elements):
-        numbers = [int(e) for e in elements]
-        steps = {b - a for a, b in zip(numbers, numbers[1:])}
-        assert len(steps) == 1
-        return str(numbers[-1] + steps.pop())
-    for names in (DAYS, MONTHS):
-        if set(elements) <= set(names):
-            places = [names.index(e) for e in elements]
-            steps = {(b - a) % len(names) for a, b in zip(places, places[1:])}
-            assert len(steps) == 1
-            return names[(places[-1] + steps.pop()) % len(names)]
     if "again" in elements:
         return elements[len(elements) - elements.index("again") - 1]
+    for names in (list(map(str, range(-999, 1_000))), DAYS, MONTHS):
+        if set(elements) <= set(names):
+            places = [names.index(e) for e in elements]
+            (step,) = {(b - a) % len(names) for a, b in zip(places, places[1:])}
+            return names[(places[-1] + step) % len(names)]
     period = next(p for p in range(1, 4) if all(a == b for a, b in zip(elements, elements[p:])))
     return elements[-period]
 
 
 def test_sequences_continue_by_the_simplest_rule():
-    """Sequence: counting, days, months, patterns and lists told twice: the rule read off the context gives
-    the right choice, and each rule occurs."""
+    """Sequence: the rule read off the context gives the right choice, and each of five rules occurs."""
     kinds = Counter()
     for item in benchmarks("sequence"):
         elements = item["context"].split()
@@ -560,8 +525,7 @@ def test_sequences_continue_by_the_simplest_rule():
 
 
 def test_agreement_follows_the_first_noun():
-    """Agreement: the verb has its s with a singular subject, though the nearer noun is of the other
-    number."""
+    """Agreement: the verb has its s with a singular subject; the nearer noun is of the other number."""
     for item in benchmarks("agreement"):
         noun, other = re.fullmatch(r"The (\w+) \w+ the (\w+)", item["context"]).groups()
         assert noun.endswith("s") != other.endswith("s")
@@ -572,8 +536,7 @@ def test_agreement_follows_the_first_noun():
 
 def test_order_agrees_with_what_training_reveals():
     """Order: training compares some pairs, all in keeping with one order; its consequences (a > b > c) settle
-    every benchmark pair, in favour of the right choice. No benchmark pair is compared in training.
-    (Neighbours were asked too, of which no other pair could tell which one is bigger.)"""
+    every benchmark pair in favour of the right choice. No benchmark pair is compared in training."""
     def pairs(text: str) -> list[tuple[str, str]]:
         found = re.findall(r"A (\w+) is (bigger|smaller) than a (\w+)\.", text)
         return [(a, b) if relation == "bigger" else (b, a) for a, relation, b in found]
@@ -593,8 +556,7 @@ def test_order_agrees_with_what_training_reveals():
 
 
 def test_dialogue_answers_stand_in_the_context():
-    """Dialogue: the last word is the one seen at the place asked for, or the place of the animal asked for;
-    the other sentence says otherwise, so that copying the nearer word does not do."""
+    """Dialogue: the thing seen at the place, or the place of the thing; the nearer word does not do."""
     kinds, nearer = Counter(), 0
     for item in benchmarks("dialogue"):
         seen = re.findall(r"(\w+): I saw a (\w+) by the (\w+)\.", item["context"])
@@ -612,7 +574,6 @@ def test_dialogue_answers_stand_in_the_context():
 
 
 def test_a_document_is_not_repeated_often():
-    """Training takes 12 M tokens without repeating, so the texts are rich: among these 150 k tokens hardly a
-    long document occurs twice."""
+    """The texts are rich, as 12 M tokens ask: among 150 k tokens hardly a long document occurs twice."""
     long = [text for text in texts("train.bin") if len(text) > 60]
     assert len(set(long)) > .97 * len(long)

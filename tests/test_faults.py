@@ -69,9 +69,17 @@ class Server:
 
     def start(self, script: str, argv: list[str]) -> int:
         """Process id of a new run."""
-        self.process.stdin.write(json.dumps([str(self.out), str(worlds.ROOT / script), *argv]) + "\n")
-        self.process.stdin.flush()
+        request = json.dumps([str(self.out), str(worlds.ROOT / script), *argv])
+        print(request, file=self.process.stdin, flush=True)
         return int(self.process.stdout.readline())
+
+    def begin(self, script: str, argv: list[str], log: Path, key: str) -> int:
+        """Process id of a new run whose log has this key by now, and whose output is the only one."""
+        self.out.write_text("")
+        pid = self.start(script, argv)
+        while not log.exists() or key not in log.read_text():
+            time.sleep(.005)
+        return pid
 
     def wait(self) -> int:
         """Exit status of the run; -9 if it was killed."""
@@ -86,17 +94,15 @@ def server():
     server.process.wait(timeout=30)
 
 
+BRIEF = dict(max_new=12, eval_every=3, eval_problems=2, eval_samples=2, save_every=2, checkpoints_at=(5,))
+GRPO = BRIEF | dict(n_problems=4, rollouts=4, steps=12 * LONGER)
+TOKENS = 20 * LONGER * 256              # of pretraining
 TRAINERS = {
-    "pretrain.py": (pretrain, dict(size="0.3M", context=32, batch=8, micro_batch=4, tokens=20 * LONGER * 256,
-                                   warmup=3, decay=.5, eval_every=9, save_every=2,
-                                   checkpoints_at=(1_000, 20 * LONGER * 256))),
-    "sft.py": (sft, dict(batch=8, epochs=5 * LONGER, lr=1e-3, max_new=12, eval_every=3, eval_problems=2,
-                         eval_samples=2, save_every=2, checkpoints_at=(5,))),
-    "rl.py": (rl, dict(n_problems=4, rollouts=4, steps=12 * LONGER, updates=2, kl=.01, max_new=12,
-                       eval_every=3, eval_problems=2, eval_samples=2, save_every=2, checkpoints_at=(5,))),
-    "merge.py": (merge, dict(n_problems=4, rollouts=4, batch=8, steps=12 * LONGER, inner=2, max_new=12,
-                             eval_every=4, eval_problems=2, eval_samples=2, save_every=3,
-                             checkpoints_at=(6,))),
+    "pretrain.py": (pretrain, dict(size="0.3M", context=32, batch=8, micro_batch=4, tokens=TOKENS, warmup=3,
+                                   decay=.5, eval_every=9, save_every=2, checkpoints_at=(1_000, TOKENS))),
+    "sft.py": (sft, BRIEF | dict(batch=8, epochs=5 * LONGER, lr=1e-3)),
+    "rl.py": (rl, GRPO | dict(updates=2, kl=.01)),
+    "merge.py": (merge, GRPO | dict(batch=8, inner=2, eval_every=4, save_every=3, checkpoints_at=(6,))),
 }
 
 
@@ -110,35 +116,36 @@ def config_of(script: str, out: Path):
 
 
 def final_of(script: str) -> str:
-    return f"{20 * LONGER * 256 / 1e6:g}M.pt" if script == "pretrain.py" else "final.pt"
+    return f"{TOKENS / 1e6:g}M.pt" if script == "pretrain.py" else "final.pt"
 
 
 def command_line(config) -> list[str]:
-    argv = []
-    for name, value in vars(config).items():
-        if not isinstance(value, bool):
-            value = ",".join(map(str, value)) if isinstance(value, tuple) else value
-            argv.append(f"--{name.replace('_', '-')}={value}")
-    return argv
+    values = {name: ",".join(map(str, value)) if isinstance(value, tuple) else value
+              for name, value in vars(config).items() if not isinstance(value, bool)}
+    return [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+
+
+def train(script: str, config) -> Path:
+    return worlds.quietly(TRAINERS[script][0].train, config)
 
 
 @functools.cache
 def uninterrupted(script: str) -> Path:
     """The run folder of a run from beginning to end."""
     out = worlds.folder() / f"uninterrupted-{script}"
-    worlds.quietly(TRAINERS[script][0].train, config_of(script, out))
+    train(script, config_of(script, out))
     return out
 
 
-def size_of(path: Path) -> int:
-    return path.stat().st_size if path.exists() else -1
+def state_of(log: Path) -> tuple[int, int]:
+    """Size and time of a log, which both change when a run opens it; (-1, -1) if there is none."""
+    return (log.stat().st_size, log.stat().st_mtime_ns) if log.exists() else (-1, -1)
 
 
-def started(log: Path, before: tuple, pid: int) -> None:
-    """Wait until the run has opened its log (which sets its size or time) or has ended."""
+def started(log: Path, before: tuple[int, int], pid: int) -> None:
+    """Wait until the run has opened its log or has ended."""
     for _ in range(20_000):
-        state = (size_of(log), log.stat().st_mtime_ns) if log.exists() else None
-        if state != before or not Path(f"/proc/{pid}/stat").exists():
+        if state_of(log) != before or not Path(f"/proc/{pid}/stat").exists():
             return
         time.sleep(.005)
     raise AssertionError("the run does not start")
@@ -152,10 +159,9 @@ def test_a_killed_run_ends_in_the_same_bits(script, server, tmp_path):
     reference = uninterrupted(script)
     rng, out, kills, moments = random.Random(f"kill {script}"), tmp_path / "run", 0, []
     length = max(line.get("seconds", 0) for line in worlds.lines(reference / "log.jsonl"))
-    argv = command_line(config_of(script, out))
-    log = out / "log.jsonl"
+    argv, log = command_line(config_of(script, out)), out / "log.jsonl"
     while kills < KILLS:
-        before = (size_of(log), log.stat().st_mtime_ns) if log.exists() else None
+        before = state_of(log)
         pid = server.start(script, argv)
         started(log, before, pid)
         time.sleep(rng.uniform(0, .8 * length / (KILLS + 1)) if worlds.LONG else rng.uniform(0, .6 * length))
@@ -177,16 +183,10 @@ def test_a_killed_run_ends_in_the_same_bits(script, server, tmp_path):
                                           ("rl.py", signal.SIGINT), ("rl.py", signal.SIGTERM),
                                           ("merge.py", signal.SIGINT)])
 def test_ctrl_c_saves_and_says_how_to_go_on(script, sign, server, tmp_path):
-    """Ctrl-C (and a queue's SIGTERM) ends after the step at hand with status 130, the state is saved, the way
-    to resume is printed, and the resumed run has the same bits."""
-    out = tmp_path / "run"
+    """Ctrl-C (or SIGTERM) ends after the step at hand with status 130, saved; resumed, the bits are equal."""
+    out, log = tmp_path / "run", tmp_path / "run" / "log.jsonl"
     argv = command_line(config_of(script, out))
-    server.out.write_text("")
-    pid = server.start(script, argv)
-    log = out / "log.jsonl"
-    while size_of(log) <= 0 or '"skipped"' not in log.read_text():       # until the first step is done
-        time.sleep(.005)
-    os.kill(pid, sign)
+    os.kill(server.begin(script, argv, log, '"skipped"'), sign)             # after the first step
     assert server.wait() == 130
     steps = max(line["step"] for line in worlds.lines(log) if "skipped" in line)
     assert load_checkpoint(out / "last.pt")["step"] == steps
@@ -202,10 +202,7 @@ def test_a_second_ctrl_c_stops_at_once(server, tmp_path):
     """Whoever presses Ctrl-C twice does not wait for the step; the state saved before is whole."""
     out = tmp_path / "run"
     argv = command_line(config_of("rl.py", out)) + ["--n-problems=8", "--rollouts=48", "--eval-every=99"]
-    server.out.write_text("")
-    pid = server.start("rl.py", argv)
-    while size_of(out / "log.jsonl") <= 0:
-        time.sleep(.005)
+    pid = server.begin("rl.py", argv, out / "log.jsonl", "step")
     os.kill(pid, signal.SIGINT)
     time.sleep(.05)
     os.kill(pid, signal.SIGINT)
@@ -217,24 +214,22 @@ def test_a_second_ctrl_c_stops_at_once(server, tmp_path):
 
 @pytest.mark.parametrize("script", TRAINERS)
 def test_a_run_killed_while_it_writes_is_completed(script, tmp_path):
-    """The state says that all steps are done, but the final checkpoint was not written: the next call writes
-    it instead of claiming to be finished, and the log has its last lines once. A temporary file that the kill
-    left (4 MB here, gigabytes for a large model) is removed; other hidden files are not ours to touch."""
+    """All steps are done, but the final checkpoint was not written: the next call writes it, and the log has
+    its last lines once. A temporary file of the kill is removed; other hidden files are not ours to touch."""
     reference, out = uninterrupted(script), tmp_path / "run"
     shutil.copytree(reference, out)
     (out / final_of(script)).unlink()
     (out / ".last.pt.x7_kd93a").write_bytes(b"half")
     (out / ".mine").write_text("keep")
-    worlds.quietly(TRAINERS[script][0].train, config_of(script, out))
+    train(script, config_of(script, out))
     (out / ".mine").unlink()
     worlds.assert_same_run(out, reference)
 
 
 @pytest.mark.parametrize("script", TRAINERS)
 def test_resuming_from_a_changed_start_is_refused(script, tmp_path):
-    """An --init that was overwritten since is another start: the KL reference and the lineage would be those
-    of a model that this run never saw. A data folder made anew with another seed under the same name: two
-    data sets would be mixed. The line names what changed, and nothing in the run's folder does."""
+    """An --init or --data overwritten since is another start: reference and lineage would be those of a
+    model, or data, that this run never saw. The line names what changed; nothing in the run's folder does."""
     out, start, config = tmp_path / "run", tmp_path / "start", config_of(script, tmp_path / "run")
     if script == "pretrain.py":
         config.data, before, after = str(start), worlds.data(), worlds.other_data()
@@ -242,13 +237,13 @@ def test_resuming_from_a_changed_start_is_refused(script, tmp_path):
         config.init, before, after = str(start), worlds.base(), worlds.parrot()
     put = shutil.copytree if before.is_dir() else shutil.copy
     put(before, start)
-    worlds.quietly(TRAINERS[script][0].train, config)
+    train(script, config)
     (out / final_of(script)).unlink()
     shutil.rmtree(start) if start.is_dir() else start.unlink()
     put(after, start)
     there = worlds.snapshot(out)
     with pytest.raises(UserError, match=f"{start}: changed since"):
-        worlds.quietly(TRAINERS[script][0].train, config)
+        train(script, config)
     assert worlds.snapshot(out) == there
 
 
@@ -260,8 +255,7 @@ READ = {"pretrain.py": ("train.bin", "val_general.bin", "val_arithmetic.bin", "l
 
 @pytest.mark.parametrize("script, name", [(script, name) for script, names in READ.items() for name in names])
 def test_a_flipped_byte_is_detected(script, name, tmp_path):
-    """One bit is flipped in a shard, a problems file or a checkpoint that a run reads, at three random
-    places: one line names the file, and nothing in the run's folder changes."""
+    """A bit flipped in a file that a run reads, at three places: one line names it, the run is as it was."""
     data, out, rng = tmp_path / "data", tmp_path / "run", random.Random(f"{script} {name}")
     shutil.copytree(worlds.data(), data)
     config = config_of(script, out)
@@ -290,8 +284,7 @@ def test_a_flipped_byte_is_detected(script, name, tmp_path):
 # ---- gradients that are not finite -------------------------------------------------------------------------
 
 def poison(patch, bad) -> tuple[list[int], list[int]]:
-    """Put a NaN into the gradient of every update whose number (from 1) is bad. Returns two lists that grow:
-    the numbers of all updates, and of those for which an optimizer made its step."""
+    """NaN into the gradient of every update whose number is bad. Returns numbers tried, numbers done."""
     tried, done, real_clip, real_step = [], [], rl.clip_grad_norm_, torch.optim.AdamW.step
 
     def clip(parameters, *args):
@@ -312,9 +305,8 @@ def poison(patch, bad) -> tuple[list[int], list[int]]:
 
 @pytest.mark.parametrize("script", TRAINERS)
 def test_a_bad_gradient_is_skipped_counted_and_reported(script, tmp_path, monkeypatch, capsys):
-    """NaN in the second gradient: that step is not done (neither weights nor moments can change), one line
-    says so, the log counts it from then on, the lineage counts the updates that were done, and the run ends
-    with finite weights."""
+    """NaN in the second gradient: that step is not done (neither weights nor moments change), one line says
+    so, the log counts it from then on, the lineage counts the updates done, the weights are finite."""
     out = tmp_path / "run"
     config = config_of(script, out)              # may train the base: before anything is poisoned
     with monkeypatch.context() as patch:
@@ -332,20 +324,18 @@ def test_a_bad_gradient_is_skipped_counted_and_reported(script, tmp_path, monkey
 
 @pytest.mark.parametrize("script", TRAINERS)
 def test_three_bad_gradients_leave_the_last_good_state(script, tmp_path, monkeypatch):
-    """The third bad gradient in a row ends the run with one line; the state saved before the trouble is
-    whole, and when the cause is gone the same call finishes the run from there."""
-    out, train = tmp_path / "run", TRAINERS[script][0].train
-    config = config_of(script, out)
+    """The third bad gradient in a row ends the run; the last state is whole, and the same call resumes it."""
+    out, config = tmp_path / "run", config_of(script, tmp_path / "run")
     with monkeypatch.context() as patch:
         tried, done = poison(patch, lambda n: n > 9)
         with pytest.raises(UserError, match="three gradients in a row.*last.pt"):
-            worlds.quietly(train, config)
+            train(script, config)
     last = load_checkpoint(out / "last.pt")
     seen = 14 if script == "merge.py" else 12    # merge.py: per arm, rl rl sft sft rl ..., bad from 10
     assert len(tried) == seen and done == [*range(1, 10)]
     assert last["step"] >= 2 and not (out / final_of(script)).exists()
     assert all(w.isfinite().all() for w in last["model"].values())
-    worlds.quietly(train, config)
+    train(script, config)
     assert all(w.isfinite().all() for w in load_checkpoint(out / final_of(script))["model"].values())
 
 
@@ -358,7 +348,7 @@ def test_three_bad_gradients_of_one_arm_end_the_run(arm, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         poison(patch, lambda n: n % 2 == arm)
         with pytest.raises(UserError, match="three gradients in a row.*last.pt"):
-            worlds.quietly(merge.train, config)
+            train("merge.py", config)
 
 
 # ---- two processes -----------------------------------------------------------------------------------------
@@ -371,7 +361,7 @@ def test_a_second_process_is_refused(script, server, tmp_path):
     out = tmp_path / "run"
     argv = command_line(config_of(script, out))
     pid = server.start(script, argv)
-    started(out / "log.jsonl", None, pid)
+    started(out / "log.jsonl", (-1, -1), pid)
     os.kill(pid, signal.SIGSTOP)
     try:
         before = worlds.snapshot(out)

@@ -3,10 +3,10 @@ import copy
 import itertools
 import json
 import math
-import signal
 
 import pytest
 import torch
+import worlds
 
 import ranks
 import rl
@@ -84,15 +84,12 @@ def test_advantage_is_the_groups_z_score():
     assert abs(float(rare[0]) - 5.48) < .005 and abs(float(rare[1]) + .177) < .0005
 
 
-def test_advantage_without_std():
-    """Without std only the group's mean is subtracted."""
-    assert rl.advantages(torch.tensor([[1., 0, 0, 0]]), std=False).tolist() == [[.75, -.25, -.25, -.25]]
-
-
-def test_epsilon_is_1e_6():
-    """The eps of 1e-6 is added to the std: rewards 0 and 1e-6 (std 7.07e-7) give ±.5e-6/1.707e-6 = ±.2929."""
-    a = rl.advantages(torch.tensor([[0., 1e-6]]))
-    assert torch.allclose(a, torch.tensor([[-.2929, .2929]]), atol=1e-3)
+@pytest.mark.parametrize("rewards, std, expected", [
+    ([1., 0, 0, 0], False, [.75, -.25, -.25, -.25]), ([0., 1e-6], True, [-.2929, .2929])])
+def test_advantage_without_std_and_with_hardly_any(rewards, std, expected):
+    """Without std only the mean is subtracted; 1e-6 is added to it: ±.5e-6 / (7.07e-7 + 1e-6) = ±.2929."""
+    a = rl.advantages(torch.tensor([rewards]), std=std)
+    assert torch.allclose(a, torch.tensor([expected]), atol=1e-3 * std, rtol=0)
 
 
 @pytest.mark.parametrize("std", [True, False])
@@ -167,24 +164,17 @@ def test_one_update_per_batch_is_reinforce_bitwise(gpt, make_batch):
     assert metrics["ratio"] == 1 and metrics["clip_fraction"] == 0
 
 
-@pytest.mark.parametrize("high, first_loss", [(.2, -1.2), (.28, -1.28)])
-def test_clip_truth_table(high, first_loss):
-    """The clip ends the pull where A > 0 is above the range and where A < 0 is below it, only there."""
-    ratio, advantage = torch.tensor([1.3, 1.3, .7, .7]), torch.tensor([1., -1., 1., -1.])
-    logp = ratio.log().requires_grad_()
-    loss = rl.policy_loss(logp, torch.zeros(4), advantage, .2, high)
-    loss.sum().backward()
-    assert torch.allclose(loss, torch.tensor([first_loss, 1.3, -.7, .8]))
-    assert torch.allclose(logp.grad, torch.tensor([0., 1.3, -.7, 0.]))
-
-
-def test_inside_the_clip_range_nothing_is_clipped():
-    """Within [1 - low, 1 + high] loss and gradient are -ratio·A; here low is .5 and high is .1."""
-    ratio, advantage = torch.tensor([.55, .99, 1.05, .55, 1.05]), torch.tensor([2., 2., 2., -2., -2.])
-    logp = ratio.log().requires_grad_()
-    loss = rl.policy_loss(logp, torch.zeros(5), advantage, .5, .1)
-    loss.sum().backward()
-    assert torch.allclose(loss, -ratio * advantage) and torch.allclose(logp.grad, -ratio * advantage)
+@pytest.mark.parametrize("low, high, ratio, advantage, loss, slope", [
+    (.2, .2, [1.3, 1.3, .7, .7], [1., -1., 1., -1.], [-1.2, 1.3, -.7, .8], [0., 1.3, -.7, 0.]),
+    (.2, .28, [1.3, 1.3, .7, .7], [1., -1., 1., -1.], [-1.28, 1.3, -.7, .8], [0., 1.3, -.7, 0.]),
+    (.5, .1, [.55, .99, 1.05, .55, 1.05], [2., 2., 2., -2., -2.], *2 * [[-1.1, -1.98, -2.1, 1.1, 2.1]])])
+def test_clip_truth_table(low, high, ratio, advantage, loss, slope):
+    """The clip ends the pull where A > 0 is above the range and where A < 0 is below it, only there; within
+    [1 - low, 1 + high] loss and gradient are -ratio·A."""
+    logp = torch.tensor(ratio).log().requires_grad_()
+    found = rl.policy_loss(logp, torch.zeros(len(ratio)), torch.tensor(advantage), low, high)
+    found.sum().backward()
+    assert torch.allclose(found, torch.tensor(loss)) and torch.allclose(logp.grad, torch.tensor(slope))
 
 
 def test_kl_k3_values():
@@ -344,8 +334,7 @@ def plain_gradient(model, reference, batch, advantage, c):
                                      {"updates": 3, "kl": .3, "clip_high": .05}])
 def test_shared_prompts_give_the_plain_gradient(gpt, make_batch, changes, micro_tokens):
     """Prompts of 1 to 7 tokens are computed once per chunk, completions attend to them: the gradients are
-    those of whole rows within 1e-5, for one update and several, with and without the KL penalty, whatever the
-    chunks."""
+    those of whole rows within 1e-5, for one update and several, with and without KL, for any chunks."""
     c = rl.Config(micro_tokens=micro_tokens, **changes)
     reference, batch = moved(gpt), make_batch(gpt, **GROUPED, temperature=c.temperature, shift=.1)
     loss, expected = plain_gradient(gpt, reference, batch, GROUPED_ADVANTAGE, c)
@@ -422,7 +411,7 @@ def test_kl_to_reference_compares_with_the_recorded_logprobs(gpt, make_batch, lo
     assert rl.kl_to_reference(gpt, batch, c, PAD) < 1e-9
 
 
-# ---- EOS and truncation -------------------------------------------------------------------------------
+# ---- rows and groups ----------------------------------------------------------------------------------
 
 def test_eos_is_trained(gpt, make_batch):
     """A rewarded completion [7, EOS] raises both tokens: at EOS's logit the gradient is -A(1 - p)/2."""
@@ -437,8 +426,6 @@ def test_eos_is_trained(gpt, make_batch):
     p = seen[0].detach().softmax(-1)
     assert torch.allclose(seen[0].grad[[0, 1], [7, EOS]], -(1 - p[[0, 1], [7, EOS]]) / 2, atol=1e-6)
 
-
-# ---- groups -------------------------------------------------------------------------------------------
 
 def test_advantages_follow_their_rows():
     """Shuffling rows within groups, or whole groups, shuffles the advantages likewise."""
@@ -510,8 +497,8 @@ def test_truncated_answers(answer_tokenizer, answering):
 def test_truncated_share_counts_rollouts(monkeypatch, answer_tokenizer, answering):
     """One of four rollouts cut off is .25; having given a complete answer, it keeps its reward."""
     model, eos = answering(), answer_tokenizer.eos
-    rows = [answer_tokenizer.encode(text) for text in ("#### 7", "#### 8", "#### 7\n", "x")]
-    rows = [row if i == 2 else row + [eos] for i, row in enumerate(rows)]
+    rows = [answer_tokenizer.encode(text) + [eos] for text in ("#### 7", "#### 8", "#### 7\n", "x")]
+    rows[2].pop()
     tokens = torch.tensor([row + [0] * (4 - len(row)) for row in rows])
     entropy = torch.tensor([[.1, .2, .3, .4], [1., 1., 1., 1.], [.5] * 4, [2., 2., 0., 0.]])
     out = Rollouts(tokens, torch.tensor([len(r) for r in rows]), torch.tensor([True, True, False, True]),
@@ -565,8 +552,6 @@ def test_no_signal_leaves_no_gradient(gpt, make_batch):
 @pytest.fixture
 def run_rl(tmp_path):
     """run_rl(model, tokenizer, answers, **options) -> (model before, model after, steps in the log)."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
     def run(model, tokenizer, answers, **changes):
         for split in ("train", "val"):
             problems = [{"question": f"{split} {i}", "answer": a, "difficulty": "easy"}
@@ -575,13 +560,10 @@ def run_rl(tmp_path):
         save_checkpoint(tmp_path / "start.pt", model, tokenizer, [])
         c = rl.Config(str(tmp_path / "start.pt"), str(tmp_path), out=str(tmp_path / "run"), max_new=8,
                       eval_problems=2, eval_samples=2, device="cpu", threads=1, **changes)
-        before = load_model(c.init)[0]
-        after = load_model(rl.train(c))[0]
-        log = (tmp_path / "run/log.jsonl").read_text().splitlines()
-        return before, after, [line for line in map(json.loads, log) if "reward" in line]
-    yield run
-    for sign, handler in handlers.items():
-        signal.signal(sign, handler)
+        after = load_model(worlds.quietly(rl.train, c))[0]
+        log = worlds.lines(tmp_path / "run/log.jsonl")
+        return load_model(c.init)[0], after, [line for line in log if "reward" in line]
+    return run
 
 
 def test_no_signal_no_step(run_rl, answer_tokenizer, answering):
@@ -614,13 +596,10 @@ def test_logged_flops_count_a_prompt_once(run_rl, answer_tokenizer, answering):
     sampling; in the update three times 9 + 4 · 4 per group with a signal."""
     model = answering()
     _, _, log = run_rl(model, answer_tokenizer, ["7", "8"], n_problems=2, rollouts=4, steps=6)
-    before, signals = 0, []
-    for line in log:
-        groups = 2 * line["signal"]
-        assert line["flops"] - before == model.flops_per_token(13) * (18 + 32 + 3 * groups * (9 + 16))
-        before = line["flops"]
-        signals.append(groups)
-    assert len(set(signals)) > 1
+    for before, line in zip([{"flops": 0}, *log], log):
+        positions = 18 + 32 + 3 * 2 * line["signal"] * (9 + 16)
+        assert line["flops"] - before["flops"] == model.flops_per_token(13) * positions
+    assert len({line["signal"] for line in log}) > 1
 
 
 def test_parameters_are_fp32(gpt):
@@ -644,9 +623,9 @@ def test_bf16_through_autocast_only(gpt, make_batch):
     _, exact = gradient(gpt, batch, ADVANTAGE, rl.Config())
     with torch.autocast("cpu", torch.bfloat16):
         metrics, rough = gradient(gpt, batch, ADVANTAGE, rl.Config())
-    for name in exact:
+    for name, g in exact.items():
         assert rough[name].dtype == torch.float32
-        assert float((rough[name] - exact[name]).norm()) < .05 * float(exact[name].norm()) + 1e-6
+        assert float((rough[name] - g).norm()) < .05 * float(g.norm()) + 1e-6
 
 
 # ---- does it learn? -----------------------------------------------------------------------------------

@@ -25,17 +25,13 @@ from model import completion_logprobs, pack
 # ---- two optimizers over the same tensors -----------------------------------------------------------------
 
 
-@pytest.fixture
-def mlp():
-    """A function that makes the same random network of 4, 8 and 3 units every time, in fp32."""
-    def make() -> torch.nn.Module:
-        model, gen = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)), \
-            generator(0, "mlp")
-        with torch.no_grad():
-            for p in model.parameters():
-                p.normal_(std=.3, generator=gen)
-        return model
-    return make
+def mlp() -> torch.nn.Module:
+    """The same random network of 4, 8 and 3 units every time, in fp32."""
+    layers, gen = [torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)], generator(0, "mlp")
+    model = torch.nn.Sequential(*layers)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=.3, generator=gen)
+    return model
 
 
 X, Y = (torch.randn(16, n, generator=generator(n, "toy")) for n in (4, 3))
@@ -62,11 +58,21 @@ def arm(model, loss, lr=.01, decay=0., clip=1e9, kind=torch.optim.AdamW):
     return update
 
 
-def alone(model, n, loss, *options, **kind):
-    """The model after n updates of one arm, without averaging."""
-    update = arm(model, loss, *options, **kind)
+def alone(n, *options, **kind):
+    """The network after n updates of one arm, without averaging."""
+    model = mlp()
+    update = arm(model, *options, **kind)
     for h in range(n):
         update(h)
+    return model
+
+
+def averaged(n, *arms, inner=1, **kind):
+    """The network after n rounds of arms, each of which has a loss and maybe the other options of `arm`."""
+    model = mlp()
+    updates = [arm(model, *options, **kind) for options in arms]
+    for _ in range(n):
+        parallel_round(model, updates, [.5, .5], inner)
     return model
 
 
@@ -86,84 +92,69 @@ def mixed(a, b, weight=.5) -> list[torch.Tensor]:
     return [weight * x + (1 - weight) * y for x, y in zip(values(a), values(b))]
 
 
-def rounds(model, arms, n, weights=(.5, .5), inner=1):
-    for _ in range(n):
-        parallel_round(model, arms, list(weights), inner)
-    return model
-
-
 @pytest.mark.parametrize("decay, clip", [(0., 1e9), (.1, 1e9), (0., .3), (.1, .3)])
-def test_identical_arms_are_one_adamw(mlp, decay, clip):
+def test_identical_arms_are_one_adamw(decay, clip):
     """With the same objective, lr, decay and clip both arms are, bitwise, a single AdamW over 20 steps."""
-    both, one = mlp(), alone(mlp(), 20, rl_loss, .01, decay, clip)
-    rounds(both, [arm(both, rl_loss, .01, decay, clip) for _ in range(2)], 20)
-    assert distance(both, one) == 0 < distance(both, mlp())
+    options = rl_loss, .01, decay, clip
+    both = averaged(20, options, options)
+    assert distance(both, alone(20, *options)) == 0 < distance(both, mlp())
 
 
 @pytest.mark.parametrize("n, tolerance, way", [(1, 1e-7, .004), (50, 1e-6, .1)])
-def test_with_an_idle_arm_it_is_the_other_at_half_the_rate(mlp, n, tolerance, way):
+def test_with_an_idle_arm_it_is_the_other_at_half_the_rate(n, tolerance, way):
     """RL beside an SFT with lr 0 (its decay is scaled by lr) is RL alone with lr/2, in 1 round and 50."""
-    both, one = mlp(), alone(mlp(), n, rl_loss, .005, .1)
-    rounds(both, [arm(both, rl_loss, .01, .1), arm(both, sft_loss, 0., .1)], n)
-    assert distance(both, one) < tolerance and distance(both, mlp()) > way
+    both = averaged(n, (rl_loss, .01, .1), (sft_loss, 0., .1))
+    assert distance(both, alone(n, rl_loss, .005, .1)) < tolerance and distance(both, mlp()) > way
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_zero_gradients_leave_the_mean_decay(mlp, n):
+def test_zero_gradients_leave_the_mean_decay(n):
     """With gradients that are zero (not None) a round multiplies by 1 - (.1·.5 + .2·.25)/2 = .95."""
     def nothing(model):
         return 0. * sum((p ** 2).sum() for p in model.parameters())
-    model = mlp()
-    rounds(model, [arm(model, nothing, .1, .5), arm(model, nothing, .2, .25)], n)
+    model = averaged(n, (nothing, .1, .5), (nothing, .2, .25))
     assert distance(model, [.95 ** n * p for p in values(mlp())]) < 1e-6
 
 
-def test_the_order_of_the_arms_is_irrelevant(mlp):
+def test_the_order_of_the_arms_is_irrelevant():
     """Swapping the two arms changes nothing, bitwise, over 20 rounds with different rates and decays."""
-    a, b = mlp(), mlp()
-    rounds(a, [arm(a, rl_loss, .01, .1, .3), arm(a, sft_loss, .03, .2, .5)], 20)
-    rounds(b, [arm(b, sft_loss, .03, .2, .5), arm(b, rl_loss, .01, .1, .3)], 20)
+    arms = (rl_loss, .01, .1, .3), (sft_loss, .03, .2, .5)
+    a, b = averaged(20, *arms), averaged(20, *arms[::-1])
     assert distance(a, b) == 0 < distance(a, mlp())
 
 
-def test_the_first_round_moves_at_most_the_mean_rate(mlp):
-    """AdamW's first step moves every weight by lr: the average by at most (.01 + .03)/2, and by that where
-    both gradients have one sign."""
-    model = mlp()
-    rounds(model, [arm(model, rl_loss, .01), arm(model, sft_loss, .03)], 1)
+def test_the_first_round_moves_at_most_the_mean_rate():
+    """AdamW's first step is lr: the average moves by at most (.01 + .03)/2, reached where the signs agree."""
+    model = averaged(1, (rl_loss, .01), (sft_loss, .03))
     moved = torch.cat([(a - b).flatten().abs() for a, b in zip(values(model), values(mlp()))])
     assert .0199 < float(moved.max()) <= .02 * (1 + 1e-5)
     assert abs(float(moved.min()) - .01) < 1e-4                          # where the signs differ
 
 
-def test_with_sgd_it_is_sgd_on_the_sum_at_half_the_rate(mlp):
+def test_with_sgd_it_is_sgd_on_the_sum_at_half_the_rate():
     """Averaging two SGD updates is one on the summed loss with lr/2: the case where nothing is new."""
-    both, sgd = mlp(), torch.optim.SGD
-    rounds(both, [arm(both, loss, .1, kind=sgd) for loss in (rl_loss, sft_loss)], 20)
-    one = alone(mlp(), 20, lambda model: rl_loss(model) + sft_loss(model), .05, kind=sgd)
+    sgd = torch.optim.SGD
+    both = averaged(20, (rl_loss, .1), (sft_loss, .1), kind=sgd)
+    one = alone(20, lambda model: rl_loss(model) + sft_loss(model), .05, kind=sgd)
     assert distance(both, one) < 1e-6 and distance(both, mlp()) > .1
 
 
-def test_with_adamw_it_is_not_adamw_on_the_mean_loss(mlp):
+def test_with_adamw_it_is_not_adamw_on_the_mean_loss():
     """With AdamW each arm is scaled by its own second moments, which one optimizer on the mean cannot do."""
-    both = mlp()
-    rounds(both, [arm(both, rl_loss), arm(both, sft_loss)], 20)
-    one = alone(mlp(), 20, lambda model: (rl_loss(model) + sft_loss(model)) / 2)
-    assert distance(both, one) > .01
+    one = alone(20, lambda model: (rl_loss(model) + sft_loss(model)) / 2)
+    assert distance(averaged(20, (rl_loss,), (sft_loss,)), one) > .01
 
 
-def test_the_scale_of_a_loss_is_irrelevant(mlp):
+def test_the_scale_of_a_loss_is_irrelevant():
     """The SFT loss times 1000 changes nothing; with one shared AdamW the SFT loss would take over."""
-    def after(scale, shared):
-        model = mlp()
-        if shared:
-            return alone(model, 20, lambda m: rl_loss(m) + scale * sft_loss(m))
-        return rounds(model, [arm(model, rl_loss), arm(model, lambda m: scale * sft_loss(m))], 20)
-    assert distance(after(1, shared=False), after(1000, shared=False)) < 1e-5
-    assert distance(after(1, shared=True), after(1000, shared=True)) > .01
+    def large(model):
+        return 1000 * sft_loss(model)
+    assert distance(averaged(20, (rl_loss,), (sft_loss,)), averaged(20, (rl_loss,), (large,))) < 1e-5
+    shared = [alone(20, lambda model, loss=loss: rl_loss(model) + loss(model)) for loss in (sft_loss, large)]
+    assert distance(*shared) > .01
 
 
-def test_both_gradients_are_taken_at_the_snapshot(mlp):
+def test_both_gradients_are_taken_at_the_snapshot():
     """The second arm starts where the first one did, not where it ended."""
     model, seen = mlp(), []
     watched = [lambda m, f=loss: (seen.append(values(m)), f(m))[1] for loss in (rl_loss, sft_loss)]
@@ -176,9 +167,8 @@ def test_both_gradients_are_taken_at_the_snapshot(mlp):
 
 @pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt()])
 @pytest.mark.parametrize("at", [0, 1, 2, 3])
-def test_an_exception_leaves_the_snapshot(mlp, error, at):
-    """Whatever is raised in either arm, in its first update or its second: the snapshot is back in the model
-    and no gradient is left, so that a checkpoint saved then is of a model that existed."""
+def test_an_exception_leaves_the_snapshot(error, at):
+    """Whatever is raised in either arm, in any update: the snapshot is back, and no gradient is left."""
     model, done = mlp(), []
     real = arm(model, rl_loss, .1)
 
@@ -194,21 +184,21 @@ def test_an_exception_leaves_the_snapshot(mlp, error, at):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_no_gradient_leaks_between_the_arms(mlp):
-    """An arm that does not clear its gradient, as after a skipped update, adds nothing to the other arm's;
-    and nothing is left after the round."""
+def test_no_gradient_leaks_between_the_arms():
+    """A gradient that an arm leaves behind adds nothing to the other arm's; none is left after the round."""
     model, found = mlp(), []
 
     def careless(h):
         found.append([p.grad for p in model.parameters()])
         rl_loss(model).backward()
-    rounds(model, [careless, careless], 2)
+    for _ in range(2):
+        parallel_round(model, [careless, careless], [.5, .5])
     assert len(found) == 4 and all(g is None for grads in found for g in grads)
     assert all(p.grad is None for p in model.parameters()) and distance(model, mlp()) == 0
 
 
 @pytest.mark.parametrize("inner, weight", [(1, .5), (2, .5), (5, .5), (1, 1.), (1, .25), (1, 0.), (3, .25)])
-def test_inner_updates_before_averaging(mlp, inner, weight):
+def test_inner_updates_before_averaging(inner, weight):
     """A round is H updates of each arm from the snapshot, numbered 0 to H-1, then the mean: the average of
     two models that were trained apart for H steps; weight 1 is that arm alone, bitwise."""
     model, numbers, losses = mlp(), [], (rl_loss, sft_loss)
@@ -216,26 +206,24 @@ def test_inner_updates_before_averaging(mlp, inner, weight):
     counted = [lambda h, a=a: (numbers.append(h), a(h)) for a in arms]
     parallel_round(model, counted, [weight, 1 - weight], inner)
     assert numbers == 2 * list(range(inner))
-    expected = mixed(*(alone(mlp(), inner, loss, .1) for loss in losses), weight)
+    expected = mixed(*(alone(inner, loss, .1) for loss in losses), weight)
     assert distance(model, expected) <= (0 if weight in (0, 1) else 1e-7)
 
 
-def test_more_inner_updates_are_another_method(mlp):
-    """Four rounds of one update are not one round of four (the arms would drift apart in between), and the
-    moments are carried from round to round: a fresh AdamW in each would go elsewhere."""
-    paper, apart, fresh = mlp(), mlp(), mlp()
-    rounds(paper, [arm(paper, rl_loss), arm(paper, sft_loss)], 4)
-    rounds(apart, [arm(apart, rl_loss), arm(apart, sft_loss)], 1, inner=4)
+def test_more_inner_updates_are_another_method():
+    """Four rounds of one update are not one round of four; moments are carried from round to round."""
+    paper, apart = averaged(4, (rl_loss,), (sft_loss,)), averaged(1, (rl_loss,), (sft_loss,), inner=4)
+    fresh = mlp()
     for _ in range(4):
-        rounds(fresh, [arm(fresh, rl_loss), arm(fresh, sft_loss)], 1)
+        parallel_round(fresh, [arm(fresh, rl_loss), arm(fresh, sft_loss)], [.5, .5])
     assert distance(paper, apart) > 1e-4 and distance(paper, fresh) > 1e-3
 
 
-def test_an_arm_that_does_nothing_contributes_the_snapshot(mlp):
+def test_an_arm_that_does_nothing_contributes_the_snapshot():
     """Within the average an arm without signal pulls half-way back to the snapshot, as an update of 0."""
     model = mlp()
-    rounds(model, [lambda h: None, arm(model, sft_loss, .1)], 1)
-    assert distance(model, mixed(mlp(), alone(mlp(), 1, sft_loss, .1))) < 1e-7
+    parallel_round(model, [lambda h: None, arm(model, sft_loss, .1)], [.5, .5])
+    assert distance(model, mixed(mlp(), alone(1, sft_loss, .1))) < 1e-7
 
 
 # ---- training ----------------------------------------------------------------------------------------------
@@ -268,8 +256,7 @@ def mean(a: dict, b: dict) -> dict:
 
 @functools.cache
 def finished(mode: str, inner: int) -> tuple[Path, dict[str, list]]:
-    """An uninterrupted run of four steps in a mode, and the weights that rl.py's and sft.py's functions
-    saw."""
+    """A run of four steps in a mode, and the weights that rl.py's and sft.py's functions saw."""
     seen, start = {"collect": [], "sft_gradient": []}, worlds.parrot()
 
     def watched(script, name):
@@ -313,8 +300,7 @@ def it_trains_and_logs(mode, inner, out):
 
 
 def it_leaves_its_lineage(mode, inner, out):
-    """The stage names script, options, parent and counts, of the final checkpoint and of every listed step;
-    the run can be told from the file."""
+    """The stage names script, options, parent and counts: of the end and of every listed step."""
     path, _ = finished(mode, inner)
     start, steps = worlds.parrot(), steps_of(path)
     kept = [path.with_name(f"step{n}.pt") for n in range(inner, 5, inner)]
@@ -328,8 +314,7 @@ def it_leaves_its_lineage(mode, inner, out):
 
 
 def rl_and_sft_see_the_snapshot(mode, inner, out):
-    """Rollouts and SFT's gradient come from the same weights, once in every round; in turn (alternating) SFT
-    sees the weights after RL's step."""
+    """Rollouts and SFT's gradient are of the same weights in every round; alternating, RL steps between."""
     at_rollouts, at_sft = finished(mode, inner)[1].values()
     assert len(at_rollouts) == len(at_sft) == 4
     assert distance(at_rollouts[0], load_model(worlds.parrot())[0]) == 0
@@ -360,8 +345,7 @@ def test_in_every_mode(holds, mode, inner, tmp_path):
 
 def test_averaging_at_the_end_is_merging_two_finished_models():
     """With H = all steps the result is bitwise the mean of the models that rl.py and sft.py make of the same
-    start with the same seed, and what `merge.py weights` would make of those two; so the arms are rl.py and
-    sft.py, unchanged, with the same problems, rollouts and examples."""
+    start and seed, as `merge.py weights` would: the arms are rl.py and sft.py, unchanged."""
     a, b, result = of_script(rl), of_script(sft), weights(finished("parallel", 4)[0])
     assert distance(result, mean(a, b)) == 0
     assert distance(result, {k: merge_tensors("linear", [a[k], b[k]], [.5, .5]) for k in a}) == 0
@@ -374,10 +358,9 @@ def test_averaging_at_the_end_is_merging_two_finished_models():
     (dict(mode="alternating", lr_sft=0.), rl, 1.5e-4, 0), (dict(mode="alternating", lr_rl=0.), sft, 5e-4, 0),
     (dict(mode="fused", weight_rl=.25), sft, math.hypot(.25 * 3e-4, .75 * 1e-3), 0)])
 def test_with_one_arm_it_is_the_script_of_that_arm(changes, script, lr, tolerance, tmp_path):
-    """With weight 1 an arm makes the run of its own script, bitwise: same order, rollouts, moments. With lr 0
-    in one arm, parallel averaging and alternating steps move as far as the other script alone with lr/2: the
-    controls differ in the method, not in the step size. From a base without any right answer the fused
-    gradient is SFT's, the rate the length of two steps at right angles."""
+    """With weight 1 an arm makes the run of its own script, bitwise. With lr 0 in one arm, parallel averaging
+    and alternating steps go as far as the other script with lr/2: the controls differ in method, not in step
+    size. Without any right answer the fused gradient is SFT's, its lr that of two steps at right angles."""
     start, problems = worlds.parrot(), {}
     if "fused" in changes.values():
         start, problems = worlds.base(), dict(problem_file="", n_train=32)      # four solutions of each
@@ -417,9 +400,8 @@ def test_fused_is_one_adamw_on_the_summed_loss(tmp_path):
 @pytest.mark.parametrize("idle, steps, cause", [(0, 1, "no signal"), (0, 2, "no signal"),
                                                 (0, 1, "NaN"), (1, 1, "NaN")])
 def test_an_idle_arm_contributes_the_snapshot(idle, steps, cause, tmp_path, monkeypatch):
-    """Without a right answer there is no RL update, for momentum and weight decay would still move the model;
-    an update whose gradient has a NaN is skipped, and logged. The result is half the start, half the other
-    arm's model; the idle arm's AdamW has no state, and only the other's updates count."""
+    """Without a right answer there is no RL update, not even momentum; one with a NaN is skipped, and logged.
+    The result is half the start; the idle arm's AdamW has no state, only the other's updates count."""
     start, calls = worlds.base() if cause == "no signal" else worlds.parrot(), []
 
     def poison(model):
@@ -439,15 +421,11 @@ def test_an_idle_arm_contributes_the_snapshot(idle, steps, cause, tmp_path, monk
     assert line["skipped"] == (cause == "NaN") == ("grad_norm_rl" in line) and "grad_norm_sft" in line
 
 
-def test_save_every_is_kept_with_inner_updates(tmp_path, monkeypatch):
+def test_save_every_is_kept_with_inner_updates(tmp_path):
     """With H = 2 and --save-every 3 a state is saved after the round in which each third step fell."""
-    saved, real = [], Run._save_last
-
-    def save_last(run, step, *args, done=False):
-        saved.extend([] if done else [step])
-        real(run, step, *args, done=done)
-    monkeypatch.setattr(Run, "_save_last", save_last)
-    trained(merge, tmp_path / "run", steps=8, inner=2, save_every=3, eval_every=8)
+    with mock.patch.object(Run, "_save_last", autospec=True, side_effect=Run._save_last) as save:
+        trained(merge, tmp_path / "run", steps=8, inner=2, save_every=3, eval_every=8)
+    saved = [call.args[1] for call in save.call_args_list if not call.kwargs.get("done")]
     assert saved == [4, 6, 8]                                            # steps 3, 6, and the end
 
 
@@ -478,8 +456,7 @@ def test_linear_merging(weights, expected):
 
 @pytest.mark.parametrize("factor", [0., .5, 1., -1.])
 def test_task_arithmetic(factor):
-    """Task arithmetic is base + λ·Σ wᵢ(θᵢ − base): here the differences [1, -2, .1, 3]·.5 + [.5, 1, -.2,
-    -4]·2."""
+    """Task arithmetic is base + λ·Σ wᵢ(θᵢ − base): here [1, -2, .1, 3]·.5 + [.5, 1, -.2, -4]·2."""
     merged = merge_tensors("task", [BASE + d for d in DELTAS], [.5, 2.], BASE, factor)
     assert torch.allclose(merged, BASE + factor * torch.tensor([[1.5, 1., -.35, -6.5]]))
 
@@ -521,8 +498,7 @@ def test_ties_is_the_paper_in_loops(n, weights):
 
 
 def test_ties_elects_by_weight_and_cancels():
-    """TIES: a heavier model wins the sign; equal pulls in opposite directions leave the base; and a tensor in
-    which nothing differs stays as it is."""
+    """TIES: a heavier model wins the sign; equal pulls cancel; a tensor without differences stays."""
     def one(a, b, weights):
         return float(merge_tensors("ties", [torch.tensor([a]), torch.tensor([b])], weights, torch.zeros(1)))
     assert one(1., -2., [3., 1.]) == 1 and one(1., -2., [1., 1.]) == -2 and one(2., -2., [.5, .5]) == 0
@@ -544,27 +520,19 @@ TOKENIZER, OTHER = (Tokenizer({"pattern": PATTERN, "merges": [pair]}) for pair i
 SHAPE = dict(vocab_size=320, n_vocab=TOKENIZER.n_vocab)
 
 
-def stage(script: str, tokens: int, seed: int, parent: Path | None = None) -> dict:
-    return {"script": script, "config": {"seed": seed}, "tokens": tokens, "updates": tokens // 10,
-            "flops": 100 * tokens, "seconds": tokens / 2, "parent": sha256(parent) if parent else None}
-
-
 @pytest.fixture
 def family(make_gpt, tmp_path):
-    """Name -> path: a base, an earlier checkpoint of its run, two models trained from it, a grandchild and a
-    stranger."""
+    """Name -> path: a base, an earlier moment of it, two models trained from it, a grandchild, a stranger."""
     paths, lineage = {}, {}
-
-    def make(name, seed, script, tokens, parent=None):
-        lineage[name] = lineage.get(parent, []) + [stage(script, tokens, seed, paths.get(parent))]
+    for name, seed, script, tokens, parent in (
+            ("base", 0, "pretrain.py", 1_000, None), ("earlier", 0, "pretrain.py", 500, None),
+            ("a", 1, "rl.py", 100, "base"), ("b", 2, "sft.py", 30, "base"), ("c", 3, "sft.py", 7, "a"),
+            ("stranger", 4, "pretrain.py", 500, None)):
+        stage = {"script": script, "config": {"seed": seed}, "tokens": tokens, "updates": tokens // 10,
+                 "flops": 100 * tokens, "seconds": tokens / 2, "parent": parent and sha256(paths[parent])}
+        lineage[name] = lineage.get(parent, []) + [stage]
         paths[name] = tmp_path / f"{name}.pt"
         save_checkpoint(paths[name], make_gpt(seed, **SHAPE), TOKENIZER, lineage[name])
-    make("base", 0, "pretrain.py", 1_000)
-    make("earlier", 0, "pretrain.py", 500)
-    make("a", 1, "rl.py", 100, "base")
-    make("b", 2, "sft.py", 30, "base")
-    make("c", 3, "sft.py", 7, "a")
-    make("stranger", 4, "pretrain.py", 500)
     return paths
 
 
@@ -580,8 +548,7 @@ def merged(family, names: str, tmp_path, base="", **options) -> Path:
     ("linear", "", (), [1 / 3] * 3), ("linear", "", (.5, .2, .3), [.5, .2, .3]),
     ("task", "base", (.5, .2, .3), [.5, .2, .3]), ("ties", "base", (.5, .2, .3), [.5, .2, .3])])
 def test_checkpoints_are_merged_tensor_by_tensor(family, tmp_path, method, base, given, mix):
-    """The options --method, --base, --weights (default: equal), --factor and --density reach every tensor.
-    The file is a checkpoint that can be used; the inputs have the bytes that they had."""
+    """Every option reaches every tensor; the file is a usable checkpoint; the inputs keep their bytes."""
     before = {name: path.read_bytes() for name, path in family.items()}
     path = merged(family, "a b c", tmp_path, base, method=method, weights=given, factor=.6, density=.2)
     assert path == tmp_path / "merged.pt"
@@ -594,8 +561,7 @@ def test_checkpoints_are_merged_tensor_by_tensor(family, tmp_path, method, base,
 
 
 def test_the_lineage_of_a_merge(family, tmp_path):
-    """The lineage is the common part of both, then one stage: the options, the weights used, the sha256 of
-    the base and of the two, and the cost of the two branches together."""
+    """The common part of both, then one stage: options, weights, what was merged, cost of both branches."""
     lineage = load_checkpoint(merged(family, "b c", tmp_path, base="base", method="task"))["lineage"]
     assert lineage[:-1] == load_checkpoint(family["base"])["lineage"]
     last = lineage[-1]
@@ -611,9 +577,8 @@ def test_the_lineage_of_a_merge(family, tmp_path):
     ("a b c", "", True), ("earlier c", "", True), ("once c", "", True),
     ("a stranger", "", False), ("a b stranger", "", False), ("a b", "stranger", False)])
 def test_strangers_are_merged_with_a_warning(family, tmp_path, capsys, names, base, related):
-    """Siblings, parent and child, uncle and nephew have a common ancestor; so have checkpoints from two
-    moments of one pretraining (its initial weights), and a merge that did not name its base. Where there is
-    none (of the base too), one line says so and the merge is done."""
+    """Relatives have a common ancestor, be it the initial weights of one pretraining, or a merge's models.
+    Where there is none (of the base too), one line says so and the merge is done."""
     if "once" in names:
         family["once"] = merged(family, "a b", tmp_path, out=str(tmp_path / "once.pt"))
     path = merged(family, names, tmp_path, base=base)
@@ -637,9 +602,8 @@ def test_an_input_is_not_overwritten(family, tmp_path):
 @pytest.mark.parametrize("names, base", [("a odd", ""), ("a b", "odd")])
 def test_what_does_not_fit_together_is_refused(family, make_gpt, tmp_path, changes, tokenizer, fault, names,
                                                base):
-    """Another shape is refused also where every tensor has the same shape but heads or rotary angles differ,
-    which would average to a model that nobody trained; another tokenizer also where the vocabularies are of
-    one size, but id 256 means other bytes. The line names the file."""
+    """Another shape, also if only heads or rotary angles differ (the average would be a model that nobody
+    trained), and another tokenizer, also if id 256 alone means other bytes; the line names the file."""
     family["odd"] = tmp_path / "odd.pt"
     save_checkpoint(family["odd"], make_gpt(**SHAPE | changes), tokenizer, [])
     with pytest.raises(UserError, match=f"odd.pt: {fault}"):
@@ -648,8 +612,7 @@ def test_what_does_not_fit_together_is_refused(family, make_gpt, tmp_path, chang
 
 
 def test_a_sweep_measures_every_mixture(tmp_path, monkeypatch):
-    """With --sweep a file per weight of the second checkpoint is written, each is measured on validation and
-    has a line; at 0 and 1 the files are the two inputs, bitwise, and so are their metrics."""
+    """Every mixture has a file, a measurement, a line; at 0 and 1 they are the inputs' own, bitwise."""
     real = evaluate.measure_benchmarks                                   # of a few items: they take time
     monkeypatch.setattr(evaluate, "measure_benchmarks", lambda m, t, items: real(m, t, items[::90]))
     a, b = (Path(shutil.copy(path, tmp_path / name))
@@ -676,16 +639,14 @@ def test_every_mixture_of_a_sweep_has_its_own_files(sweep, tmp_path, monkeypatch
     """Two weights make two checkpoints and two results, however close they are."""
     stubs = {"measure_problems": {}, "measure_benchmarks": {"x": {"accuracy": .5}}, "table": ""}
     for name, result in stubs.items():
-        monkeypatch.setattr(evaluate, name, lambda *args, result=result: result)
-    c = WeightsConfig((str(worlds.base()), str(worlds.base())), sweep=sweep, out=str(tmp_path / "mix.pt"),
-                      data=str(worlds.data()), threads=1)
-    written = merge_weights(c)
+        monkeypatch.setattr(evaluate, name, mock.Mock(return_value=result))
+    written = merge_weights(WeightsConfig(2 * (str(worlds.base()),), sweep=sweep, data=str(worlds.data()),
+                                          out=str(tmp_path / "mix.pt"), threads=1))
     assert len(set(written)) == 2 and len(list(tmp_path.glob("*.json"))) == 2
 
 
 def test_the_command_line(family, tmp_path):
-    """The command `python merge.py weights a.pt b.pt --base m.pt --method ties -o out.pt` writes the same
-    weights as from Python, and the path is said."""
+    """The command with --base, --method and -o writes the same weights as from Python; the path is said."""
     path, out = merged(family, "a b", tmp_path, method="ties", base="base"), tmp_path / "new" / "out.pt"
     outcome = worlds.run_here("merge.py", "weights", family["a"], family["b"], "--base", family["base"],
                               "--method", "ties", "-o", out)

@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -24,39 +25,40 @@ from data.tokenizer import EOS
 
 BASE = dict(size="0.3M", context=128, batch=4, micro_batch=2, tokens=2_048, checkpoints_at=(512, 2_048),
             warmup=1, eval_every=2, save_every=2)
-SFT = dict(epochs=1, batch=8, lr=2e-3, max_new=12, eval_every=2, eval_problems=2, eval_samples=2,
-           save_every=2)
-RL = dict(n_problems=4, rollouts=4, steps=3, updates=2, kl=.01, max_new=12, eval_every=2, eval_problems=2,
-          eval_samples=2, save_every=2, checkpoints_at=(1,))
-MERGE = dict(n_problems=4, rollouts=4, batch=4, steps=2, max_new=12, eval_every=2, eval_problems=2,
-             eval_samples=2, save_every=2)
+BRIEF = dict(max_new=12, eval_every=2, eval_problems=2, eval_samples=2, save_every=2)
+SFT = BRIEF | dict(epochs=1, batch=8, lr=2e-3)
+RL = BRIEF | dict(n_problems=4, rollouts=4, steps=3, updates=2, kl=.01, checkpoints_at=(1,))
+MERGE = BRIEF | dict(n_problems=4, rollouts=4, batch=4, steps=2)
 EVALUATE = dict(n_problems=2, n_samples=8, k=(1, 8), max_new=32)
+
+
+def run(module, **options):
+    """The result of a script's main function, from Python, with the data set of all tests."""
+    function = evaluate.run if module is evaluate else module.train
+    return worlds.quietly(function, module.Config(**dict(data=str(worlds.data()), threads=1) | options))
+
+
+def log_of(stage: str, key: str) -> list[dict]:
+    """The lines of a stage's log that have this key."""
+    return [line for line in worlds.lines(chain()[stage].parent / "log.jsonl") if key in line]
 
 
 @functools.cache
 def chain() -> dict[str, Path]:
-    """Stage -> its final checkpoint. The SFT stages learn to answer 7, so that RL has something to
-    reinforce."""
-    out = worlds.folder() / "chain"
-    data, sevens = str(worlds.data()), str(worlds.sevens())
-    done = {}
-
-    def stage(name, module, options):
-        config = module.Config(data=data, out=str(out / name), threads=1, **options)
-        done[name] = Path(worlds.quietly(module.train, config))
-    stage("base", pretrain, BASE)
-    stage("sft", sft, SFT | dict(init=str(done["base"]), problem_file=sevens, epochs=10, lr=8e-3))
-    stage("gold", sft, SFT | dict(init=str(done["sft"]), problem_file=sevens, gold=True, lr=1e-4))
-    stage("rl", rl, RL | dict(init=str(done["gold"]), problem_file=sevens))
-    stage("merge", merge, MERGE | dict(init=str(done["rl"]), problem_file=sevens))
+    """Stage -> its final checkpoint. The SFT stages learn to answer 7: RL has something to reinforce."""
+    done, sevens = {}, str(worlds.sevens())
+    for name, module, options in (
+            ("base", pretrain, BASE), ("sft", sft, SFT | dict(epochs=10, lr=8e-3)),
+            ("gold", sft, SFT | dict(gold=True, lr=1e-4)), ("rl", rl, RL), ("merge", merge, MERGE)):
+        start = dict(init=str([*done.values()][-1]), problem_file=sevens) if done else {}
+        done[name] = Path(run(module, out=str(worlds.folder() / "chain" / name), **start, **options))
     return done
 
 
 # ---- from Python -------------------------------------------------------------------------------------------
 
 def test_the_chain_runs():
-    """The scripts pretrain, sft, sft --gold, rl and merge start from the checkpoint before, and each one is a
-    model."""
+    """pretrain, sft, sft --gold, rl and merge start from the checkpoint before, and each one is a model."""
     for path in chain().values():
         model, tokenizer, _ = load_model(path)
         assert model(torch.tensor([tokenizer.encode("Nora")])).isfinite().all()
@@ -70,8 +72,7 @@ def test_each_stage_changes_the_model():
 
 
 def test_the_lineage_names_every_stage():
-    """The lineage has script, options, seed, tokens, updates, FLOPs, seconds and the parent's sha256, so that
-    the final file alone tells how it was made."""
+    """Script, options, seed, counts and the parent's sha256: the final file alone tells how it was made."""
     paths = list(chain().values())
     lineage = load_checkpoint(paths[-1])["lineage"]
     assert [stage["script"] for stage in lineage] == ["pretrain.py", "sft.py", "sft.py", "rl.py", "merge.py"]
@@ -103,28 +104,21 @@ def test_pretraining_keeps_every_listed_checkpoint():
 
 @pytest.mark.parametrize("counts", [(256, 512), (512, 256), (300, 301)])
 def test_token_counts_within_one_update_all_get_a_file(counts, tmp_path):
-    """Each listed token count has its checkpoint, even when two fall into the same update or are given out of
-    order; and train() returns a path that exists."""
-    config = pretrain.Config(data=str(worlds.data()), out=str(tmp_path), threads=1,
-                             **BASE | dict(tokens=512, checkpoints_at=counts))
-    assert Path(worlds.quietly(pretrain.train, config)).is_file()
+    """Each listed token count has its checkpoint, even two of the same update or out of order."""
+    path = run(pretrain, out=str(tmp_path), **BASE | dict(tokens=512, checkpoints_at=counts))
+    assert Path(path).is_file()
     assert all((tmp_path / f"{n / 1e6:g}M.pt").is_file() for n in counts)
 
 
-def test_pretraining_reads_every_block_once(tmp_path, monkeypatch):
-    """An epoch visits every block of the shard once, in the order of the stream "text" alone; its tokens are
-    those of the shard."""
-    read, real = [], pretrain.blocks
-
-    def blocks(shard, numbers, context):
-        read.extend(numbers if isinstance(numbers, list) else [])        # validation asks for a range
-        return real(shard, numbers, context)
-    monkeypatch.setattr(pretrain, "blocks", blocks)
+def test_pretraining_reads_every_block_once(tmp_path):
+    """An epoch visits every block of the shard once, in the order of the stream "text" alone."""
     tokens = 3_000 // 64 * 64
-    options = BASE | dict(context=64, batch=1, micro_batch=1, tokens=tokens, checkpoints_at=(tokens,))
-    config = pretrain.Config(data=str(worlds.other_data()), out=str(tmp_path), threads=1,
-                             **options | dict(eval_every=1_000, save_every=1_000))
-    worlds.quietly(pretrain.train, config)
+    with mock.patch.object(pretrain, "blocks", wraps=pretrain.blocks) as blocks:
+        run(pretrain, data=str(worlds.other_data()), out=str(tmp_path), **BASE | dict(
+            context=64, batch=1, micro_batch=1, tokens=tokens, checkpoints_at=(tokens,), eval_every=1_000,
+            save_every=1_000))
+    numbers = [call.args[1] for call in blocks.call_args_list]
+    read = sum((some for some in numbers if isinstance(some, list)), [])     # validation asks for a range
     assert len(read) == tokens // 64 and sorted(read) == list(range(len(read)))
     assert read == batch_indices(len(read), len(read), 0, 0, "text")
 
@@ -136,25 +130,20 @@ def test_rl_keeps_every_listed_checkpoint():
 
 
 def test_pretraining_logs_what_it_promises():
-    """The log of pretrain.py has loss, both validation losses, FLOPs and seconds; losses are near ln 510 at
-    the start."""
-    lines = worlds.lines(chain()["base"].parent / "log.jsonl")
-    steps = [line for line in lines if "loss" in line]
+    """Loss, both validation losses, FLOPs and seconds are logged; the loss is near ln 510 at the start."""
+    steps, measured = log_of("base", "loss"), log_of("base", "val_general")
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
     assert {"step", "tokens", "loss", "lr", "grad_norm", "flops", "seconds"} <= steps[0].keys()
     assert [line["tokens"] for line in steps] == [512, 1024, 1536, 2048]
-    measured = [line for line in lines if "val_general" in line]
     assert len(measured) == 3 and all("val_arithmetic" in line for line in measured)
     assert steps[0]["loss"] == pytest.approx(math.log(512), abs=.3)
     assert measured[-1]["val_general"] < measured[0]["val_general"] - .1
 
 
 def test_rl_logs_what_it_promises():
-    """The log of rl.py has per step reward, signal fraction, parse failures, truncated, length, entropy, KL
-    to the start, ratio and clip fraction, gradient norm, tokens, FLOPs, seconds; validation pass@1 at
-    intervals."""
-    lines = worlds.lines(chain()["rl"].parent / "log.jsonl")
-    steps = [line for line in lines if "reward" in line]
+    """Each step has reward, signal, unparsed, truncated, length, entropy, KL to the start, ratio, clip
+    fraction, gradient norm, tokens, FLOPs and seconds; validation pass@1 at intervals."""
+    steps = log_of("rl", "reward")
     assert [line["step"] for line in steps] == [1, 2, 3]
     for line in steps:
         shares = ("reward", "signal", "unparsed", "truncated", "clip_fraction")
@@ -171,23 +160,20 @@ def test_rl_logs_what_it_promises():
 
 def test_sft_logs_what_it_promises():
     """The same keys where the method is the same: loss, gradient norm, learning rate, counts, validation."""
-    lines = worlds.lines(chain()["sft"].parent / "log.jsonl")
-    steps = [line for line in lines if "loss" in line]
+    steps = log_of("sft", "loss")
     assert [line["step"] for line in steps] == list(range(1, 41))   # 32 examples x 10 epochs / 8
     assert {"loss", "grad_norm", "lr", "tokens", "updates", "flops", "seconds"} <= steps[0].keys()
     assert steps[-1]["loss"] < .5 < 3 < steps[0]["loss"]
     assert steps[-1]["lr"] == pytest.approx(8e-3 / 40)   # decays linearly, last step 1/40
-    assert any("val_pass@1" in line for line in lines)
+    assert log_of("sft", "val_pass@1")
 
 
 @pytest.mark.parametrize("stage, key, steps", [
     ("base", "val_general", [0, 2, 4]), ("rl", "val_pass@1", [0, 2, 3]), ("merge", "val_pass@1", [0, 2]),
     ("sft", "val_pass@1", list(range(0, 41, 2)))])
 def test_a_validation_is_labelled_by_the_updates_done(stage, key, steps):
-    """A validation measures the model after `step` steps: with eval_every = 2 those are 0, 2, ... and the
-    end, each once. (It was logged one step late, and the last two under the same number.)"""
-    lines = worlds.lines(chain()[stage].parent / "log.jsonl")
-    assert [line["step"] for line in lines if key in line] == steps
+    """A validation measures the model after `step` steps: 0, 2, ... and the end, each once."""
+    assert [line["step"] for line in log_of(stage, key)] == steps
 
 
 def test_all_solutions_make_more_examples(tmp_path):
@@ -206,8 +192,7 @@ def test_all_solutions_make_more_examples(tmp_path):
 
 @pytest.mark.parametrize("stage, steps", [("sft", range(0, 41, 2)), ("rl", (0, 2, 3)), ("merge", (0, 2))])
 def test_transcripts_can_be_read(stage, steps):
-    """The file samples.txt has, at every validation, the first validation problems with their right answers,
-    two attempts at each, and their grades: the same form in sft.py, rl.py and merge.py."""
+    """At every validation the same problems, right answers, two attempts at each, grades: in all scripts."""
     text = (chain()[stage].parent / "samples.txt").read_text()
     parts = re.split(r"^======== step (\d+)\n", text, flags=re.M)[1:]
     assert parts[::2] == list(map(str, steps))
@@ -220,9 +205,8 @@ def test_transcripts_can_be_read(stage, steps):
 def test_evaluation_measures_and_writes(tmp_path):
     """Evaluation gives a table on the screen and JSON beside the checkpoint, easy and hard apart."""
     path = Path(shutil.copy(chain()["rl"], tmp_path))
-    config = evaluate.Config((str(path),), data=str(worlds.data()), threads=1, **EVALUATE)
-    result = worlds.quietly(evaluate.run, config)
-    result = json.loads(json.dumps(result[0]))   # tuples become lists, as in the file
+    result = run(evaluate, checkpoints=(str(path),), **EVALUATE)[0]
+    result = json.loads(json.dumps(result))      # tuples become lists, as in the file
     assert json.loads(path.with_suffix(".val.0shot.json").read_text()) == result
     assert result["problems"].keys() == {"easy", "hard"}
     for numbers in result["problems"].values():
@@ -243,8 +227,7 @@ def test_evaluation_measures_and_writes(tmp_path):
 
 
 def test_two_checkpoints_are_compared(tmp_path, capsys):
-    """Two checkpoints give the paired difference; of a checkpoint with itself it is 0 with interval [0,
-    0]."""
+    """Two checkpoints give the paired difference; of one with itself it is 0 with interval [0, 0]."""
     path = shutil.copy(chain()["rl"], tmp_path)
     config = evaluate.Config((path, path), data=str(worlds.data()), threads=1, benchmarks=False, **EVALUATE)
     evaluate.run(config)
@@ -255,9 +238,7 @@ def test_two_checkpoints_are_compared(tmp_path, capsys):
 def test_evaluating_with_examples_before_the_question(tmp_path):
     """The k-shot results have a file of their own and do not replace the 0-shot ones."""
     path = Path(shutil.copy(chain()["rl"], tmp_path))
-    config = evaluate.Config((str(path),), data=str(worlds.data()), threads=1, shots=1, benchmarks=False,
-                             **EVALUATE | dict(max_new=8))
-    worlds.quietly(evaluate.run, config)
+    run(evaluate, checkpoints=(str(path),), shots=1, benchmarks=False, **EVALUATE | dict(max_new=8))
     assert path.with_suffix(".val.1shot.json").is_file() and not path.with_suffix(".val.0shot.json").exists()
 
 
@@ -266,9 +247,8 @@ def test_the_kl_is_from_the_evaluated_model_to_the_reference(tmp_path):
     rl_path, base_path = (str(shutil.copy(chain()[name], tmp_path / f"{name}.pt")) for name in ("rl", "base"))
 
     def kl(path: str, reference: str) -> float:
-        config = evaluate.Config((path,), data=str(worlds.data()), threads=1, benchmarks=False,
-                                 reference=reference, **EVALUATE)
-        return worlds.quietly(evaluate.run, config)[0]["problems"]["easy"]["kl"]
+        result, = run(evaluate, checkpoints=(path,), benchmarks=False, reference=reference, **EVALUATE)
+        return result["problems"]["easy"]["kl"]
     models = [load_model(path)[:2] for path in (rl_path, base_path)]
     problems = load_problems(worlds.data() / "val.jsonl", "easy")[:2]
     config = evaluate.Config((rl_path,), **EVALUATE)
@@ -280,8 +260,7 @@ def test_the_kl_is_from_the_evaluated_model_to_the_reference(tmp_path):
 
 @pytest.mark.parametrize("stage, module", [("base", pretrain), ("sft", sft), ("rl", rl), ("merge", merge)])
 def test_a_finished_run_says_so_and_changes_nothing(stage, module, capsys):
-    """The second call with the same --out must not touch a finished run. (It cut the last lines off log.jsonl
-    and samples.txt, which are written after the last state.)"""
+    """The second call with the same --out says so and leaves every byte, the logs' last lines too."""
     path = chain()[stage]
     there = json.loads((path.parent / "config.json").read_text())
     there = {k: tuple(v) if isinstance(v, list) else v for k, v in there.items()}
@@ -294,13 +273,9 @@ def test_a_finished_run_says_so_and_changes_nothing(stage, module, capsys):
 
 @pytest.mark.parametrize("stage", ["base", "parrot"])
 def test_rl_measures_before_it_trains(stage, capsys):
-    """Before the first step rl.py prints the success rate and the expected share of groups with a signal, and
-    warns when there is none."""
-    start = chain()["base"] if stage == "base" else chain()["gold"]
-    model, tokenizer, _ = load_model(start)
-    problems = worlds.lines(worlds.sevens())[:4]
-    config = rl.Config(init=str(start), **RL)
-    rl.probe(model, tokenizer, problems, config)
+    """First rl.py prints the success rate and the share of groups with a signal; a warning if it is 0."""
+    model, tokenizer, _ = load_model(chain()["base" if stage == "base" else "gold"])
+    rl.probe(model, tokenizer, worlds.lines(worlds.sevens())[:4], rl.Config(**RL))
     said = capsys.readouterr().out
     assert "% of 32 answers right" in said and "groups of 4" in said   # 2 x 4 answers to 4 problems
     assert ("WARNING" in said and "later checkpoint" in said) == (stage == "base")
@@ -309,14 +284,14 @@ def test_rl_measures_before_it_trains(stage, capsys):
 def test_the_probe_leaves_the_run_alone():
     """Measuring first changes neither the weights nor the rollouts' numbers."""
     model, tokenizer, _ = load_model(chain()["gold"])
-    problems = worlds.lines(worlds.sevens())[:4]
-    config = rl.Config(init="x", **RL)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    alone = rl.collect(model, tokenizer, problems, 4, config, generator(0, "rollouts", 0))
+    problems, config = worlds.lines(worlds.sevens())[:4], rl.Config(**RL)
+
+    def rollouts() -> list:
+        gen = generator(0, "rollouts", 0)
+        return rl.collect(model, tokenizer, problems, 4, config, gen).completions
+    weights, alone = {k: v.clone() for k, v in model.state_dict().items()}, rollouts()
     worlds.quietly(lambda c: rl.probe(model, tokenizer, problems, c), config)
-    after = rl.collect(model, tokenizer, problems, 4, config, generator(0, "rollouts", 0))
-    assert alone.completions == after.completions
-    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
+    assert alone == rollouts() and worlds.same(weights, dict(model.state_dict()))
 
 
 # ---- from the command line ---------------------------------------------------------------------------------
@@ -338,38 +313,32 @@ def test_the_command_lines_chained(tmp_path):
     """The commands, chained as a person chains them, give the same bits as from Python."""
     data, sevens = tmp_path / "data", str(worlds.sevens())
 
-    def run(script, *argv, **changes):
+    def said_by(script, *argv, **changes) -> str:
         outcome = worlds.run_here(script, *argv, *options(changes))
         assert outcome.status == 0, outcome.errors
         return outcome.out
-    said = run("data/prepare.py", out=data, **worlds.TINY_OPTIONS | dict(vocab_size=512))
+    said = said_by("data/prepare.py", out=data, **worlds.TINY_OPTIONS | dict(vocab_size=512))
     assert f"python pretrain.py --data {data}" in said
-    out = run("pretrain.py", data=data, out=tmp_path / "base", threads=1, **BASE)
-    base = tmp_path / "base" / "0.002048M.pt"
-    assert base.is_file() and str(base) in out
-    said = run("sft.py", init=base, data=data, problem_file=sevens, out=tmp_path / "sft", threads=1,
-               gold=True, **SFT)
-    assert str(tmp_path / "sft" / "final.pt") in said
-    said = run("rl.py", init=base, data=data, problem_file=sevens, out=tmp_path / "rl", threads=1, **RL)
-    assert "WARNING" in said and f"python evaluate.py {tmp_path / 'rl' / 'final.pt'} {base}" in said
-    said = run("merge.py", init=base, data=data, problem_file=sevens, out=tmp_path / "merge", threads=1,
-               **MERGE)
-    assert f"python evaluate.py {tmp_path / 'merge' / 'final.pt'} {base}" in said
-    both = [tmp_path / name / "final.pt" for name in ("rl", "sft")]
-    run("merge.py", "weights", *both, "--base", base, "--method", "ties", "-o", tmp_path / "out.pt")
+    base, finals = tmp_path / "base" / "0.002048M.pt", {}
+    said = said_by("pretrain.py", data=data, out=base.parent, threads=1, **BASE)
+    assert base.is_file() and str(base) in said
+    for name, changes in (("sft", SFT | dict(gold=True)), ("rl", RL), ("merge", MERGE)):
+        final = finals[name] = tmp_path / name / "final.pt"
+        said = said_by(f"{name}.py", init=base, data=data, problem_file=sevens, out=final.parent, threads=1,
+                       **changes)
+        assert str(final) in said and ("WARNING" in said or name != "rl")
+        assert f"python evaluate.py {final} {base}" in said or name == "sft"
+    said_by("merge.py", "weights", finals["rl"], finals["sft"], "--base", base, "--method", "ties",
+            "-o", tmp_path / "out.pt")
     assert load_checkpoint(tmp_path / "out.pt")["lineage"][-1]["script"] == "merge.py weights"
-    said = run("evaluate.py", tmp_path / "rl" / "final.pt", base, data=data, threads=1,
-               **EVALUATE | dict(max_new=8))
+    said = said_by("evaluate.py", finals["rl"], base, data=data, threads=1, **EVALUATE | dict(max_new=8))
     assert all(part in said for part in ("pass@1", "pass@8", "chance", "bits per byte", "minus", "paired"))
-    again = pretrain.Config(data=str(data), out=str(tmp_path / "again"), threads=1, **BASE)
-    there = load_checkpoint(base)["model"]
-    for name, value in load_checkpoint(worlds.quietly(pretrain.train, again))["model"].items():
-        assert torch.equal(value, there[name])
+    again = load_checkpoint(run(pretrain, data=str(data), out=str(tmp_path / "again"), **BASE))["model"]
+    assert worlds.same(again, load_checkpoint(base)["model"])
 
 
 def test_the_printed_next_command_is_complete(tmp_path):
-    """The next command that a script prints works when pasted: it names the data folder too, if that is not
-    the default one."""
+    """The printed next command works when pasted: it names a data folder that is not the default one."""
     data = tmp_path / "elsewhere"
     worlds.run_here("data/prepare.py", *options(worlds.TINY_OPTIONS | dict(out=data)))
     argv = options(BASE | dict(data=data, out=tmp_path / "base", threads=1))
