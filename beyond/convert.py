@@ -77,14 +77,13 @@ def export_folder(checkpoint: str | Path, out: str | Path, dtype: torch.dtype = 
         theirs.save_pretrained(whole)
         config = json.loads((whole / "config.json").read_text())
         config["rope_theta"] = c.rope_theta      # transformers 4 takes 10,000 for it if it is not there
-        files = {"config.json": config,
-                 "tokenizer.json": to_huggingface(tokenizer.spec),
-                 "tokenizer_config.json": {      # of the class that takes tokenizer.json as it is
-                     "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": PAD,
-                     "model_max_length": c.context, "clean_up_tokenization_spaces": False,
-                     "model_input_names": ["input_ids", "attention_mask"]}}      # no token_type_ids, as 4 has
+        tokens = {"tokenizer_class": "PreTrainedTokenizerFast",      # which takes tokenizer.json as it is
+                  "eos_token": EOS, "pad_token": PAD, "model_max_length": c.context,
+                  "clean_up_tokenization_spaces": False,
+                  "model_input_names": ["input_ids", "attention_mask"]}          # no token_type_ids, as 4 has
+        files = {"config": config, "tokenizer": to_huggingface(tokenizer.spec), "tokenizer_config": tokens}
         for name, content in files.items():
-            (whole / name).write_text(json.dumps(content, indent=1))
+            (whole / f"{name}.json").write_text(json.dumps(content, indent=1))
         os.replace(whole, folder)
     return folder
 
@@ -92,10 +91,8 @@ def export_folder(checkpoint: str | Path, out: str | Path, dtype: torch.dtype = 
 def import_folder(source: str | Path, out: str | Path, dtype: torch.dtype = torch.float32) -> Path:
     """Write a checkpoint from a folder in Hugging Face's layout, or from the hub; returns its path."""
     import transformers
-    place, _, revision = str(source).partition("@")
-    local = Path(source).is_dir()
-    if local:                                    # then its name may have an @, and revisions mean nothing
-        place = str(source)
+    local = Path(source).is_dir()                # then its name may have an @, and revisions mean nothing
+    place, _, revision = (str(source), "", "") if local else str(source).partition("@")
     at = {"revision": revision or "main"}
     file = transformers.utils.cached_file(place, "tokenizer.json", **at)
     tokenizer = Tokenizer(from_huggingface(json.loads(Path(file).read_bytes())))
@@ -120,7 +117,6 @@ def import_folder(source: str | Path, out: str | Path, dtype: torch.dtype = torc
     with torch.device("meta"):
         model = GPT(ModelConfig(n_vocab=tokenizer.n_vocab, rope_theta=float(rope["rope_theta"]), **sizes))
     model.load_state_dict(weights, assign=True)
-
     commit = "" if local else Path(file).parent.name     # which a branch stands for today
     given = {"source": str(source), "revision": commit, "dtype": str(dtype)[6:], "seed": 0}
     stage = {"script": "convert.py import", "config": given, "parent": None, "seconds": 0.0}

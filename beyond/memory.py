@@ -7,11 +7,13 @@ Nobody has compared it with a GPU. Left out: evaluate.py, several GPUs, tensors 
 """
 import sys
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # so that this file also runs as a script
 
-from checkpoint import check_fields, load_checkpoint, main, require  # noqa: E402
+from checkpoint import check_fields, load_checkpoint, main, parse, require  # noqa: E402
 from model import SIZES, ModelConfig  # noqa: E402
 
 MODELS = {name: ModelConfig(512, 512, 256, *shape) for name, shape in SIZES.items()} | {
@@ -28,40 +30,30 @@ class Config:
     init: str = ""                  # checkpoint to plan for
     size: str = "all"               # one of all, 0.3M, 0.5M, 1M, 3M, 10M, 30M, 124M, olmo-1b: without --init
     memory: float = 0.0             # >= 0: GiB that the card is sold with; 0 = 8, 12 and 24
-    mode: str = "rl"                # one of rl, sft, parallel, alternating, fused: rl.py, sft.py, or merge.py
     prompt: int = 160               # >= 1: longest prompt, tokens
-    max_new: int = 256              # >= 1: longest answer, tokens
-    n_problems: int = 64            # >= 1: P, problems per step
-    rollouts: int = 16              # >= 2: G, sampled answers per problem
-    eval_problems: int = 100        # >= 1: validation problems
-    eval_samples: int = 16          # >= 1: samples of each
-    decode_rows: int = 1024         # >= 1: rows sampled at once
-    micro_tokens: int = 2_048       # >= 1: tokens per forward pass of the update
-    recompute: bool = False         # activations again in the backward pass: a third slower
-    reference: bool = True          # keep the initial policy; off: no KL is logged
-    freeze_embeddings: bool = False # no gradient and no moments for embedding and head
+    run: str = "rl.py --max-new 256"        # command to plan for: rl.py, sft.py or merge.py and its options
 
 
-def plan(m: ModelConfig, c: Config, prompt: int, half: bool) -> dict[str, dict[str, int]]:
-    """Phase -> name -> bytes, of everything large; c may also be the Config of rl.py, sft.py or merge.py.
-    `half`: products in bf16, as on a GPU. Exact: parameters, moments, reference, gradients, keys and values.
-    The others count what autograd keeps with unfused RMSNorm and fused attention, and large temporaries."""
-    mode = getattr(c, "mode", "rl" if hasattr(c, "rollouts") else "sft")
-    sampled = 0 if mode == "sft" else c.n_problems * c.rollouts          # answers per step
+def plan(m: ModelConfig, c: Any, prompt: int) -> dict[str, dict[str, int]]:
+    """Phase -> name -> bytes, of everything large, with products in bf16; c is the Config of rl.py, sft.py or
+    merge.py. Exact: parameters, moments, reference, gradients, keys and values. The others count what
+    autograd keeps with unfused RMSNorm and fused attention, and large temporaries."""
+    mode = getattr(c, "mode", "")                # of merge.py
+    sampled = c.n_problems * c.rollouts if hasattr(c, "rollouts") else 0         # answers per step
+    reference = bool(sampled and c.reference)
     embeddings = 2 * m.vocab_size * m.d_model
     matrices = m.n_layers * (2 * m.d_model * (m.d_model + m.kv_width) + 3 * m.d_model * m.d_ff)
     weights = embeddings + matrices + m.n_layers * (3 * m.d_model + m.kv_width) + m.d_model
     trained = weights - c.freeze_embeddings * embeddings
-    item = 2 if half else 4                      # bytes of a number in a product
 
     rows = c.eval_samples * min(c.eval_problems, max(1, c.decode_rows // c.eval_samples))
     if sampled:                                  # rl.probe takes 2 G answers of each problem
         rows = max(rows, 2 * c.rollouts * min(c.n_problems, max(1, c.decode_rows // (2 * c.rollouts))))
     columns = max(16, prompt)                    # of the cache, which grows by 16 columns
     columns += 16 * -(-max(0, prompt + c.max_new - 1 - columns) // 16)
-    cache = rows * columns * m.n_layers * m.kv_width * item              # keys; once more while they grow
+    cache = rows * columns * m.n_layers * m.kv_width * 2     # keys; once more while they grow
     longest = c.max_new * m.n_vocab              # logits of one answer in rl.kl_to_reference, without a cache
-    scoring = 12 * min(64 * longest, max(2 ** 27, longest)) * bool(sampled and c.reference)
+    scoring = 12 * min(64 * longest, max(2 ** 27, longest)) * reference
 
     # update: if answers are a quarter as long as allowed, four times the rows have a copy of a prompt's keys
     tokens = max(c.micro_tokens, prompt + c.max_new)
@@ -69,59 +61,63 @@ def plan(m: ModelConfig, c: Config, prompt: int, half: bool) -> dict[str, dict[s
     if sampled:
         tokens = min(max(c.micro_tokens, c.max_new), sampled * c.max_new)
         prompts = prompt * min(max(1, c.micro_tokens // prompt), c.n_problems)
-        keys = 2 * m.d_model * item * prompt * min(max(1, 4 * tokens // c.max_new), sampled)
-    kept = (50 if half else 60) * m.d_model + 4 * item * m.d_ff + 4 * m.n_heads + 16     # by a layer, a token
+        keys = 4 * m.d_model * prompt * min(max(1, 4 * tokens // c.max_new), sampled)
+    kept = 50 * m.d_model + 8 * m.d_ff + 4 * m.n_heads + 16      # by a layer, a token
     activations = m.n_layers * ((tokens + prompts) * kept + keys)
     backward = max(tokens, prompts) * kept       # temporaries of a layer
     if c.recompute:                              # every block's input; one layer computed again
         activations = m.n_layers * 4 * m.d_model * (tokens + prompts)
         backward = 2 * backward + keys
-    shared = 6 * m.n_layers * m.kv_width * item * prompts        # keys, values, gradients of SharedPrompts
+    shared = 12 * m.n_layers * m.kv_width * prompts      # keys, values, gradients of SharedPrompts
     largest = max(2 * m.d_model * m.d_ff, 0 if c.freeze_embeddings else m.vocab_size * m.d_model)
-
     return {
-        "always": {"parameters": 4 * weights, "reference": 4 * weights * bool(sampled and c.reference),
+        "always": {"parameters": 4 * weights, "reference": 4 * weights * reference,
                    "moments": 8 * trained * (2 if mode in ("parallel", "alternating") else 1),
                    "snapshots": 8 * trained * (mode == "parallel")},
-        "sampling": {"weights in bf16": 2 * matrices * half, "keys and values": 2 * cache, "growing": cache,
+        "sampling": {"weights in bf16": 2 * matrices, "keys and values": 2 * cache, "growing": cache,
                      "distributions": max(20 * m.n_vocab * rows, scoring - 3 * cache)},
         "update": {"gradients": 4 * trained, "newest gradient": 8 * largest,     # as it comes, and converted
-                   "weights in bf16": 2 * matrices * half,       # and in the graph of the prompts once more
-                   "for the prompts": 2 * matrices * (half and sampled > 0 and not c.recompute),
+                   "weights in bf16": 2 * matrices,       # and in the graph of the prompts once more
+                   "for the prompts": 2 * matrices * (sampled > 0 and not c.recompute),
                    "activations": activations + shared,
                    "logits": max(12 * m.n_vocab * tokens, backward)}}    # gone before a layer's temporaries
 
 
 def total(phases: dict[str, dict[str, int]]) -> tuple[float, str]:
     """(GiB on a GPU at the worst moment, the sum as people write it)."""
-    sizes = {phase: sum(parts.values()) for phase, parts in phases.items()}
-    worst = max("sampling", "update", key=sizes.get)
-    gib = CUDA_CONTEXT + (sizes["always"] + SPARE * sizes[worst]) / 2 ** 30
-    stays, passes = (", ".join(f"{name} {size / 2 ** 30:.2f}" for name, size in phases[phase].items() if size)
-                     for phase in ("always", worst))
-    return gib, f"{gib:.2f} GiB = {CUDA_CONTEXT:g} for CUDA + ({stays}) + {SPARE} x ({passes}; in {worst})"
+    worst = max("sampling", "update", key=lambda phase: sum(phases[phase].values()))
+    both = []
+    for phase in ("always", worst):
+        both.append(", ".join(f"{name} {size / 2 ** 30:.2f}" for name, size in phases[phase].items() if size))
+    size = sum(phases["always"].values()) + SPARE * sum(phases[worst].values())
+    gib = CUDA_CONTEXT + size / 2 ** 30
+    return gib, f"{gib:.2f} GiB = {CUDA_CONTEXT:g} for CUDA + ({both[0]}) + {SPARE} x ({both[1]}; in {worst})"
 
 
 def show(c: Config) -> None:
     """Print the first options that fit. UserError if none do for the model and the card asked for."""
     check_fields(c)
+    script, _, options = c.run.partition(".py")
+    require(script in ("rl", "sft", "merge"), f"--run {c.run}: must begin with rl.py, sft.py or merge.py")
+    given = parse(import_module(script).Config, options.split())
+    check_fields(given)
+    init = c.init or given.init
     models = MODELS if c.size == "all" else {c.size: MODELS[c.size]}
-    if c.init:
-        models = {c.init: ModelConfig(**load_checkpoint(c.init)["config"])}
-
+    if init:
+        models = {init: ModelConfig(**load_checkpoint(init)["config"])}
     for name, m in models.items():
         for card in [c.memory] if c.memory else [8, 12, 24]:
-            x = c
-            for option, value in SAVINGS:        # smaller numbers of c stay
-                if total(plan(m, x, c.prompt, True))[0] > CARD * card:
-                    less = value if isinstance(value, bool) else min(value, getattr(c, option))
+            x = given
+            for option, value in SAVINGS:        # smaller numbers stay; sft.py has no reference
+                if hasattr(x, option) and total(plan(m, x, c.prompt))[0] > CARD * card:
+                    less = value if isinstance(value, bool) else min(value, getattr(x, option))
                     x = replace(x, **{option: less})
-            gib, summed = total(plan(m, x, c.prompt, True))
+            gib, summed = total(plan(m, x, c.prompt))
             verdict = "fits with" if gib <= CARD * card else "too small even with"
-            options = f"--decode-rows {x.decode_rows} --micro-tokens {x.micro_tokens}"
-            options += " --recompute" * x.recompute + " --no-reference" * (not x.reference)
-            options += " --freeze-embeddings" * x.freeze_embeddings
-            line = f"{name}, {CARD * card:.2f} of {card:g} GiB: {verdict} {options}\n    {summed}"
+            line = f"{name}, {CARD * card:.2f} of {card:g} GiB: {verdict} --decode-rows {x.decode_rows}"
+            line += f" --micro-tokens {x.micro_tokens}" + " --recompute" * x.recompute
+            line += " --no-reference" * (not getattr(x, "reference", True))
+            line += f"{' --freeze-embeddings' * x.freeze_embeddings}\n    {summed}"
             require(gib <= CARD * card or not c.memory or len(models) > 1, line)
             print(line)
 

@@ -2,7 +2,6 @@
 
 Left out: cleaning, filtering, near-duplicates, and any check that the text does not hold the test problems.
 """
-import gzip
 import json
 import re
 from collections.abc import Iterator
@@ -32,41 +31,29 @@ def cut(lines: Iterator[str]) -> Iterator[str]:
     yield part
 
 
-def read_file(path: Path) -> Iterator[str | None]:
-    """The texts of a .txt or .jsonl file (with .gz or without) or of a .parquet file, read as a stream."""
-    if path.suffix == ".parquet":
-        from pyarrow.parquet import ParquetFile
-        for batch in ParquetFile(path).iter_batches(1_000, columns=["text"]):
-            yield from batch["text"].to_pylist()
-        return
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as lines:
-        if path.name.removesuffix(".gz").endswith(".txt"):
-            yield from cut(lines)
-            return
-        for i, line in enumerate(lines, 1):
-            try:
-                text = json.loads(line)["text"] if line.strip() else ""
-                text.encode()                    # a lone surrogate is not text
-            except Exception:                    # anything that a foreign line may raise
-                raise UserError(f'{path}, line {i}: not a JSON object with a "text" in UTF-8') from None
-            yield text
+def read_lines(path: Path, lines: Iterator[str]) -> Iterator[str]:
+    """The texts of JSON lines."""
+    for i, line in enumerate(lines, 1):
+        try:
+            text = json.loads(line)["text"] if line.strip() else ""
+            text.encode()                        # a lone surrogate is not text
+        except Exception:                        # anything that a foreign line may raise
+            raise UserError(f'{path}, line {i}: not a JSON object with a "text" in UTF-8') from None
+        yield text
 
 
 def read_texts(paths: tuple[str, ...]) -> Iterator[str]:
-    """The documents of these files, one file after the other, without white space around them or empty ones.
+    """The documents of these files, read as a stream, without white space around them or empty ones.
     UserError naming the file that cannot be read."""
     for path in map(Path, paths):
-        require(re.fullmatch(r".*\.((txt|jsonl)(\.gz)?|parquet)", path.name) is not None,
-                f"--text {path}: must end in .txt, .jsonl (either may end in .gz too) or .parquet")
+        require(path.suffix in (".txt", ".jsonl"),
+                f"--text {path}: must end in .txt or .jsonl; beyond/README.md converts .gz and .parquet")
         try:
-            for text in read_file(path):
-                if text and text.strip():
-                    yield text.strip()
-        except UserError:
-            raise
-        except Exception as error:               # anything that a foreign file may raise
-            raise UserError(f"--text {path}: damaged, truncated, not UTF-8, no text column; or parquet, but "
-                            f"not yet pip install pyarrow? ({type(error).__name__}: {error})"[:400]) from None
+            with open(path, encoding="utf-8-sig") as lines:
+                texts = cut(lines) if path.suffix == ".txt" else read_lines(path, lines)
+                yield from filter(None, map(str.strip, texts))
+        except (OSError, UnicodeError) as error:
+            raise UserError(f"--text {path}: no such file, or not UTF-8 ({error})"[:400]) from None
 
 
 def integer(text: str) -> str | None:

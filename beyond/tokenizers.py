@@ -1,11 +1,9 @@
-"""Tokenizers of others: Hugging Face's tokenizer.json, both ways, and tiktoken's vocabularies.
+"""Tokenizers of others: Hugging Face's tokenizer.json, both ways.
 
 A spec is what Tokenizer takes (data/tokenizer.py). Left out: tokenizers that are not byte-level BPE.
 """
 import json
 from pathlib import Path
-
-import tiktoken
 
 from checkpoint import UserError, load_checkpoint
 from data.tokenizer import EOS, PAD, Tokenizer
@@ -13,28 +11,6 @@ from data.tokenizer import EOS, PAD, Tokenizer
 HIDDEN = [b for b in range(256) if b == 32 or not chr(b).isprintable()]
 # byte -> the letter for it in tokenizer.json (GPT-2): itself if that can be seen, else one beyond Latin-1
 LETTERS = [chr(256 + HIDDEN.index(b) if b in HIDDEN else b) for b in range(256)]
-
-
-def from_tiktoken(name: str) -> dict:
-    """The spec of one of tiktoken's vocabularies ('gpt2', 'o200k_base'), which tiktoken downloads and caches:
-    its ordinary tokens; our EOS and PAD follow them. ValueError if they are not all made by merges."""
-    encoding = tiktoken.get_encoding(name)
-    ranks = encoding._mergeable_ranks
-    tokens = sorted(ranks, key=ranks.get)
-    merges = []
-    for token in tokens[256:]:                   # merged until two parts are left, as before it existed
-        parts = [bytes([b]) for b in token]
-        while len(parts) > 2:
-            places = [min(ranks.get(a + b, ranks[token]), ranks[token]) for a, b in zip(parts, parts[1:])]
-            i = places.index(min(places))
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        merges.append([ranks[part] for part in parts])
-    # possessive {1,3}+ matches the same here, but is another thing to Hugging Face's regular expressions
-    pattern = encoding._pat_str.replace("{1,3}+", "{1,3}")
-    spec = {"pattern": pattern, "merges": merges, "bytes": [token[0] for token in tokens[:256]]}
-    if Tokenizer(spec).encoding._mergeable_ranks != ranks:
-        raise ValueError("its tokens are not bytes and merges alone")
-    return spec
 
 
 def to_huggingface(spec: dict) -> dict:
@@ -77,15 +53,13 @@ def from_huggingface(content: dict) -> dict:
     return {key: value for key, value in spec.items() if value != ours.get(key)}
 
 
-def open_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a checkpoint (.pt), of a tokenizer.json (ours or OLMo-2's) or of tiktoken, by name."""
+def open_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer of a checkpoint (.pt) or of a tokenizer.json, ours or one such as OLMo-2's."""
     try:
-        if name.endswith(".pt"):
-            return Tokenizer(load_checkpoint(name)["tokenizer"])
-        if not Path(name).is_file():
-            return Tokenizer(from_tiktoken(name))
-        spec = json.loads(Path(name).read_bytes())
+        if path.endswith(".pt"):
+            return Tokenizer(load_checkpoint(path)["tokenizer"])
+        spec = json.loads(Path(path).read_bytes())
         return Tokenizer(from_huggingface(spec) if "model" in spec else spec)
-    except Exception as error:                   # anything that a foreign file or the network may raise
-        raise UserError(f"--tokenizer {name}: no checkpoint (.pt), no tokenizer.json and no vocabulary that "
-                        f"tiktoken can download; offline? ({type(error).__name__}: {error})"[:400]) from None
+    except Exception as error:                   # anything that a foreign file may raise
+        raise UserError(f"--tokenizer {path}: no checkpoint (.pt) and no tokenizer.json of a byte-level BPE "
+                        f"({type(error).__name__}: {error})"[:400]) from None

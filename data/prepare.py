@@ -49,9 +49,9 @@ class Config:
     train_problems: int = 6_000     # > 0: for SFT and RL, easy and hard together
     eval_problems: int = 400        # > 0: easy, and as many hard, in each of val.jsonl and test.jsonl
     benchmark_items: int = 250      # > 0: of each of the seven general benchmarks
-    text: tuple[str, ...] = ()      # real text for the generated one: files .txt, .jsonl (or .gz), .parquet
+    text: tuple[str, ...] = ()      # real text for the generated one: files .txt or .jsonl
     text_share: float = 1.0         # > 0, <= 1: share of --text in the general text; the world is the rest
-    tokenizer: str = ""             # instead of training one: tokenizer.json, checkpoint, gpt2, o200k_base
+    tokenizer: str = ""             # instead of training one: a tokenizer.json or a checkpoint
     problems: tuple[str, ...] = ()  # FILE[,TESTFILE] for the generated problems: GSM8K's JSON lines, or ours
     annotations: bool = False       # keep GSM8K's calculator annotations such as <<48/2=24>>
     device: str = "auto"            # every script takes it; not used here

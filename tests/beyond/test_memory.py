@@ -1,6 +1,5 @@
 """beyond/memory.py: the plan against real tensors and measured peaks, its answer on the command line; and the
 options that save memory, none of which may change what is computed."""
-import contextlib
 import copy
 import itertools
 import weakref
@@ -15,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 import merge
 import model as model_module
 import rl
+import sft
 import study
 from beyond import memory
 from checkpoint import UserError, generator, load_checkpoint, parse
@@ -50,9 +50,9 @@ class Peak(TorchDispatchMode):
         return out
 
 
-def products(half: bool):
-    """Matrix products in bf16, as on a GPU, or as they are."""
-    return torch.autocast("cpu", torch.bfloat16) if half else contextlib.nullcontext()
+def products() -> torch.autocast:
+    """Matrix products in bf16, as on a GPU."""
+    return torch.autocast("cpu", torch.bfloat16)
 
 
 def make_model(c, shape=SHAPE) -> GPT:
@@ -94,7 +94,7 @@ def size(tensors) -> int:
 def test_weights_gradients_moments_and_reference_are_exact(freeze, reference, shape):
     """The plan's bytes are those of the tensors that are there after one step."""
     c = rl.Config(**OPTIONS, freeze_embeddings=freeze, reference=reference)
-    model, parts = make_model(c, shape), memory.plan(shape, c, PROMPT, False)
+    model, parts = make_model(c, shape), memory.plan(shape, c, PROMPT)
     kept = list(copy.deepcopy(model).parameters()) if c.reference else []
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     grads = gradients(model, c)
@@ -107,34 +107,33 @@ def test_weights_gradients_moments_and_reference_are_exact(freeze, reference, sh
 
 
 @pytest.mark.parametrize("prompt, max_new", [(5, 4), (5, 40), (16, 1), (24, 32), (30, 17)])
-@pytest.mark.parametrize("half, shape", [(False, SHAPE), (True, SHAPE), (True, GROUPED)])
-def test_the_cache_is_exact(prompt, max_new, half, shape, monkeypatch):
+@pytest.mark.parametrize("shape", [SHAPE, GROUPED])
+def test_the_cache_is_exact(prompt, max_new, shape, monkeypatch):
     """The plan's bytes are those of the keys and values after the longest possible answers."""
     made = []
     monkeypatch.setattr(model_module, "Cache", lambda *args: made.append(Cache(*args)) or made[-1])
     c = rl.Config(**OPTIONS | dict(max_new=max_new, rollouts=2, eval_samples=4, decode_rows=8))
-    with products(half):                         # id 510 is not in the vocabulary: no answer ever ends
+    with products():                             # id 510 is not in the vocabulary: no answer ever ends
         sample(make_model(c, shape), [[1] * prompt] * 4, 4, max_new, 510, 511, generator(0, "u"))
-    parts = memory.plan(shape, c, prompt, half)
+    parts = memory.plan(shape, c, prompt)
     assert [size([x.k, x.v]) for x in made] == [parts["sampling"]["keys and values"]] * 2
-    assert made[0].k.dtype == (torch.bfloat16 if half else torch.float32)
+    assert made[0].k.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("freeze", [False, True])
-def test_the_plan_of_an_update(half, freeze):
+def test_the_plan_of_an_update(freeze):
     """It is 1 to 1.8 times what is alive at once, with and without --recompute, which more than halves the
     peak (with six layers) and gives the same gradient, bitwise, through several micro-batches too."""
     peaks, found = [], []
     for recompute in (False, True):
         c = rl.Config(**OPTIONS, recompute=recompute, freeze_embeddings=freeze)
         model, peak = make_model(c, SIX_LAYERS), Peak()
-        with products(half), peak:
+        with products(), peak:
             gradients(model, c)
-        planned = sum(memory.plan(SIX_LAYERS, c, PROMPT, half)["update"].values())
+        planned = sum(memory.plan(SIX_LAYERS, c, PROMPT)["update"].values())
         assert peak.most <= planned <= 1.8 * peak.most
         peaks.append(peak.most)
-        with products(half):
+        with products():
             found.append(gradients(model, replace(c, micro_tokens=48)))
     assert peaks[1] < .5 * peaks[0]
     assert found[0].keys() == found[1].keys() and ("head.weight" in found[0]) != freeze
@@ -142,15 +141,14 @@ def test_the_plan_of_an_update(half, freeze):
     assert max(float(g.abs().max()) for g in found[0].values()) > 0
 
 
-@pytest.mark.parametrize("half", [False, True])
-def test_the_plan_of_sampling_is_a_little_above_the_measured_peak(half):
+def test_the_plan_of_sampling_is_a_little_above_the_measured_peak():
     """Decoding, and kl_to_reference, the other measurement of that phase, which must fit too."""
     c = rl.Config(**OPTIONS)
     model, batch = make_model(c), make_batch(c, c.max_new)
-    parts = memory.plan(SHAPE, c, PROMPT, half)["sampling"]
-    with products(half), Peak() as decoding:
+    parts = memory.plan(SHAPE, c, PROMPT)["sampling"]
+    with products(), Peak() as decoding:
         sample(model, batch.prompts, c.rollouts, c.max_new, 510, 511, generator(0, "u"))
-    with products(half), Peak() as scoring:
+    with products(), Peak() as scoring:
         rl.kl_to_reference(model.requires_grad_(False), batch, c, 511)
     rows = 20 * SHAPE.n_vocab * c.decode_rows
     planned = parts["weights in bf16"] + parts["keys and values"] + parts["growing"] + rows
@@ -162,16 +160,17 @@ def test_plans_by_hand():
     """OLMo-2 1B has 1.485 G weights: 5.94 GB in fp32, of which 1.64 GB embedding and head; 131 kB of keys and
     values in bf16 per token and row. SFT keeps no reference; parallel averaging has two optimizers and two
     copies of the weights more."""
-    def olmo(**options) -> dict:
-        return memory.plan(memory.MODELS["olmo-1b"], memory.Config(**options), 145, True)
-    plain = olmo(decode_rows=64, eval_samples=16)
+    def olmo(c) -> dict:
+        return memory.plan(memory.MODELS["olmo-1b"], c, 145)
+    options = dict(max_new=256, decode_rows=64)
+    plain = olmo(rl.Config(**options))
     always = plain["always"]
     assert always["parameters"] == always["reference"] == 4 * 1_484_916_736 and always["snapshots"] == 0
-    frozen = olmo(freeze_embeddings=True)["update"]
+    frozen = olmo(rl.Config(**options, freeze_embeddings=True))["update"]
     assert plain["update"]["gradients"] - frozen["gradients"] == 4 * 2 * 100_352 * 2048
     assert plain["sampling"]["keys and values"] == 64 * (145 + 256) * 16 * 2 * 2048 * 2
-    assert olmo(mode="sft")["always"]["reference"] == 0
-    two = olmo(mode="parallel")["always"]
+    assert olmo(sft.Config(**options))["always"]["reference"] == 0
+    two = olmo(merge.Config(**options))["always"]
     assert (two["moments"], two["snapshots"]) == (2 * always["moments"], 2 * always["parameters"])
 
 
@@ -186,49 +185,54 @@ def test_the_gpu_presets_fit_by_the_plan(gib):
         command = next(x.command for x in cells if x.command[0] == f"{script.__name__}.py")
         config = parse(script.Config, command[1:])
         assert config.micro_tokens >= 8192
-        assert memory.total(memory.plan(memory.MODELS[name], config, 64, True))[0] <= memory.CARD * gib
-        assert memory.total(memory.plan(memory.MODELS["124M"], config, 64, True))[0] > memory.CARD * 8
+        assert memory.total(memory.plan(memory.MODELS[name], config, 64))[0] <= memory.CARD * gib
+        assert memory.total(memory.plan(memory.MODELS["124M"], config, 64))[0] > memory.CARD * 8
 
 
 # ---- the answer ------------------------------------------------------------------------------------------
 
-def test_too_little_memory_is_refused_with_the_sum():
-    """Status 2 and one line: how much there is, every saving, and the sum."""
-    out = worlds.run_here("beyond/memory.py", "--init", worlds.parrot(), "--memory", ".05")
-    assert out.status == 2 and len(out.errors) == 1
-    for words in (f"{worlds.parrot()}, 0.05 of 0.05 GiB", "--recompute --no-reference --freeze-embeddings",
-                  "parameters 0.00", "1 for CUDA", "in sampling"):
-        assert words in out.errors[0]
-
-
-def test_enough_memory_is_not_refused(capsys):
-    """The limit is the plan itself: a hair above is accepted, a hair below is not."""
-    c = memory.Config(size="3M", decode_rows=32, micro_tokens=256, recompute=True, reference=False,
-                      freeze_embeddings=True)
-    gib, summed = memory.total(memory.plan(memory.MODELS["3M"], c, c.prompt, True))
-    for factor, fits in ((1.001, True), (.999, False)):
-        c.memory = factor * gib / memory.CARD
-        with contextlib.nullcontext() if fits else pytest.raises(UserError) as refusal:
-            memory.show(c)
-        assert summed in (capsys.readouterr().out if fits else str(refusal.value))
+def test_the_limit_is_the_plan():
+    """A hair more memory is accepted, a hair less refused: status 2 and one line, which says how much there
+    is, every saving, and the sum."""
+    options = "--decode-rows 32 --micro-tokens 256 --recompute --no-reference --freeze-embeddings"
+    plan = memory.plan(memory.MODELS["3M"], parse(rl.Config, options.split()), 160)
+    gib, summed = memory.total(plan)
+    for factor, status in ((1.001, 0), (.999, 2)):
+        argv = ("--size", "3M", "--memory", factor * gib / memory.CARD, "--run", f"rl.py {options}")
+        done = worlds.run_here("beyond/memory.py", *argv)
+        assert done.status == status and len(done.errors) == (status > 0)
+        line = " ".join(done.out.split()) or done.errors[0]
+        assert f"3M, {factor * gib:.2f} of" in line and f"{options} {summed}" in line
+    assert "1 for CUDA + (parameters 0.01, moments 0.02)" in summed and "in sampling" in summed
 
 
 SMALL = "--decode-rows 64 --micro-tokens 512"
+OWN = "--decode-rows 16 --micro-tokens 400"
 
 
-@pytest.mark.parametrize("gib, given, expected", [
-    (120, {}, "--decode-rows 1024 --micro-tokens 2048"), (60, {}, "--decode-rows 128 --micro-tokens 2048"),
-    (45, {}, SMALL), (36, {}, f"{SMALL} --recompute"), (30, {}, f"{SMALL} --recompute --no-reference"),
-    (24, {}, f"{SMALL} --recompute --no-reference --freeze-embeddings"),
-    (24, dict(decode_rows=16, micro_tokens=400, freeze_embeddings=True),
-     "--decode-rows 16 --micro-tokens 400 --recompute --no-reference --freeze-embeddings")])
-def test_only_the_savings_that_are_needed_are_taken(gib, given, expected, capsys):
+@pytest.mark.parametrize("gib, run, expected", [
+    (120, "rl.py", "--decode-rows 1024 --micro-tokens 2048"),
+    (60, "rl.py", "--decode-rows 128 --micro-tokens 2048"),
+    (45, "rl.py", SMALL), (36, "rl.py", f"{SMALL} --recompute"),
+    (30, "rl.py", f"{SMALL} --recompute --no-reference"),
+    (24, "rl.py", f"{SMALL} --recompute --no-reference --freeze-embeddings"),
+    (24, f"rl.py {OWN} --freeze-embeddings", f"{OWN} --recompute --no-reference --freeze-embeddings"),
+    (24, "sft.py", f"{SMALL} --recompute --freeze-embeddings")])
+def test_only_the_savings_that_are_needed_are_taken(gib, run, expected, capsys):
     """With less memory, one option after the other joins: first those that cost time, then the KL, last the
-    one that trains another model. Options given stay, and no saving makes a number larger."""
-    memory.show(memory.Config(size="olmo-1b", memory=gib, **given))
+    one that trains another model. Options given stay, no saving makes a number larger, and every option
+    printed is one of that script."""
+    memory.show(memory.Config(size="olmo-1b", memory=gib, run=f"{run} --max-new 256"))
     first, summed = capsys.readouterr().out.splitlines()
     assert first == f"olmo-1b, {.97 * gib:.2f} of {gib} GiB: fits with {expected}"
-    assert (" 22.37 GiB = " in summed) == (gib == 24 and not given)
+    assert (" 22.37 GiB = " in summed) == (gib == 24 and run == "rl.py")
+    parse((sft if run == "sft.py" else rl).Config, expected.split())
+
+
+@pytest.mark.parametrize("run", ["", "pretrain.py", "sft.py --steps 3", "rl.py --rollouts 1"])
+def test_another_command_is_refused(run):
+    with pytest.raises(UserError, match=" ".join(run.split()[1:]) or "--run"):
+        memory.show(memory.Config(run=run))
 
 
 def test_the_table_of_all_sizes():
@@ -239,8 +243,9 @@ def test_the_table_of_all_sizes():
         lines = [line for line in out.out.splitlines() if line.startswith(f"{name}, ")]
         options = [line.count(" --") for line in lines]
         assert len(lines) == 3 and options == sorted(options, reverse=True)
-    own = worlds.run_here("beyond/memory.py", "--init", worlds.base())
-    assert own.status == 0 and own.out.count(f"{worlds.base()}, ") == 3
+    for option in (["--init", worlds.base()], ["--run", f"merge.py --init {worlds.base()}"]):
+        own = worlds.run_here("beyond/memory.py", *option)
+        assert own.status == 0 and own.out.count(f"{worlds.base()}, ") == 3
 
 
 # ---- the options that save memory ------------------------------------------------------------------------
@@ -262,7 +267,7 @@ def test_sampled_and_scored_logprobs_agree_in_bf16():
     model = make_model(rl.Config(**OPTIONS))
     model.head.weight.data.mul_(10)
     prompts = [[1, 2, 3], [4, 5, 6]]
-    with products(half=True):
+    with products():
         out = sample(model, prompts, 2, 8, 510, 511, generator(0, "u"))
         ids = torch.cat((torch.tensor(prompts).repeat_interleave(2, 0), out.tokens), dim=1)
         target = torch.arange(11).expand(4, 11) >= 3

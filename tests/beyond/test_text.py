@@ -1,12 +1,10 @@
 """beyond/text.py and data sets made with it: every document and problem of the files is read, the held-out
 ones are held out, and every fault ends in one clear line."""
 import functools
-import gzip
 import hashlib
 import json
 import random
 import re
-import sys
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -78,33 +76,21 @@ def test_a_text_is_split_where_its_documents_end(tmp_path):
         assert all(8_000 <= len(piece) < 8_062 for piece in pieces[:-1])
 
 
-def test_every_form_of_file_gives_the_same_documents(story_file, tmp_path):
-    lines = [json.dumps({"text": text, "id": 3}) + "\n" for text in stories()]
-    plain, jsonl = Path(story_file).read_text(), "".join(lines)
-    (tmp_path / "s.jsonl").write_text(jsonl)
-    for name, text in (("s.txt.gz", plain), ("s.jsonl.gz", jsonl), ("a.txt.gz", EOS.join(stories()[:200])),
-                       ("b.jsonl.gz", "\n".join(lines[200:]))):
-        (tmp_path / name).write_bytes(gzip.compress(text.encode()))
-    for names in ("stories.txt", "s.txt.gz", "s.jsonl", "s.jsonl.gz", "a.txt.gz b.jsonl.gz"):
+def test_both_forms_of_file_give_the_same_documents(story_file, tmp_path):
+    """JSON lines may be empty and have other keys; several files are read one after the other."""
+    lines = [json.dumps({"text": text, "id": 3}) + "\n\n" for text in stories()]
+    for name, text in (("s.jsonl", "".join(lines)), ("a.txt", EOS.join(stories()[:200])),
+                       ("b.jsonl", "".join(lines[200:]))):
+        (tmp_path / name).write_text(text)
+    for names in ("stories.txt", "s.jsonl", "a.txt b.jsonl"):
         assert list(read_texts(tuple(str(tmp_path / name) for name in names.split()))) == stories(), names
 
 
-def test_parquet_is_read(tmp_path):
-    """A .parquet file with a text column, null and other columns aside; without one: a clear line."""
-    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    for column in ("text", "content"):
-        table = arrow.table({"id": range(401), column: [*stories(), None]})
-        parquet.write_table(table, tmp_path / f"{column}.parquet")
-    assert list(read_texts((str(tmp_path / "text.parquet"),))) == stories()
-    with pytest.raises(UserError, match=r"content\.parquet"):
-        list(read_texts((str(tmp_path / "content.parquet"),)))
-
-
-def test_parquet_without_pyarrow(tmp_path, monkeypatch):
-    """It is optional: one line says which package to install."""
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(UserError, match=r"t\.parquet.*pip install pyarrow"):
-        list(read_texts((str(tmp_path / "t.parquet"),)))
+@pytest.mark.parametrize("name", ["t.txt.gz", "t.parquet", "t"])
+def test_another_form_of_file_is_refused(name, tmp_path):
+    """The line names the file, and the page on which its conversion stands."""
+    with pytest.raises(UserError, match=rf"{name}: must end in .txt or .jsonl; beyond/README.md"):
+        read_text(tmp_path / name, "one")
 
 
 @pytest.mark.parametrize("separator", [f"\n{EOS}\n", "\n\n"])

@@ -1,20 +1,19 @@
-"""beyond/tokenizers.py: Hugging Face's tokenizers and tiktoken split every text into our tokens; a vocabulary
-that cannot be taken over is refused."""
+"""beyond/tokenizers.py: Hugging Face's tokenizers split every text into our tokens; a vocabulary that cannot
+be taken over is refused."""
 import json
 import random
 from pathlib import Path
 
 import pytest
-import tiktoken
 import worlds
 from test_tokenizer import NASTY, random_text
 
 import evaluate
-from beyond.tokenizers import from_huggingface, from_tiktoken, open_tokenizer, to_huggingface
+from beyond.tokenizers import open_tokenizer, to_huggingface
 from checkpoint import UserError, load_checkpoint
 from data import prepare
 from data.problems import open_data
-from data.tokenizer import EOS, PAD, PATTERN, Tokenizer, train_bpe, train_tokenizer
+from data.tokenizer import EOS, PAD, PATTERN, Tokenizer, train_tokenizer
 
 try:
     import tokenizers
@@ -125,13 +124,6 @@ def test_every_token_has_the_same_bytes():
     assert (theirs.id_to_token(ours.eos), theirs.id_to_token(ours.pad)) == (EOS, PAD)
 
 
-def test_a_tokenizer_comes_back_with_its_hash(byte_tokenizer, answer_tokenizer):
-    """evaluate.py compares the hash of a checkpoint's tokenizer with that of the data: it must survive."""
-    for tokenizer in (few_letters(), byte_tokenizer, answer_tokenizer):
-        again = Tokenizer(from_huggingface(json.loads(json.dumps(to_huggingface(tokenizer.spec)))))
-        assert again.sha256 == tokenizer.sha256
-
-
 @pytest.mark.parametrize("keys, value, said", [
     (["added_tokens"], [], "ids"), (["added_tokens", 1, "id"], 400, "ids"),
     (["model", "merges"], [["a", "b"], ["a", "a"]], "ids"), (["model"], {"vocab": {}}, "merges"),
@@ -150,53 +142,6 @@ def test_another_kind_of_tokenizer_json_is_refused(keys, value, said, tmp_path):
         open_tokenizer(str(tmp_path / "t.json"))
 
 
-# ---- tiktoken --------------------------------------------------------------------------------------------
-
-TEXTS = [f"Story {i}. The señor saw “home” 日本 12 7 times, and ran and ran." for i in range(40)]
-
-
-def test_a_vocabulary_of_tiktoken(monkeypatch):
-    """from_tiktoken: the same ids for every text, though its bytes stand in another order and its special ids
-    behind a gap; EOS and PAD follow the ordinary tokens without a gap, for an id without a token could be
-    sampled and not be decoded."""
-    order, tokens = [*range(97, 256), *range(97)], [bytes([b]) for b in range(256)]
-    for a, b in train_bpe(TEXTS, 400):
-        tokens.append(tokens[a] + tokens[b])
-    ranks = {bytes([b]): i for i, b in enumerate(order)} | {t: 256 + i for i, t in enumerate(tokens[256:])}
-    own = tiktoken.Encoding("own", pat_str=PATTERN, mergeable_ranks=ranks,
-                            special_tokens={EOS: len(ranks) + 5})
-    monkeypatch.setattr(tiktoken, "get_encoding", {"own": own}.get)
-    tokenizer = Tokenizer(from_tiktoken("own"))
-    for text in (*TEXTS, *NASTY, "\x00\x01ÿ", "zebra <|endoftext|>"):
-        assert tokenizer.encode(text) == own.encode_ordinary(text)
-    n = len(ranks)
-    assert n > 280 and (tokenizer.eos, tokenizer.pad, tokenizer.n_vocab) == (n, n + 1, n + 2)
-    assert Tokenizer(json.loads(json.dumps(tokenizer.spec))).sha256 == tokenizer.sha256
-
-
-@pytest.mark.parametrize("token, rank", [(b"abc", 256), (b"ab", 300)])
-def test_a_vocabulary_that_merges_cannot_make(token, rank, monkeypatch):
-    """A token whose parts are no tokens, or a gap in the ids, is refused, not encoded in another way."""
-    ranks = {bytes([b]): b for b in range(256)} | {token: rank}
-    odd = tiktoken.Encoding("odd", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={EOS: 301})
-    monkeypatch.setattr(tiktoken, "get_encoding", {"odd": odd}.get)
-    with pytest.raises(UserError, match="--tokenizer odd"):
-        open_tokenizer("odd")
-
-
-def test_a_vocabulary_offline(tmp_path, monkeypatch):
-    """gpt2 without a network: one line, no folder."""
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
-    for name in ("HTTPS_PROXY", "https_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
-    argv = ["--out", tmp_path / "d", "--tokenizer", "gpt2", "--benchmark-items", 3]
-    outcome = worlds.run_here("data/prepare.py", *argv)
-    assert outcome.status == 2 and len(outcome.errors) == 1, outcome.errors
-    assert "--tokenizer gpt2" in outcome.errors[0] and "offline" in outcome.errors[0]
-    assert not (tmp_path / "d").exists()
-
-
 # ---- data made with them ---------------------------------------------------------------------------------
 
 def make(out: Path, tokenizer: Path) -> dict:
@@ -205,15 +150,16 @@ def make(out: Path, tokenizer: Path) -> dict:
     return json.loads((out / "manifest.json").read_text())
 
 
-def test_the_tokenizer_of_a_checkpoint(tmp_path):
+def test_the_tokenizer_of_a_checkpoint(byte_tokenizer, answer_tokenizer, tmp_path):
     """--tokenizer CHECKPOINT: shards and problems that fit this checkpoint, which evaluate.py takes; the same
-    from its tokenizer.json in our form and in Hugging Face's."""
+    hash, which it compares, from its tokenizer.json in our form and in Hugging Face's."""
     manifest = make(tmp_path / "d", worlds.base())
     spec = load_checkpoint(worlds.base())["tokenizer"]
     assert manifest["tokenizer_sha256"] == Tokenizer(spec).sha256
-    (tmp_path / "theirs.json").write_text(json.dumps(to_huggingface(spec)))
-    for path in (tmp_path / "theirs.json", tmp_path / "d" / "tokenizer.json"):
-        assert open_tokenizer(str(path)).sha256 == Tokenizer(spec).sha256
+    assert open_tokenizer(str(tmp_path / "d" / "tokenizer.json")).sha256 == Tokenizer(spec).sha256
+    for ours in (Tokenizer(spec), few_letters(), byte_tokenizer, answer_tokenizer):
+        (tmp_path / "theirs.json").write_text(json.dumps(to_huggingface(ours.spec)))
+        assert open_tokenizer(str(tmp_path / "theirs.json")).sha256 == ours.sha256
     path = tmp_path / "base.pt"
     path.write_bytes(worlds.base().read_bytes())
     result = worlds.quietly(lambda c: evaluate.evaluate(str(path), c), evaluate.Config(
