@@ -275,8 +275,8 @@ def probe(model: GPT, tokenizer: Tokenizer, problems: list[dict], c: Config) -> 
         tqdm.write("WARNING: no group has a signal, so RL cannot learn anything here. Start from a later "
                    "checkpoint, or use easier problems or more --rollouts.")
     elif signal < .3:
-        tqdm.write("WARNING: few groups have a signal, and a rare success gets a large advantage: updates will "
-                   "be noisy. More --n-problems or --rollouts, or a smaller --lr, are safer.")
+        tqdm.write("WARNING: few groups have a signal, and a rare success gets a large advantage: updates "
+                   "will be noisy. More --n-problems or --rollouts, or a smaller --lr, are safer.")
 
 
 def rollout_metrics(batch: Batch, advantage: Tensor) -> dict[str, float]:
