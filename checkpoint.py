@@ -25,7 +25,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import ranks  # before torch, whose idle threads wait as it says
+import ranks  # comes before torch: it sets how idle threads wait
 
 import torch
 from torch.optim import Optimizer
@@ -112,6 +112,7 @@ def save_checkpoint(path: Path, model: GPT, tokenizer: Tokenizer, lineage: list[
 def load_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint on the CPU; never runs code from it. UserError names the file and the fault."""
     known = {"script", "config", "tokens", "updates", "flops", "seconds"}
+    require(Path(path).is_file(), f"{path}: no such checkpoint file")
     try:
         with zipfile.ZipFile(path) as z:
             require(z.testzip() is None, "a checksum differs")           # every record's CRC-32
@@ -120,7 +121,7 @@ def load_checkpoint(path: str | Path) -> dict:
         require(all(known <= stage.keys() for stage in content["lineage"]), "its lineage is not whole")
     except Exception as error:                   # zipfile and torch raise a dozen types for foreign files
         fault = error if isinstance(error, UserError) else type(error).__name__
-        raise UserError(f"{path}: missing, damaged or not a checkpoint of this project ({fault})") from None
+        raise UserError(f"{path}: damaged or not a checkpoint of this project ({fault})") from None
     return content
 
 
@@ -223,7 +224,7 @@ class Run(ExitStack):
             there = dict(json.loads(path.read_text())) if path.exists() else self.config
         except (ValueError, TypeError):
             raise UserError(f"{path}: damaged; choose another --out") from None
-        changed = [f"{k}={there.get(k)} there, {v} asked" for k, v in self.config.items()
+        changed = [f"{k}: {there.get(k)!r} there, {v!r} asked" for k, v in self.config.items()
                    if k not in HERE and there.get(k) != v]
         require(not changed, f"{path}: another configuration ({'; '.join(changed)}); choose another --out")
         require(new.keys() <= self.last.keys(), f"{last}: not the state of a run; choose another --out")

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import ranks  # before torch, whose idle threads wait as it says
+import ranks  # comes before torch: it sets how idle threads wait
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ class Config:
     split: str = "val"              # one of val, test: tune on val only
     problem_file: str = ""          # problem file to use instead of DATA/SPLIT.jsonl
     n_problems: int = 200           # > 0: of each difficulty
-    n_samples: int = 64             # > 0: per problem; fewer than 2k make pass@k a coin flip per problem
+    n_samples: int = 64             # > 0: per problem; fewer than 2·k make pass@k a coin flip per problem
     k: tuple[int, ...] = (1, 8, 32)  # > 0: the k of pass@k
     temperature: float = 0.6        # > 0: of the sampling; the paper's value
     max_new: int = 80               # > 0: longest answer, tokens
@@ -60,7 +60,7 @@ def check(c: Config) -> None:
 # ---- pass@k and intervals --------------------------------------------------------------------------------
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Probability that k of n samples, c of them right, drawn without replacement, contain at least one right
-    answer (Chen et al. 2021, equation 1). Raises ValueError if k > n."""
+    answer: 1 − C(n−c, k) / C(n, k), as a product (Chen et al. 2021, equation 1). ValueError if k > n."""
     if not 0 <= c <= n or not 0 < k <= n:
         raise ValueError(f"pass@{k} of {n} samples with {c} right: needs 0 <= right <= n and 1 <= k <= n")
     if n - c < k:

@@ -3,10 +3,10 @@
     python merge.py --init runs/base/8M.pt --out runs/merge
     python merge.py weights runs/rl/final.pt runs/sft/final.pt --base runs/base/8M.pt --method ties -o out.pt
 
-Parallel averaging, every step: from one snapshot of the weights an RL update and an SFT update, each by an
-AdamW of its own, each gradient clipped alone; the new weights are the average of the two results. The
-gradients are those of rl.py and sft.py. Controls (--mode): one AdamW on the summed loss, or RL and SFT steps
-in turn, both moving about as far per step as the average does. Left out: several RL updates per batch.
+Parallel averaging, every step: from one snapshot of the weights an RL update and an SFT update (the two
+"arms"), each by an AdamW of its own, each gradient clipped alone; the new weights are the average of the two
+results. The gradients are those of rl.py and sft.py. Controls (--mode): one AdamW on the summed loss, or RL
+and SFT steps in turn, both moving about as far per step as the average does. Left out: several RL updates per batch.
 """
 import copy
 import json
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import ranks  # before torch, whose idle threads wait as it says
+import ranks  # comes before torch: it sets how idle threads wait
 
 import torch
 from torch import Tensor
@@ -165,7 +165,7 @@ def train(c: Config) -> Path:
                   for name, lr in learning_rates(c).items()}
     metrics: dict[str, float] = {}
 
-    def update(name: str) -> None:
+    def update(name: str) -> None:               # `run` and `step`, here and below, are those of the loop
         ranks.sum_gradients(model)               # over the processes, if there are several
         norm = float(clip_grad_norm_(model.parameters(), c.grad_clip))
         if run.usable(norm, optimizers[name]):   # finite; three bad ones in a row end the run

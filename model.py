@@ -399,7 +399,7 @@ def decode(model: GPT, prompts: Ids, u: Tensor,
     finished = torch.zeros(B, dtype=torch.bool, device=device)
     alive = torch.arange(B, device=device)                               # output row of each row in the batch
     for t in range(max_new):
-        logits = model.logits(hidden / (temperature or 1.0))
+        logits = model.logits(hidden / (temperature or 1.0))             # logits / temperature, cheaper
         logp = logits.log_softmax(-1)                                    # (B, V)
         p = logp.exp()
         if temperature == 0:
@@ -474,7 +474,8 @@ def micro_batches(lengths: list[int], tokens: int) -> list[list[int]]:
 # ---- a prompt computed once for its group ----------------------------------------------------------------
 class SharedPrompts:
     """Keys and values of P prompts, computed once, to which the G completions of each prompt attend in
-    training. `backward` propagates the gradient accumulated in `keys_values` into the prompts."""
+    training. The graph is cut there: gradients of all completions gather in `keys_values`, and `backward`
+    propagates them through the prompts once."""
 
     def __init__(self, model: GPT, prompts: Ids, pad: int):
         bodies = [p[:-1] for p in prompts]                               # all but the last token

@@ -7,11 +7,12 @@ rate is constant after the warm-up, as a decayed checkpoint would need a run of 
 decay over the last part of the run. Left out: document masking (a sequence may see the end of the document
 before), and a schedule of batch sizes.
 """
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import ranks  # before torch, whose idle threads wait as it says
+import ranks  # comes before torch: it sets how idle threads wait
 
 import numpy as np
 import torch
@@ -29,12 +30,12 @@ from model import GPT, SIZES, ModelConfig
 class Config:
     data: str = "data/tiny"         # folder made by data/prepare.py
     out: str = "runs/base"          # run folder; the same call again resumes an unfinished run
-    size: str = "0.5M"              # one of 0.3M, 0.5M, 1M, 3M, 10M, 30M, 124M: parameters, at 512 tokens
+    size: str = "0.5M"              # one of 0.3M, 0.5M, 1M, 3M, 10M, 30M, 124M: parameters, with 512 token ids
     context: int = 256              # > 0: tokens per sequence
     batch: int = 16                 # > 0: sequences per update: 16 x 256 = 4,096 tokens
     micro_batch: int = 8            # > 0: sequences per forward pass; 8 fit into the cache of a CPU
     tokens: int = 8_000_000         # > 0: length of the run
-    checkpoints_at: tuple[int, ...] = ()    # > 0: tokens, besides the end (default: eighths 1 2 3 4 6)
+    checkpoints_at: tuple[int, ...] = ()    # > 0: tokens (default: 1/8 1/4 3/8 1/2 3/4 of all)
     lr: float = 3e-3                # > 0: peak learning rate of AdamW; small models take large ones
     warmup: int = 50                # >= 0: updates until the peak
     decay: float = 0.0              # >= 0, <= 1: share of the run, at its end, over which lr falls to 0
@@ -88,7 +89,7 @@ def learning_rate(c: Config, step: int, steps: int) -> float:
 
 def new_model(c: Config, tokenizer: Tokenizer) -> GPT:
     d_model, n_layers, n_heads, d_ff = SIZES[c.size]
-    rows = -(-tokenizer.n_vocab // 64) * 64                              # aligned for fast matrix products
+    rows = 64 * math.ceil(tokenizer.n_vocab / 64)                        # aligned for fast matrix products
     config = ModelConfig(rows, tokenizer.n_vocab, c.context, d_model, n_layers, n_heads, d_ff)
     return GPT(config, generator(c.seed, "weights"))
 
@@ -119,7 +120,7 @@ def train(c: Config) -> Path:
     compiled = torch.compile(model) if c.compile or device.type == "cuda" else model
     tokens_per_step = c.batch * c.context
     flops_per_step = 3 * model.flops_per_token(c.context) * tokens_per_step
-    steps = -(-c.tokens // tokens_per_step)
+    steps = math.ceil(c.tokens / tokens_per_step)
     kept = c.checkpoints_at or [c.tokens * eighths // 8 for eighths in (1, 2, 3, 4, 6)]
 
     final = f"{c.tokens / 1e6:g}M.pt"
@@ -138,7 +139,7 @@ def train(c: Config) -> Path:
                           for kind in ("general", "arithmetic")}
                 run.log(step, **losses)
             for tokens in kept:
-                if step == -(-tokens // tokens_per_step):                # whole steps only
+                if step == math.ceil(tokens / tokens_per_step):          # whole steps only
                     run.keep(f"{tokens / 1e6:g}M.pt", model, tokenizer)
             if step == steps:
                 break

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import ranks  # before torch, whose idle threads wait as it says
+import ranks  # comes before torch: it sets how idle threads wait
 
 import numpy as np
 import torch
@@ -172,17 +172,18 @@ def policy_gradient(model: GPT, reference: GPT | None, batch: Batch, advantage: 
 # ---- its bookkeeping -------------------------------------------------------------------------------------
 def scored(model: GPT, batch: Batch, rows: list[int], c: Config, pad: int
            ) -> Iterator[tuple[list[int], Tensor]]:
-    """(some of the rows, log-probabilities (N,) of all their tokens), until all rows were there; of several
-    processes, this one's part. A prompt is computed once for all its completions, which attend to it. The
-    caller calls backward() before it asks for more."""
+    """(micro-batch of rows, log-probabilities (N,) of all their tokens), until every row had its turn; of
+    several processes, this one's part. A prompt is computed once for all its completions, which attend to
+    it: their gradients gather at its keys and values and go back through the prompt at the end. So the caller
+    calls backward() before it asks for the next micro-batch."""
     G = batch.rewards.shape[1]
     groups = ranks.my_part(sorted({r // G for r in rows}))
     for chunk in micro_batches([len(batch.prompts[g]) for g in groups], c.micro_tokens):
         place = {groups[i]: at for at, i in enumerate(chunk)}            # group -> its number in the chunk
         shared = SharedPrompts(model, [batch.prompts[g] for g in place], pad)
-        mine = [r for r in rows if r // G in place]
-        for micro in micro_batches([len(batch.completions[r]) for r in mine], c.micro_tokens):
-            micro = [mine[i] for i in micro]
+        chunk_rows = [r for r in rows if r // G in place]
+        for numbers in micro_batches([len(batch.completions[r]) for r in chunk_rows], c.micro_tokens):
+            micro = [chunk_rows[i] for i in numbers]
             completions = [batch.completions[r] for r in micro]
             prompt_of_row = [place[r // G] for r in micro]
             yield micro, shared_logprobs(model, shared, prompt_of_row, completions, pad, c.temperature)
@@ -255,7 +256,7 @@ def kl_to_reference(reference: GPT | None, batch: Batch, c: Config, pad: int, n_
     if reference is None:
         return float("nan")
     B = len(batch.completions)
-    rows = list(range(0, B, -(-B // n_rows)))
+    rows = list(range(0, B, math.ceil(B / n_rows)))
     at_once = max(1, 2 ** 27 // (c.max_new * reference.config.n_vocab))          # logits of half a GiB
     logp = [reference_logprobs(reference, batch, rows[i:i + at_once], c, pad).cpu()
             for i in range(0, len(rows), at_once)]

@@ -6,11 +6,12 @@ Next-token loss on the solution and its EOS only; the question is context. The s
 the same loop with the same headings: a diff of the two files shows what differs between the methods. Left
 out: sequence packing (padding is cheap at these lengths) and loss on the prompt.
 """
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import ranks  # before torch, whose idle threads wait as it says
+import ranks  # comes before torch: it sets how idle threads wait
 
 import numpy as np
 import torch
@@ -113,7 +114,7 @@ def train(c: Config) -> Path:
     problems, validation = training_problems(c, model, tokenizer, solutions=True)
     examples = make_examples(tokenizer, problems, c.gold, c.seed)
     require_fit(examples, model.config.context)
-    steps = -(-c.epochs * len(examples) // c.batch)
+    steps = math.ceil(c.epochs * len(examples) / c.batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=c.weight_decay, fused=True)
 
     with Run(c, steps, parents) as run:

@@ -281,7 +281,7 @@ def print_commands(rounds: list[list[Cell]], only: int = 0) -> None:
         return
     for i, cells in enumerate(rounds, 1):
         minutes = sum(x.minutes for x in cells)
-        print(f"# wave {i}: {len(cells)} cell{'s' * (len(cells) > 1)}, {minutes:.0f} min")
+        print(f"# wave {i}: {len(cells)} cell{'s' * (len(cells) > 1)}, {minutes:.1f} min")
         for x in cells:
             print(f"{shlex.join(['python', *x.argv()])}   # {x.name}, {x.minutes:.1f} min")
 

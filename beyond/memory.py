@@ -114,7 +114,7 @@ def show(c: Config) -> None:
                     x = replace(x, **{option: less})
             gib, summed = total(plan(m, x, c.prompt))
             verdict = "fits with" if gib <= CARD * card else "too small even with"
-            line = f"{name}, {CARD * card:.2f} of {card:g} GiB: {verdict} --decode-rows {x.decode_rows}"
+            line = f"{name} on {card:g} GB ({CARD * card:.2f} GiB): {verdict} --decode-rows {x.decode_rows}"
             line += f" --micro-tokens {x.micro_tokens}" + " --recompute" * x.recompute
             line += " --no-reference" * (not getattr(x, "reference", True))
             line += f"{' --freeze-embeddings' * x.freeze_embeddings}\n    {summed}"

@@ -48,7 +48,7 @@ from model import GPT, SIZES, Cache, ModelConfig
 class Config:
     sizes: tuple[str, ...] = ("0.5M", "3M")     # one of 0.3M, 0.5M, 1M, 3M, 10M, 30M, 124M: models
     threads: tuple[int, ...] = (1, 0)           # >= 0: CPU threads of one process, 0 = all cores
-    processes: int = 0              # >= 0: then this many of one thread, as torchrun starts them, 0 = all cores
+    processes: int = 0              # >= 0: then this many of one thread, by torchrun, 0 = all cores
     n_problems: int = 64            # > 0: P, problems per GRPO step, with prompts of 24 tokens on average
     rollouts: int = 16              # >= 2: G, sampled answers per problem
     max_new: int = 48               # > 0: tokens of each answer
