@@ -6,7 +6,8 @@
 Parallel averaging, every step: from one snapshot of the weights an RL update and an SFT update (the two
 "arms"), each by an AdamW of its own, each gradient clipped alone; the new weights are the average of the two
 results. The gradients are those of rl.py and sft.py. Controls (--mode): one AdamW on the summed loss, or RL
-and SFT steps in turn, both moving about as far per step as the average does. Left out: several RL updates per batch.
+and SFT steps in turn, both moving about as far per step as the average does. Left out: several RL updates per
+batch.
 """
 import copy
 import json

@@ -35,7 +35,7 @@ class Config:
     batch: int = 16                 # > 0: sequences per update: 16 x 256 = 4,096 tokens
     micro_batch: int = 8            # > 0: sequences per forward pass; 8 fit into the cache of a CPU
     tokens: int = 8_000_000         # > 0: length of the run
-    checkpoints_at: tuple[int, ...] = ()    # > 0: tokens (default: 1/8 1/4 3/8 1/2 3/4 of all)
+    checkpoints_at: tuple[int, ...] = ()    # > 0: tokens (none: 1/8 1/4 3/8 1/2 3/4 of all)
     lr: float = 3e-3                # > 0: peak learning rate of AdamW; small models take large ones
     warmup: int = 50                # >= 0: updates until the peak
     decay: float = 0.0              # >= 0, <= 1: share of the run, at its end, over which lr falls to 0
