@@ -30,7 +30,7 @@ from model import GPT, SIZES, ModelConfig
 class Config:
     data: str = "data/tiny"         # folder made by data/prepare.py
     out: str = "runs/base"          # run folder; the same call again resumes an unfinished run
-    size: str = "0.5M"              # one of 0.3M, 0.5M, 1M, 3M, 10M, 30M, 124M: parameters, with 512 token ids
+    size: str = "0.5M"              # one of 0.3M, 0.5M, 1M, 3M, 10M, 30M, 124M: parameters, at 512 token ids
     context: int = 256              # > 0: tokens per sequence
     batch: int = 16                 # > 0: sequences per update: 16 x 256 = 4,096 tokens
     micro_batch: int = 8            # > 0: sequences per forward pass; 8 fit into the cache of a CPU
