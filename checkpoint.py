@@ -253,9 +253,9 @@ class Run(ExitStack):
         """Put the last saved state into model and optimizers; returns its step, 0 in a new run."""
         for name, size in self.sizes.items():
             if ranks.rank() == 0:
-                with open(self.out / name, "ab") as f:
+                with writing(self.out / name), open(self.out / name, "ab") as f:
                     f.truncate(size)             # cut off the lines logged after it
-        step = self.last["step"]
+        step = self.step = self.last["step"]
         if step:
             model.load_state_dict(self.last["model"])
             bad = self.last["skipped"][1:]
@@ -331,7 +331,7 @@ class Run(ExitStack):
     def end_step(self, step: int, model: GPT, tokenizer: Tokenizer, *optimizers: Optimizer) -> None:
         """Move the bar; save last.pt if it is due; after a signal to any rank, save and stop."""
         interrupted = any(ranks.gather([bool(self.signals)]))
-        before = self.bar.n
+        before, self.step = self.step, step
         self.bar.update(step - before)
         every = self.config["save_every"]
         due = step // every > before // every
@@ -392,7 +392,8 @@ def check_fields(config: Any) -> None:
         kind = (*get_args(hint), hint)[0]        # of a tuple: that of its elements
         many = kind is not hint
         require(not many or isinstance(value, (tuple, list)), f"{option} {value}: must be a tuple")
-        domain = re.match("((?:one of|[<>]).*?):|", help_texts(type(config))[name])[1] or ""
+        text = help_texts(type(config)).get(name, "")
+        domain = re.match("((?:one of|[<>]).*?):|", text)[1] or ""
         for x in value if many else [value]:
             fits = isinstance(x, (int, float) if kind is float else kind)
             right = fits and isinstance(x, bool) == (kind is bool)

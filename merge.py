@@ -255,6 +255,7 @@ def check_weights(c: WeightsConfig) -> None:
     require(n >= 2, "one checkpoint given: merging needs two or more")
     require(c.method == "linear" or c.base != "", f"--base is missing: --method {c.method} needs it")
     require(len(c.weights) in (0, n), f"--weights: {len(c.weights)} given for {n} checkpoints")
+    require(c.method != "ties" or min(c.weights, default=1) > 0, "--weights: ties takes positive ones only")
     require(not c.weights or c.method != "linear" or abs(sum(c.weights)) > 1e-6, "--weights: add up to 0")
     require(not c.sweep or n == 2 and not c.weights, "--sweep: needs two checkpoints and no --weights")
     require(Path(c.out).suffix == ".pt", f"--out {c.out}: must be the name of a file, ending in .pt")
@@ -351,8 +352,9 @@ def merge_weights(c: WeightsConfig) -> list[Path]:
         save_checkpoint(path, result, tokenizer, merged_lineage(c, weights, lineages[:n]))
         print(f"written: {path}")
         written.append(path)
-    for mix, path in zip(c.sweep, written):
-        print_sweep(c, mix, evaluate.evaluate(str(path), measure))
+    results = [evaluate.evaluate(str(path), measure) for path in written] if c.sweep else []
+    for mix, result in zip(c.sweep, results):
+        print_sweep(c, mix, result)
     return written
 
 

@@ -24,6 +24,7 @@ from unittest import mock
 import pytest
 import torch
 import worlds
+from tqdm import tqdm
 
 import evaluate
 import merge
@@ -244,6 +245,34 @@ def short_run(kind: str, out: Path, **changes) -> Path:
                "rl": grpo | dict(steps=3), "merge": grpo | dict(batch=8, steps=4, inner=2)}[kind]
     options = options | dict(data=str(worlds.data()), out=str(out), threads=1) | changes
     return worlds.quietly(TRAINERS[kind].train, TRAINERS[kind].Config(**options))
+
+
+@pytest.mark.parametrize("bars", ["shown", "disabled"])
+def test_the_state_is_saved_when_it_is_due(bars, gpt, byte_tokenizer, tmp_path, monkeypatch):
+    """Every save_every steps and at the end, whether tqdm shows bars or not (of several ranks one shows them)."""
+    if bars == "disabled":
+        monkeypatch.setattr("checkpoint.tqdm", functools.partial(tqdm, disable=True))
+    with run_in(tmp_path, save_every=3) as run, mock.patch.object(run, "_save_last") as save:
+        run.steps = 8
+        run.restore(gpt)
+        for step in range(1, 9):
+            run.end_step(step, gpt, byte_tokenizer)
+    assert [call.args[0] for call in save.call_args_list] == [3, 6, 8]
+
+
+def test_sft_decays_over_the_last_share_of_the_run():
+    """Constant, then linearly to 0 over the last half of 20 steps."""
+    rates = [sft.learning_rate(sft.Config(lr=1.0, warmup=0, decay=.5), step, 20) for step in range(20)]
+    assert rates == pytest.approx([1.0] * 11 + [1 - i / 10 for i in range(1, 10)])
+
+
+def test_weight_decay_spares_the_embedding_and_the_norms(gpt):
+    """OLMo-2 decays the matrices only, and not the embedding."""
+    decayed, others = pretrain.new_optimizer(gpt, pretrain.Config(weight_decay=.1)).param_groups
+    names = {id(p): name for name, p in gpt.named_parameters()}
+    spared = {names[id(p)] for p in others["params"]}
+    assert decayed["weight_decay"] == .1 and others["weight_decay"] == 0
+    assert spared == {name for name in names.values() if "norm" in name or name == "embed.weight"}
 
 
 @pytest.mark.parametrize("kind", TRAINERS)

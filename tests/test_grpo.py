@@ -391,6 +391,13 @@ def test_kl_penalty_reaches_all_rows(gpt, make_batch, logprobs_of):
     assert all(p.grad is None for p in reference.parameters())
 
 
+def test_the_flops_of_a_reference_count(gpt, make_batch):
+    """A forward pass of the reference over the trained positions, besides three of the model's."""
+    batch = make_batch(gpt)
+    plain, with_kl = (rl.grpo_flops(gpt, batch, 10, rl.Config(kl=kl)) for kl in (0., .1))
+    assert with_kl - plain == 10 * gpt.flops_per_token(6)        # prompts of 13/6 tokens, answers of 27/6
+
+
 def test_kl_penalty_alone_is_a_signal(gpt, make_batch):
     """Without any advantage the penalty still pulls back to the reference, where it is 0."""
     batch = make_batch(gpt)

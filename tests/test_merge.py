@@ -421,6 +421,18 @@ def test_an_idle_arm_contributes_the_snapshot(idle, steps, cause, tmp_path, monk
     assert line["skipped"] == (cause == "NaN") == ("grad_norm_rl" in line) and "grad_norm_sft" in line
 
 
+def test_a_step_without_a_signal_logs_no_norm_of_an_earlier_one(tmp_path, monkeypatch):
+    """The second step's answers all get the reward 0 (the probe grades 2 x 16 before, the first step 16)."""
+    graded = []
+
+    def reward(problem: dict, text: str, grade: str) -> float:
+        graded.append(grade)
+        return float(grade == "right") if len(graded) <= 48 else 0.0
+    monkeypatch.setattr(rl, "reward", reward)
+    first, second = steps_of(trained(merge, tmp_path, worlds.parrot(), steps=2, n_problems=4, rollouts=4))
+    assert "grad_norm_rl" in first and "grad_norm_rl" not in second and len(graded) == 64
+
+
 def test_save_every_is_kept_with_inner_updates(tmp_path):
     """With H = 2 and --save-every 3 a state is saved after the round in which each third step fell."""
     with mock.patch.object(Run, "_save_last", autospec=True, side_effect=Run._save_last) as save:
