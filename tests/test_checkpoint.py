@@ -249,7 +249,7 @@ def short_run(kind: str, out: Path, **changes) -> Path:
 
 @pytest.mark.parametrize("bars", ["shown", "disabled"])
 def test_the_state_is_saved_when_it_is_due(bars, gpt, byte_tokenizer, tmp_path, monkeypatch):
-    """Every save_every steps and at the end, whether tqdm shows bars or not (of several ranks one shows them)."""
+    """Every save_every steps and at the end, with and without bars: only one of several ranks has them."""
     if bars == "disabled":
         monkeypatch.setattr("checkpoint.tqdm", functools.partial(tqdm, disable=True))
     with run_in(tmp_path, save_every=3) as run, mock.patch.object(run, "_save_last") as save:
