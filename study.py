@@ -363,7 +363,7 @@ def run_cells(cells: list[Cell], runs: Path, jobs: int) -> list[str]:
             left = schedule(cells, work_left(waiting + busy), jobs)
             spent = (time.monotonic() - began) / 60
             minutes = left * (spent + .2) / (first - left + .2)
-            bar.set_postfix_str(f"{minutes:.0f} min left: {', '.join(x.name for x in busy)}", refresh=False)
+            bar.set_postfix_str(f"{minutes:.1f} min left: {', '.join(x.name for x in busy)}", refresh=False)
             bar.update(bar.total - left - bar.n)
             time.sleep(.2)
             for slot, (process, x) in list(running.items()):
