@@ -376,7 +376,7 @@ for command, pairs in {     # arguments: text that the line must contain, "" for
         "--text {bad}/file": "must end in .txt", "--tokenizer klingon": ""},
     "pretrain.py": {
         "--context 9999": "", "--batch 4 --micro-batch 3": "--micro-batch 3", "--compile yes": "yes",
-        "--checkpoints-at 32,65": "--checkpoints-at 65", "--out {bad}/r_whole --seed 3": "seed=0"},
+        "--checkpoints-at 32,65": "--checkpoints-at 65", "--out {bad}/r_whole --seed 3": "seed: 0 there"},
     "sft.py": {"--gold maybe": "maybe"},
     "rl.py": {"--n-problems 3 --updates 2": "--updates 2", "--no-reference --kl 1": "--no-reference"},
     "merge.py": {

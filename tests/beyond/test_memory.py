@@ -202,7 +202,7 @@ def test_the_limit_is_the_plan():
         done = worlds.run_here("beyond/memory.py", *argv)
         assert done.status == status and len(done.errors) == (status > 0)
         line = " ".join(done.out.split()) or done.errors[0]
-        assert f"3M, {factor * gib:.2f} of" in line and f"{options} {summed}" in line
+        assert f"GB ({factor * gib:.2f} GiB)" in line and f"{options} {summed}" in line
     assert "1 for CUDA + (parameters 0.01, moments 0.02)" in summed and "in sampling" in summed
 
 
@@ -224,7 +224,7 @@ def test_only_the_savings_that_are_needed_are_taken(gib, run, expected, capsys):
     printed is one of that script."""
     memory.show(memory.Config(size="olmo-1b", memory=gib, run=f"{run} --max-new 256"))
     first, summed = capsys.readouterr().out.splitlines()
-    assert first == f"olmo-1b, {.97 * gib:.2f} of {gib} GiB: fits with {expected}"
+    assert first == f"olmo-1b on {gib} GB ({.97 * gib:.2f} GiB): fits with {expected}"
     assert (" 22.37 GiB = " in summed) == (gib == 24 and run == "rl.py")
     parse((sft if run == "sft.py" else rl).Config, expected.split())
 
@@ -240,12 +240,12 @@ def test_the_table_of_all_sizes():
     out = worlds.run_here("beyond/memory.py")
     assert out.status == 0 and out.errors == []
     for name in memory.MODELS:
-        lines = [line for line in out.out.splitlines() if line.startswith(f"{name}, ")]
+        lines = [line for line in out.out.splitlines() if line.startswith(f"{name} on ")]
         options = [line.count(" --") for line in lines]
         assert len(lines) == 3 and options == sorted(options, reverse=True)
     for option in (["--init", worlds.base()], ["--run", f"merge.py --init {worlds.base()}"]):
         own = worlds.run_here("beyond/memory.py", *option)
-        assert own.status == 0 and own.out.count(f"{worlds.base()}, ") == 3
+        assert own.status == 0 and own.out.count(f"{worlds.base()} on ") == 3
 
 
 # ---- the options that save memory ------------------------------------------------------------------------
