@@ -11,7 +11,6 @@ import json
 import math
 import typing
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from checkpoint import atomic_write, check_fields, generator, load_model, main, 
 from data.arithmetic import read_answer, style_of
 from data.problems import load_problems, open_data, prompt_ids, solved_examples
 from data.tokenizer import Tokenizer
-from model import GPT, Ids, micro_batches, pack
+from model import GPT, Ids, packed
 
 
 @dataclass
@@ -180,16 +179,6 @@ def measure_problems(model: GPT, tokenizer: Tokenizer, problems: list[dict], c: 
         "distinct_completions": float(np.mean(distinct)),
         "styles": {style: n / total for style, n in sorted(styles.items())},
     }
-
-
-def packed(prompts: Ids, completions: Ids, pad: int, tokens: int,
-           device: torch.device) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """(row numbers, ids, target) of micro-batches of up to `tokens` tokens, as model.pack makes them."""
-    lengths = [len(a) + len(b) for a, b in zip(prompts, completions)]
-    for rows in micro_batches(lengths, tokens):
-        chosen = [prompts[r] for r in rows]
-        following = [completions[r] for r in rows]
-        yield rows, *pack(chosen, following, pad, device)
 
 
 def target_logits(model: GPT, ids: Tensor, target: Tensor) -> Tensor:

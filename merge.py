@@ -294,9 +294,9 @@ def ancestors(digest: str, lineage: list[dict]) -> set[str]:
     return found - {None}
 
 
-def load_relatives(paths: list[str]) -> tuple[list[GPT], Tokenizer, list[list[dict]]]:
-    """(models, their tokenizer, their lineages). UserError for different shapes or tokenizers; a warning if
-    the lineages show no common ancestor."""
+def load_relatives(paths: list[str]) -> tuple[list[GPT], Tokenizer, list[list[dict]], list[str]]:
+    """(models, their tokenizer, lineage and sha256 of each file). UserError for different shapes or
+    tokenizers; a warning if the lineages show no common ancestor."""
     loaded = [load_model(path) for path in paths]
     first, tokenizer, _ = loaded[0]
     for path, (model, other, _) in zip(paths, loaded):
@@ -304,21 +304,24 @@ def load_relatives(paths: list[str]) -> tuple[list[GPT], Tokenizer, list[list[di
                 f"({model.config} against {first.config}); only equal models can be merged")
         require(other.sha256 == tokenizer.sha256, f"{path}: another tokenizer than {paths[0]}")
     lineages = [lineage for _, _, lineage in loaded]
-    if not set.intersection(*(ancestors(file_sha256(p), x) for p, x in zip(paths, lineages))):
+    digests = [file_sha256(path) for path in paths]
+    if not set.intersection(*map(ancestors, digests, lineages)):
         print(f"WARNING: the lineage of {', '.join(paths)} shows no common ancestor; weights of unrelated "
               "models cannot be averaged in any meaningful way", file=sys.stderr)
-    return [model for model, _, _ in loaded], tokenizer, lineages
+    return [model for model, _, _ in loaded], tokenizer, lineages, digests
 
 
-def merged_lineage(c: WeightsConfig, weights: list[float], lineages: list[list[dict]]) -> list[dict]:
-    """The stages that all have in common and this one, whose costs are those of all the others."""
+def merged_lineage(c: WeightsConfig, weights: list[float], lineages: list[list[dict]],
+                   digests: list[str]) -> list[dict]:
+    """The stages that all have in common and this one, whose costs are those of all the others; `digests`:
+    sha256 of the checkpoints and, if there is one, of the base."""
+    n = len(c.checkpoints)
     common = [stages[0] for stages in zip(*lineages) if all(s == stages[0] for s in stages)]
     own = [stage for lineage in lineages for stage in lineage[len(common):]]
     cost = {name: sum(stage[name] for stage in own) for name in ("tokens", "updates", "flops", "seconds")}
     config = json.loads(json.dumps(asdict(c))) | {"weights": weights}
     return [*common, {"script": "merge.py weights", "config": config,
-                      "parent": file_sha256(c.base) if c.base else None,
-                      "merged": [file_sha256(path) for path in c.checkpoints], **cost}]
+                      "parent": digests[n] if c.base else None, "merged": digests[:n], **cost}]
 
 
 def merge_weights(c: WeightsConfig) -> list[Path]:
@@ -328,7 +331,8 @@ def merge_weights(c: WeightsConfig) -> list[Path]:
     setup(c.device, c.threads)
     require(ranks.world_size() == 1, "merge.py weights runs in one process, without torchrun")
     n = len(c.checkpoints)
-    models, tokenizer, lineages = load_relatives([*c.checkpoints, *[c.base] * bool(c.base)])
+    paths = [*c.checkpoints, *[c.base] * bool(c.base)]
+    models, tokenizer, lineages, digests = load_relatives(paths)
     measure = evaluate.Config(c.checkpoints, c.data, n_problems=c.n_problems, seed=c.seed, device=c.device,
                               threads=c.threads)
     if c.sweep:                                  # an error in the measurement must come before the merge
@@ -349,7 +353,7 @@ def merge_weights(c: WeightsConfig) -> list[Path]:
             name: merge_tensors(c.method, [s[name] for s in states[:n]], weights, base[name], c.factor,
                                 c.density) for name in states[0]})
         path = out if mix is None else out.with_stem(f"{out.stem}-{mix:.12g}")
-        save_checkpoint(path, result, tokenizer, merged_lineage(c, weights, lineages[:n]))
+        save_checkpoint(path, result, tokenizer, merged_lineage(c, weights, lineages[:n], digests))
         print(f"written: {path}")
         written.append(path)
     results = [evaluate.evaluate(str(path), measure) for path in written] if c.sweep else []

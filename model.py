@@ -16,6 +16,7 @@ A class of your own takes the place of GPT (define it at the end of this file, t
 """
 import copy
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -469,6 +470,17 @@ def micro_batches(lengths: list[int], tokens: int) -> list[list[int]]:
             width = lengths[row]
         batches[-1].append(row)
     return batches
+
+
+def packed(prompts: Ids, completions: Ids, pad: int,
+           tokens: int, device: torch.device) -> Iterator[tuple]:
+    """(row numbers, ids, target) of micro-batches of up to `tokens` tokens, as `pack` makes them."""
+    lengths = [len(a) + len(b) for a, b in zip(prompts, completions)]
+    for rows in micro_batches(lengths, tokens):
+        chosen = [prompts[r] for r in rows]
+        following = [completions[r] for r in rows]
+        ids, target = pack(chosen, following, pad, device)
+        yield rows, ids, target
 
 
 # ---- a prompt computed once for its group ----------------------------------------------------------------

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from checkpoint import atomic_write, number, require
-from evaluate import pass_at_k
+from evaluate import passes
 
 # ---- how it is judged (written before the runs) ----------------------------------------------------------
 METRICS = ("easy pass@1", "easy pass@8", "easy pass@32", "hard pass@1", "hard pass@32", "general")
@@ -92,8 +92,7 @@ def values(r: dict, metric: str) -> np.ndarray:
     if metric == GENERAL:
         return 100.0 * np.array([int(hit) for b in r["benchmarks"].values() for hit in b["hits"]])
     difficulty, k = metric.split(" pass@")
-    d = r["problems"][difficulty]
-    return 100 * np.array([pass_at_k(d["samples"], right, int(k)) for right in d["right_per_problem"]])
+    return 100 * passes(r["problems"][difficulty], int(k))
 
 
 def find(records: list[dict], recipe: str, at: str, base: str = "", step: int = -1,

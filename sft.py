@@ -21,7 +21,7 @@ from checkpoint import Run, batch_indices, check_fields, load_model, main, requi
 from data.problems import prompt_ids, training_problems
 from data.tokenizer import Tokenizer
 from evaluate import validate
-from model import GPT, completion_logprobs, micro_batches, pack
+from model import GPT, completion_logprobs, packed
 
 
 @dataclass
@@ -91,10 +91,9 @@ def sft_gradient(model: GPT, examples: list[Example], c: Config, pad: int) -> di
     total = sum(len(solution) for _, solution in examples)
     loss_sum = 0.0
     mine = ranks.my_part(examples)
-    for rows in micro_batches([len(prompt) + len(solution) for prompt, solution in mine], c.micro_tokens):
-        prompts = [mine[r][0] for r in rows]
-        solutions = [mine[r][1] for r in rows]
-        ids, target = pack(prompts, solutions, pad, model.device)
+    prompts = [prompt for prompt, _ in mine]
+    solutions = [solution for _, solution in mine]
+    for _, ids, target in packed(prompts, solutions, pad, c.micro_tokens, model.device):
         loss = -completion_logprobs(model, ids, target).sum() / total
         loss.backward()
         loss_sum += float(loss.detach())

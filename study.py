@@ -365,7 +365,7 @@ def run_cells(cells: list[Cell], runs: Path, jobs: int) -> list[str]:
             minutes = left * (spent + .2) / (first - left + .2)
             bar.set_postfix_str(f"{minutes:.1f} min left: {', '.join(x.name for x in busy)}", refresh=False)
             bar.update(bar.total - left - bar.n)
-            time.sleep(.2)
+            time.sleep(.5)                               # each look reads the logs
             for slot, (process, x) in list(running.items()):
                 if process.poll() is not None:
                     del running[slot]
