@@ -19,14 +19,13 @@ import ranks  # comes before torch: it sets how idle threads wait
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import atomic_write, check_fields, generator, load_model, main, require, setup
 from data.arithmetic import read_answer, style_of
 from data.problems import load_problems, open_data, prompt_ids, solved_examples
 from data.tokenizer import Tokenizer
-from model import GPT, Ids, packed
+from model import GPT, Ids, packed, target_logits, targets
 
 
 @dataclass
@@ -181,12 +180,6 @@ def measure_problems(model: GPT, tokenizer: Tokenizer, problems: list[dict], c: 
     }
 
 
-def target_logits(model: GPT, ids: Tensor, target: Tensor) -> Tensor:
-    """Logits (N, V) from which the N targets are predicted."""
-    hidden = model.hidden(ids[:, :-1])
-    return model.logits(hidden[target[:, 1:]])
-
-
 @torch.inference_mode()
 def kl_divergence(model: GPT, reference: GPT, tokenizer: Tokenizer, problems: list[dict], c: Config,
                   prefix: list[int]) -> float:
@@ -199,9 +192,9 @@ def kl_divergence(model: GPT, reference: GPT, tokenizer: Tokenizer, problems: li
 
     total = 0.0
     at_once = min(8192, 2 ** 26 // model.config.n_vocab)                 # tokens: logits of a quarter GiB
-    for _, ids, target in packed(prompts, answers, tokenizer.pad, at_once, model.device):
-        logp = target_logits(model, ids, target).log_softmax(-1)
-        other = target_logits(reference, ids, target).log_softmax(-1)
+    for _, ids, at in packed(prompts, answers, tokenizer.pad, at_once, model.device):
+        logp = target_logits(model, ids, at).log_softmax(-1)
+        other = target_logits(reference, ids, at).log_softmax(-1)
         total += float(F.kl_div(other, logp, log_target=True, reduction="sum"))
     return total / sum(map(len, answers))
 
@@ -229,12 +222,13 @@ def score_rows(model: GPT, contexts: Ids, continuations: Ids, pad: int,
             f"a benchmark item has {longest} tokens, more than the model's context of {model.config.context}")
     sums = [0.0] * len(contexts)
     exact = [False] * len(contexts)
-    for rows, ids, target in packed(contexts, continuations, pad, tokens, model.device):
-        logits = target_logits(model, ids, target)
-        wanted = ids[:, 1:][target[:, 1:]]
+    for rows, ids, at in packed(contexts, continuations, pad, tokens, model.device):
+        logits = target_logits(model, ids, at)
+        wanted = targets(ids, at)
         logp = logits.log_softmax(-1).gather(-1, wanted[:, None]).squeeze(-1)
-        hit = logits.argmax(-1) == wanted
-        sizes = target.sum(1).tolist()
+        hit = (logits.argmax(-1) == wanted).float()
+        logp, hit = torch.stack((logp, hit)).cpu()                       # one wait
+        sizes = [len(continuations[r]) for r in rows]
         for r, lp, h in zip(rows, logp.split(sizes), hit.split(sizes)):
             sums[r] = float(lp.sum())
             exact[r] = bool(h.all())

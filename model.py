@@ -10,13 +10,13 @@ A class of your own takes the place of GPT (define it at the end of this file, t
     logits(hidden)              (..., d) -> (..., n_vocab) in fp32; forward(ids) is both in a row
     flops_per_token(length)     forward FLOPs of a token in a sequence of that length, for the log
     decode_rows, set_memory(c)  rows sampled at once; takes the options of a run about memory
-    given a cache: rows are padded on the left, so position t is number cache.length + t - cache.padding (B,);
-    the mask is visible(cache, T); layer i attends to cache.store(i, k, v), k and v being (B, H, T, D) with
-    H = n_kv_heads and D = d_model / n_heads; after the last layer, cache.length += T
+    given a cache: T new positions stand in its columns cache.columns(T), rows being padded on the left by
+    cache.padding (B,); the mask is visible(cache, T); layer i attends to cache.store(i, k, v), k and v being
+    (B, H, T, D) with H = n_kv_heads and D = d_model / n_heads; after the last layer, cache.length += T
 """
 import copy
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -65,9 +65,11 @@ SIZES = {
 
 # ---- the Transformer -------------------------------------------------------------------------------------
 def precision(model: "GPT") -> torch.autocast:
-    """On a GPU matrix products in bf16, the rest in fp32, weights and their gradients too. The model itself
-    enters it, so that sampling and scoring agree."""
-    return torch.autocast("cuda", torch.bfloat16, enabled=model.device.type == "cuda")
+    """On a GPU and from a width of 512 on, matrix products in bf16, the rest in fp32, weights and their
+    gradients too: in narrower models the casts cost more than the products gain. The model itself enters it,
+    so that sampling and scoring agree."""
+    wide = model.config.d_model >= 512
+    return torch.autocast("cuda", torch.bfloat16, enabled=wide and model.device.type == "cuda")
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -99,17 +101,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     T = q.shape[2]
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
-    if T > 1 or q.is_cuda:
+    if q.device.type == "cuda" or q.device.type == "cpu" and T > 1:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-    # on a CPU the fused kernel is slow for a single query
+    # the fused kernel of a CPU is slow for a single query; that of Apple's GPUs is wrong with masks like ours
+    # (PyTorch issues 174861, 182285, 184180)
     heads = q.shape[:2]                                                  # B, H
     scale = q.shape[-1] ** -.5
     scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT)
-    scores = scores.unflatten(0, heads) * scale                          # (B, H, 1, keys)
+    scores = scores.unflatten(0, heads) * scale                          # (B, H, T, keys)
     weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
     y = torch.bmm(weights.flatten(0, 1), v.flatten(0, 1))
-    return y.unflatten(0, heads)                                         # (B, H, 1, D)
+    return y.unflatten(0, heads)                                         # (B, H, T, D)
 
 
 class Block(nn.Module):
@@ -192,10 +195,10 @@ class GPT(nn.Module):
     def hidden(self, ids: Tensor, cache: Cached = None) -> Tensor:
         """Final hidden states (B, T, d_model) of ids (B, T), which follow the tokens in the cache."""
         T = ids.shape[1]
-        start = cache.length if cache else 0
+        columns = cache.columns(T) if cache else slice(T)
         mask = visible(cache, T) if cache else None
-        cos = self.cos[start:start + T]
-        sin = self.sin[start:start + T]
+        cos = self.cos[columns]
+        sin = self.sin[columns]
 
         x = self.embed(ids)
         recompute = self.recompute and torch.is_grad_enabled()
@@ -242,39 +245,47 @@ class GPT(nn.Module):
 class Cache:
     """Keys and values decoded so far: two tensors (L, B·H, capacity, D), filled up to `length`. No query sees
     the first `padding` (B,) columns of a row. Decoding attends over the whole capacity, unfilled columns
-    masked: CPUs multiply contiguous tensors several times faster than slices. So it grows in small steps."""
+    masked: CPUs multiply contiguous tensors several times faster than slices. So there it grows in small
+    steps. `length` is a tensor (1,) because a CUDA graph repeats the numbers of Python, but reads tensors."""
 
-    def __init__(self, c: ModelConfig, padding: Tensor):
-        self.heads = c.n_kv_heads
-        self.length = 0
+    def __init__(self, c: ModelConfig, padding: Tensor, capacity: int):
+        self.config = c
         self.padding = padding
-        rows = len(padding) * self.heads
-        size = c.d_model // c.n_heads
-        self.k = torch.zeros(c.n_layers, rows, 0, size, device=padding.device)
-        self.v = torch.zeros_like(self.k)
+        self.capacity = capacity
+        self.length = torch.zeros(1, dtype=torch.long, device=padding.device)
+        self.k: Tensor | None = None             # made with the first keys, which have the dtype of products
+        self.v: Tensor | None = None
 
-    def room(self, columns: int) -> int:
-        """Make room for this many further columns; returns the capacity."""
-        layers, rows, capacity, size = self.k.shape
-        missing = self.length + columns - capacity
+    def keys(self, T: int) -> int:
+        """How many keys T new positions have before them, their own and unfilled ones included."""
+        return self.capacity
+
+    def columns(self, T: int) -> Tensor:
+        """The next T columns (T,), where new positions are stored."""
+        return self.length if T == 1 else self.length + torch.arange(T, device=self.length.device)
+
+    def grow(self, capacity: int) -> None:
+        """Make room for so many columns, and for a few more."""
+        missing = capacity - self.capacity
         if missing > 0:                          # k first, then v, so that only one is held twice
+            layers, rows, _, size = self.k.shape
             new = self.k.new_zeros(layers, rows, max(16, missing), size)
             self.k = torch.cat((self.k, new), dim=2)
             self.v = torch.cat((self.v, new), dim=2)
-        return self.k.shape[2]
+            self.capacity = self.k.shape[2]
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> KV:
         """Append a layer's k, v (B, H, T, D); returns all of them (B, H, capacity, D). GPT.hidden advances
         `length`, after the last layer."""
-        if self.k.dtype != k.dtype:              # take the dtype of the first keys (bf16 under autocast)
-            self.k = self.k.to(k.dtype)
-            self.v = self.v.to(v.dtype)
-        columns = slice(self.length, self.length + k.shape[2])
-        shape = (-1, self.heads)                 # B, H
-        all_k = self.k[layer].unflatten(0, shape)
-        all_v = self.v[layer].unflatten(0, shape)
-        all_k[:, :, columns] = k
-        all_v[:, :, columns] = v
+        B, H, T, D = k.shape
+        if self.k is None:
+            self.k = k.new_zeros(self.config.n_layers, B * H, self.capacity, D)
+            self.v = torch.zeros_like(self.k)
+        all_k = self.k[layer].unflatten(0, (B, H))
+        all_v = self.v[layer].unflatten(0, (B, H))
+        columns = self.columns(T)
+        all_k.index_copy_(2, columns, k)
+        all_v.index_copy_(2, columns, v)
         return all_k, all_v
 
     def select(self, rows: Tensor) -> None:
@@ -284,15 +295,15 @@ class Cache:
         self.v = self.selected(self.v, rows)
 
     def selected(self, x: Tensor, rows: Tensor) -> Tensor:
-        by_row = x.unflatten(1, (-1, self.heads))                        # (L, B, H, capacity, D)
+        by_row = x.unflatten(1, (-1, self.config.n_kv_heads))            # (L, B, H, capacity, D)
         return by_row.index_select(1, rows).flatten(1, 2)
 
 
 def visible(cache: Cached, T: int) -> Tensor:
     """Mask (B, 1, T, keys) of T new positions over all keys of a cache: no later key, and no padding, except
     that a padding position attends to itself. PyTorch's causal flag would align top-left."""
-    key = torch.arange(cache.room(T), device=cache.padding.device)
-    query = cache.length + torch.arange(T, device=key.device)
+    key = torch.arange(cache.keys(T), device=cache.padding.device)
+    query = cache.columns(T)
     known = key >= cache.padding[:, None, None, None]                    # (B, 1, 1, keys)
     earlier = key <= query[:, None]                                      # (T, keys)
     itself = key == query[:, None]
@@ -319,11 +330,18 @@ def sample(model: GPT, prompts: Ids, group: int,
     """Sample `group` completions of every prompt from softmax(logits / temperature), 0: greedy; on the CPU.
     The uniform numbers behind a row do not depend on the rows decoded with it. ValueError if a prompt is
     empty or leaves no room for max_new tokens."""
-    u = torch.rand(len(prompts), group, max_new, generator=generator)    # on the CPU: same for every device
+    u = uniform(model, (len(prompts), group, max_new), generator)
     return decode_all(model, prompts, u, eos, pad, temperature, compact)
 
 
-@torch.inference_mode()
+def uniform(model: GPT, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Uniform numbers in [0, 1) for tokens, on the CPU: the same for every device. In fp64 for large
+    vocabularies: fp32 is too coarse for their rare tokens (Apple's GPUs have nothing finer)."""
+    fine = model.config.n_vocab >= 4096 and model.device.type != "mps"
+    return torch.rand(shape, generator=generator, dtype=torch.float64 if fine else torch.float32)
+
+
+@torch.no_grad()        # not inference_mode: autocast would convert the weights anew at every token
 def decode_all(model: GPT, prompts: Ids, u: Tensor,
                eos: int, pad: int,
                temperature: float, compact: bool = True) -> Rollouts:
@@ -343,7 +361,7 @@ def decode_all(model: GPT, prompts: Ids, u: Tensor,
         chosen = order[i:i + at_once]
         uniform = u[chosen].to(model.device)
         some = [prompts[p] for p in chosen]
-        with precision(model):                   # weights are converted once, not at every token
+        with precision(model):                   # keeps the converted weights until its end
             parts.append(decode(model, some, uniform, eos, pad, temperature, compact))
     return together(parts, order)
 
@@ -360,8 +378,8 @@ def together(parts: list[Rollouts], order: list[int]) -> Rollouts:
 
 def inverse_cdf(p: Tensor, u: Tensor) -> Tensor:
     """A token per row (B,) from probabilities p (B, V) and uniform numbers u (B,) in [0, 1): the first at
-    which the row's running sum exceeds u times its total, so never one of probability 0."""
-    cdf = p.cumsum(-1)
+    which the row's running sum, of u's precision, exceeds u times its total: never one of probability 0."""
+    cdf = p.cumsum(-1, dtype=u.dtype)
     target = u[:, None] * cdf[:, -1:]
     token = torch.searchsorted(cdf, target, right=True).squeeze(-1)
     return token.clamp_(max=p.shape[-1] - 1)     # should rounding lift u · total to the total
@@ -370,65 +388,102 @@ def inverse_cdf(p: Tensor, u: Tensor) -> Tensor:
 def pad_left(prompts: Ids, width: int, pad: int,
              device: torch.device) -> tuple[Tensor, Tensor]:
     """(ids (P, width), number of padding columns (P,)) of prompts of up to `width` tokens."""
-    padding = [width - len(prompt) for prompt in prompts]
-    ids = [[pad] * n + prompt for n, prompt in zip(padding, prompts)]
-    return torch.tensor(ids, device=device), torch.tensor(padding, device=device)
+    padding = torch.tensor([width - len(prompt) for prompt in prompts])
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
+    return ids.to(device, non_blocking=True), padding.to(device, non_blocking=True)
+
+
+def recorded(step: Callable[[], None]) -> Callable[[], None]:
+    """`step` as a CUDA graph: all its kernels in one launch, on the memory that they had while recorded."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def decode(model: GPT, prompts: Ids, u: Tensor,
            eos: int, pad: int,
            temperature: float, compact: bool) -> Rollouts:
     """The rows of all prompts at once, from uniform numbers u (P, G, max_new); a prompt is computed once.
-    By inverse CDF, neither the order of rows nor dropping finished ones (`compact`) changes the tokens."""
+    By inverse CDF, neither the order of rows nor dropping finished ones (`compact`) changes the tokens.
+
+    Tokens come in stretches, after each of which finished rows are dropped: of 1 token on a CPU, of 16 on a
+    GPU. Within a stretch nothing waits for the GPU and no tensor changes its shape or its place."""
     P, group, max_new = u.shape
     B = P * group
     device = u.device
+    on_cpu = device.type == "cpu"
     u = u.flatten(0, 1)                                                  # (B, max_new)
 
     # left padding: all rows write the same cache column; rotary positions being relative, no score changes
     longest = max(map(len, prompts))
     ids, padding = pad_left(prompts, longest, pad, device)               # (P, T)
-    cache = Cache(model.config, padding)
-    rows = torch.arange(P, device=device).repeat_interleave(group)
+    capacity = max(16, longest) if on_cpu else 16 * -(-(longest + max_new) // 16)
+    cache = Cache(model.config, padding, capacity)
+    rows = torch.arange(P, device=device).repeat_interleave(group, output_size=B)
     hidden = model.hidden(ids, cache)[rows, -1]                          # (B, d_model)
     cache.select(rows)
 
     tokens = torch.full((B, max_new), pad, device=device)
     logprobs = torch.zeros(B, max_new, device=device)
     entropy = torch.zeros(B, max_new, device=device)
-    lengths = torch.full((B,), max_new, device=device)
-    finished = torch.zeros(B, dtype=torch.bool, device=device)
     alive = torch.arange(B, device=device)                               # output row of each row in the batch
-    for t in range(max_new):
+    at = torch.zeros(1, dtype=torch.long, device=device)                 # the next column of the output
+
+    def choose(hidden: Tensor) -> Tensor:
+        """Sample a token (rows,) from final states (rows, d_model) and write it down."""
         logits = model.logits(hidden / (temperature or 1.0))             # logits / temperature, cheaper
-        logp = logits.log_softmax(-1)                                    # (B, V)
+        logp = logits.log_softmax(-1)                                    # (rows, V)
         p = logp.exp()
         if temperature == 0:
             token = logp.argmax(-1)
         else:
-            token = inverse_cdf(p, u[alive, t])
-        chosen = logp.gather(-1, token[:, None])                         # (B, 1)
-        tokens[alive, t] = token
-        logprobs[alive, t] = chosen.squeeze(-1)
-        entropy[alive, t] = -(p * logp).sum(-1)
+            token = inverse_cdf(p, u[alive, at])
+        tokens[alive, at] = token
+        logprobs[alive, at] = logp.gather(-1, token[:, None]).squeeze(-1)
+        entropy[alive, at] = -(p * logp).sum(-1)
+        at.add_(1)
+        return token
 
-        ended = alive[(token == eos) & ~finished[alive]]
-        lengths[ended] = t + 1
-        finished[ended] = True
-        left = (~finished[alive]).nonzero().squeeze(-1)
-        if len(left) == 0 or t == max_new - 1:
+    def step() -> None:
+        """One more token of every row, in the place of the last."""
+        hidden = model.hidden(last[:, None], cache)[:, -1]
+        last.copy_(choose(hidden))
+
+    last = choose(hidden)                                                # (rows,)
+    running = last != eos
+    repeat = step
+    known = 1                                                            # columns of the output
+    while known < max_new:
+        left = running.nonzero().squeeze(-1)                             # the one wait of a stretch
+        if len(left) == 0:
             break
         if compact and len(left) <= .8 * len(alive):                     # copying the cache must be worth it
             alive = alive[left]
-            token = token[left]
+            last = last[left]
+            running = running[left]
             cache.select(left)
-        hidden = model.hidden(token[:, None], cache)[:, -1]
+            repeat = step                                                # a new shape
+
+        stretch = min(1 if on_cpu else 16, max_new - known)
+        if on_cpu:
+            cache.grow(longest + known)
+        for _ in range(stretch):
+            repeat()
+            if repeat is step and device.type == "cuda":
+                repeat = recorded(step)                                  # after a first run, which allocates
+        new = tokens[alive, known:known + stretch]
+        running = running & (new != eos).all(1)
+        known += stretch
 
     # tokens that finished rows went on to write
+    ended = tokens == eos
+    finished = ended.any(1)
+    lengths = torch.where(finished, ended.int().argmax(1) + 1, max_new)
     past = torch.arange(max_new, device=device) >= lengths[:, None]
-    tokens[past] = pad
-    logprobs[past] = 0
-    entropy[past] = 0
+    tokens = tokens.masked_fill(past, pad)
+    logprobs = logprobs.masked_fill(past, 0)
+    entropy = entropy.masked_fill(past, 0)
     results = (tokens, lengths, finished, logprobs, entropy)
     return Rollouts(*(x.cpu() for x in results))
 
@@ -436,8 +491,9 @@ def decode(model: GPT, prompts: Ids, u: Tensor,
 # ---- scoring ---------------------------------------------------------------------------------------------
 def pack(prompts: Ids, completions: Ids, pad: int,
          device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Rows of prompt + completion, padded on the right: ids (B, T) and `target` (B, T), True at completion
-    tokens. That comes from lengths, not from comparing ids with padding: EOS is a target like any other."""
+    """Rows of prompt + completion, padded on the right: ids (B, T), and the places `at` (N,) in ids[:, :-1],
+    laid flat, from which the N completion tokens are predicted. Those come from lengths, not from comparing
+    ids with padding: EOS is a target like any other."""
     rows = [a + b for a, b in zip(prompts, completions)]
     width = max(map(len, rows))
     padded = [row + [pad] * (width - len(row)) for row in rows]
@@ -445,18 +501,34 @@ def pack(prompts: Ids, completions: Ids, pad: int,
 
     start = torch.tensor(list(map(len, prompts)))
     end = torch.tensor(list(map(len, rows)))
-    column = torch.arange(width)
+    column = torch.arange(1, width)
     target = (column >= start[:, None]) & (column < end[:, None])
-    return ids.to(device), target.to(device)
+    at = target.flatten().nonzero().squeeze(1)                           # on the CPU, where it costs no wait
+    return ids.to(device, non_blocking=True), at.to(device, non_blocking=True)
 
 
-def completion_logprobs(model: GPT, ids: Tensor, target: Tensor,
+def target_logits(model: GPT, ids: Tensor, at: Tensor,
+                  temperature: float = 1.0, cache: Cached = None) -> Tensor:
+    """Logits / temperature (N, V) from which `pack`'s N completion tokens are predicted."""
+    hidden = model.hidden(ids[:, :-1], cache).flatten(0, 1)
+    return model.logits(hidden.index_select(0, at) / temperature)        # divided before: fewer divisions
+
+
+def targets(ids: Tensor, at: Tensor) -> Tensor:
+    """The N completion tokens themselves."""
+    return ids[:, 1:].flatten().index_select(0, at)
+
+
+def completion_logprobs(model: GPT, ids: Tensor, at: Tensor,
                         temperature: float = 1.0, cache: Cached = None) -> Tensor:
-    """Log-probabilities (N,) of `pack`'s N targets, row after row, under softmax(logits / temperature)."""
-    wanted = target[:, 1:]                                               # position t-1 predicts token t
-    hidden = model.hidden(ids[:, :-1], cache)[wanted]                    # (N, d_model)
-    logits = model.logits(hidden / temperature)                          # the same, with fewer divisions
-    return -F.cross_entropy(logits, ids[:, 1:][wanted], reduction="none")
+    """Log-probabilities (N,) of `pack`'s N completion tokens, under softmax(logits / temperature)."""
+    logits = target_logits(model, ids, at, temperature, cache)
+    return -F.cross_entropy(logits, targets(ids, at), reduction="none")
+
+
+def tokens_at_once(asked: int, device: torch.device) -> int:
+    """Tokens of a micro-batch: `asked`, or (0) as many as fit into a CPU's caches, or keep a GPU busy."""
+    return asked or (2_048 if device.type == "cpu" else 16_384)
 
 
 def micro_batches(lengths: list[int], tokens: int) -> list[list[int]]:
@@ -474,13 +546,13 @@ def micro_batches(lengths: list[int], tokens: int) -> list[list[int]]:
 
 def packed(prompts: Ids, completions: Ids, pad: int,
            tokens: int, device: torch.device) -> Iterator[tuple]:
-    """(row numbers, ids, target) of micro-batches of up to `tokens` tokens, as `pack` makes them."""
+    """(row numbers, ids, at) of micro-batches of up to `tokens` tokens, as `pack` makes them."""
     lengths = [len(a) + len(b) for a, b in zip(prompts, completions)]
     for rows in micro_batches(lengths, tokens):
         chosen = [prompts[r] for r in rows]
         following = [completions[r] for r in rows]
-        ids, target = pack(chosen, following, pad, device)
-        yield rows, ids, target
+        ids, at = pack(chosen, following, pad, device)
+        yield rows, ids, at
 
 
 # ---- a prompt computed once for its group ----------------------------------------------------------------
@@ -504,12 +576,15 @@ class SharedPrompts:
     def of(self, prompt_of_row: list[int]) -> "SharedPrompts":
         """The cache of a batch whose row i follows prompt number prompt_of_row[i]."""
         view = copy.copy(self)
-        view.prompt_of_row = torch.tensor(prompt_of_row, device=self.padding.device)
+        view.prompt_of_row = torch.tensor(prompt_of_row).to(self.padding.device, non_blocking=True)
         view.padding = self.padding[view.prompt_of_row]
         return view
 
-    def room(self, columns: int) -> int:
-        return self.length + columns
+    def keys(self, T: int) -> int:
+        return self.length + T
+
+    def columns(self, T: int) -> Tensor:
+        return self.length + torch.arange(T, device=self.padding.device)
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> KV:
         """Of the prompts themselves: keep k, v. Of a batch of completions: append them to their prompts'."""
@@ -533,5 +608,5 @@ def shared_logprobs(model: GPT, prompts: SharedPrompts,
                     pad: int, temperature: float = 1.0) -> Tensor:
     """The same (N,) as `completion_logprobs`, for completions of the shared prompts with these numbers."""
     last = [[prompts.last[p]] for p in prompt_of_row]
-    ids, target = pack(last, completions, pad, model.device)
-    return completion_logprobs(model, ids, target, temperature, prompts.of(prompt_of_row))
+    ids, at = pack(last, completions, pad, model.device)
+    return completion_logprobs(model, ids, at, temperature, prompts.of(prompt_of_row))

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from checkpoint import Run, batch_indices, check_fields, generator, main, require, setup
+from checkpoint import Run, UserError, batch_indices, check_fields, generator, main, require, setup
 from data.problems import open_data
 from data.tokenizer import Tokenizer
-from model import GPT, SIZES, ModelConfig
+from model import GPT, SIZES, ModelConfig, tokens_at_once
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Config:
     size: str = "0.5M"              # one of 0.3M, 0.5M, 1M, 3M, 10M, 30M, 124M: parameters, at 512 token ids
     context: int = 256              # > 0: tokens per sequence
     batch: int = 16                 # > 0: sequences per update: 16 x 256 = 4,096 tokens
-    micro_batch: int = 8            # > 0: sequences per forward pass; 8 fit into the cache of a CPU
+    micro_batch: int = 0            # >= 0: sequences per forward pass, 0 = 2,048 tokens (GPU: 16,384)
     tokens: int = 8_000_000         # > 0: length of the run
     checkpoints_at: tuple[int, ...] = ()    # > 0: tokens (none: 1/8 1/4 3/8 1/2 3/4 of all)
     lr: float = 3e-3                # > 0: peak learning rate of AdamW; small models take large ones
@@ -46,12 +46,13 @@ class Config:
     seed: int = 0                   # >= 0: of the initial weights and of the order of the data
     device: str = "auto"            # cpu, cuda, auto
     threads: int = 0                # >= 0, <= 4096: CPU threads, 0 = all cores
-    compile: bool = False           # torch.compile the model (CUDA does so by itself)
+    compile: bool = False           # torch.compile the model: pays in long runs; needs a C compiler
 
 
 def check(c: Config) -> None:
     check_fields(c)
-    require(c.batch % c.micro_batch == 0, f"--micro-batch {c.micro_batch}: does not divide --batch {c.batch}")
+    require(c.micro_batch == 0 or c.batch % c.micro_batch == 0,
+            f"--micro-batch {c.micro_batch}: does not divide --batch {c.batch}")
     late = [t for t in c.checkpoints_at if t > c.tokens]
     require(not late,
             f"--checkpoints-at {','.join(map(str, late))}: not within the --tokens {c.tokens} of the run")
@@ -74,9 +75,15 @@ def validation_loss(model: GPT, shard: np.ndarray, c: Config, device: torch.devi
     """Nats per token over the first 128 blocks (or all, if there are fewer)."""
     n = min(128, (len(shard) - 1) // c.context)
     total = 0.0
-    for part in blocks(shard, range(n), c.context).split(c.micro_batch):
-        total += next_token_loss(model, part.to(device)) * len(part)
+    for part in blocks(shard, range(n), c.context).split(at_once(c, device)):
+        part = part.to(device, non_blocking=True)
+        total += next_token_loss(model, part) * len(part)
     return float(total / n)
+
+
+def at_once(c: Config, device: torch.device) -> int:
+    """Sequences per forward pass."""
+    return c.micro_batch or max(1, tokens_at_once(0, device) // c.context)
 
 
 def learning_rate(c: Config, step: int, steps: int) -> float:
@@ -104,6 +111,21 @@ def new_optimizer(model: GPT, c: Config) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=c.lr, betas=(.9, .95), weight_decay=c.weight_decay, fused=True)
 
 
+def compiled(model: GPT, c: Config) -> torch.nn.Module:
+    """The model in torch.compile's code, tried once: where no compiler works it fails with the first call.
+    UserError says so."""
+    faster = torch.compile(model)
+    ids = torch.zeros(at_once(c, model.device), c.context + 1, dtype=torch.long, device=model.device)
+    try:
+        next_token_loss(faster, ids).backward()
+    except Exception as error:                   # of a dozen types, as compilers fail
+        first_line = f"{error}".strip().partition("\n")[0]
+        raise UserError(f"--compile: torch.compile failed on this machine ({type(error).__name__}: "
+                        f"{first_line[:120]}); leave the option out") from None
+    model.zero_grad(set_to_none=True)
+    return faster
+
+
 # ---- training --------------------------------------------------------------------------------------------
 def train(c: Config) -> Path:
     """Run (or resume) the pretraining; returns the path of the last checkpoint."""
@@ -117,7 +139,7 @@ def train(c: Config) -> Path:
                 f"{c.data}/{name}.bin: has {len(shard)} tokens, --context {c.context} needs more")
     model = new_model(c, tokenizer).to(device)
     optimizer = new_optimizer(model, c)
-    compiled = torch.compile(model) if c.compile or device.type == "cuda" else model
+    trained = compiled(model, c) if c.compile else model
     tokens_per_step = c.batch * c.context
     flops_per_step = 3 * model.flops_per_token(c.context) * tokens_per_step
     steps = math.ceil(c.tokens / tokens_per_step)
@@ -135,7 +157,7 @@ def train(c: Config) -> Path:
 
             # ---- evaluate and checkpoint
             if step % c.eval_every == 0 or step == steps:
-                losses = {f"val_{kind}": validation_loss(compiled, shards[f"val_{kind}"], c, device)
+                losses = {f"val_{kind}": validation_loss(trained, shards[f"val_{kind}"], c, device)
                           for kind in ("general", "arithmetic")}
                 run.log(step, **losses)
             for tokens in kept:
@@ -152,9 +174,9 @@ def train(c: Config) -> Path:
 
             # ---- update
             total = torch.zeros((), device=device)
-            for part in sequences.split(c.micro_batch):
+            for part in sequences.split(at_once(c, device)):
                 part = part.to(device, non_blocking=True)
-                loss = next_token_loss(compiled, part) * (len(part) / c.batch)
+                loss = next_token_loss(trained, part) * (len(part) / c.batch)
                 loss.backward()
                 total += loss.detach()
             ranks.sum_gradients(model)           # over the processes, if there are several

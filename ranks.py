@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from model import GPT, Ids, Rollouts, decode_all, sample, together
+from model import GPT, Ids, Rollouts, decode_all, sample, together, uniform
 
 
 def join() -> None:
@@ -70,7 +70,7 @@ def sample_together(model: GPT, prompts: Ids, group: int,
     its part of the prompts and receives all rows, which do not depend on the number of ranks."""
     if world_size() == 1:
         return sample(model, prompts, group, max_new, eos, pad, generator, temperature)
-    u = torch.rand(len(prompts), group, max_new, generator=generator)
+    u = uniform(model, (len(prompts), group, max_new), generator)
     mine = my_part(range(len(prompts)))
     parts = []
     if mine:

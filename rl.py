@@ -28,7 +28,8 @@ from data.arithmetic import read_answer
 from data.problems import prompt_ids, training_problems
 from data.tokenizer import Tokenizer
 from evaluate import validate
-from model import GPT, SharedPrompts, completion_logprobs, micro_batches, pack, shared_logprobs
+from model import (
+    GPT, SharedPrompts, completion_logprobs, micro_batches, pack, shared_logprobs, tokens_at_once)
 
 
 @dataclass
@@ -54,7 +55,7 @@ class Config:
     reference: bool = True          # keep the initial policy, to log the KL to it; off: less memory
     temperature: float = 1.0        # > 0: of the rollouts
     max_new: int = 80               # > 0: longest answer, tokens
-    micro_tokens: int = 2_048       # > 0: tokens per forward pass of the update
+    micro_tokens: int = 0           # >= 0: tokens per forward pass, 0 = 2,048 on a CPU, 16,384 on a GPU
     eval_every: int = 10            # > 0: steps between validations (and transcripts)
     eval_problems: int = 100        # > 0: validation problems
     eval_samples: int = 16          # > 0: samples of each, at T=0.6
@@ -149,14 +150,15 @@ def policy_gradient(model: GPT, reference: GPT | None, batch: Batch, advantage: 
     The loss is the mean over *all* completion tokens of the rows, truncated and signal-free ones included,
     whatever the micro-batches (Yu et al. 2025). Rows without advantage add 0 to it: they are not computed."""
     total = sum(len(batch.completions[r]) for r in rows)                 # tokens of the whole update
-    useful = [r for r in rows if advantage[r] != 0 or c.kl > 0]
+    signal = (advantage != 0).tolist()
+    useful = [r for r in rows if signal[r] or c.kl > 0]
     if not useful:
         return None                                                      # no signal, no step
     metrics = Metrics()
     for micro, logp in scored(model, batch, useful, c, pad):             # logp (N,): all tokens of these rows
-        A = per_token(advantage, batch, micro).to(logp.device)           # (N,)
+        A = per_token(advantage, batch, micro, logp.device)              # (N,)
         # one update per batch is exactly on-policy: the ratio is 1, its gradient that of REINFORCE
-        old = logp.detach() if c.updates == 1 else recorded(batch, micro).to(logp.device)         # (N,)
+        old = logp.detach() if c.updates == 1 else recorded(batch, micro, logp.device)            # (N,)
         loss = policy_loss(logp, old, A, c.clip_low, c.clip_high)
         if c.kl > 0:
             penalty = kl_k3(logp, reference_logprobs(reference, batch, micro, c, pad))
@@ -178,11 +180,12 @@ def scored(model: GPT, batch: Batch, rows: list[int], c: Config, pad: int
     calls backward() before it asks for the next micro-batch."""
     G = batch.rewards.shape[1]
     groups = ranks.my_part(sorted({r // G for r in rows}))
-    for chunk in micro_batches([len(batch.prompts[g]) for g in groups], c.micro_tokens):
+    tokens = tokens_at_once(c.micro_tokens, model.device)
+    for chunk in micro_batches([len(batch.prompts[g]) for g in groups], tokens):
         place = {groups[i]: at for at, i in enumerate(chunk)}            # group -> its number in the chunk
         shared = SharedPrompts(model, [batch.prompts[g] for g in place], pad)
         chunk_rows = [r for r in rows if r // G in place]
-        for numbers in micro_batches([len(batch.completions[r]) for r in chunk_rows], c.micro_tokens):
+        for numbers in micro_batches([len(batch.completions[r]) for r in chunk_rows], tokens):
             micro = [chunk_rows[i] for i in numbers]
             completions = [batch.completions[r] for r in micro]
             prompt_of_row = [place[r // G] for r in micro]
@@ -190,15 +193,15 @@ def scored(model: GPT, batch: Batch, rows: list[int], c: Config, pad: int
         shared.backward()
 
 
-def per_token(values: Tensor, batch: Batch, rows: list[int]) -> Tensor:
+def per_token(values: Tensor, batch: Batch, rows: list[int], device: torch.device) -> Tensor:
     """A value of each row (B,), repeated for every token of these rows (N,)."""
     lengths = torch.tensor([len(batch.completions[r]) for r in rows])
-    return values[rows].repeat_interleave(lengths)
+    return values[rows].repeat_interleave(lengths).to(device, non_blocking=True)
 
 
-def recorded(batch: Batch, rows: list[int]) -> Tensor:
+def recorded(batch: Batch, rows: list[int], device: torch.device | str = "cpu") -> Tensor:
     """Log-probabilities (N,) of these rows' tokens at the time of sampling."""
-    return torch.cat([batch.logprobs[r] for r in rows])
+    return torch.cat([batch.logprobs[r] for r in rows]).to(device, non_blocking=True)
 
 
 @torch.no_grad()
@@ -207,24 +210,28 @@ def reference_logprobs(reference: GPT, batch: Batch, rows: list[int], c: Config,
     G = batch.rewards.shape[1]
     prompts = [batch.prompts[r // G] for r in rows]
     completions = [batch.completions[r] for r in rows]
-    ids, target = pack(prompts, completions, pad, reference.device)
-    return completion_logprobs(reference, ids, target, c.temperature)
+    ids, at = pack(prompts, completions, pad, reference.device)
+    return completion_logprobs(reference, ids, at, c.temperature)
 
 
 class Metrics:
-    """Sums over tokens of the numbers to log."""
+    """Sums over tokens of the numbers to log. They stay on the device until the end: reading one waits."""
 
     def __init__(self) -> None:
-        self.sums = dict.fromkeys(("loss", "ratio", "clip_fraction", "kl_penalty"), 0.0)
+        self.parts: list[tuple[str, Tensor]] = []
 
     def add(self, **values: Tensor) -> None:
         for name, value in values.items():
-            self.sums[name] += float(value.detach().sum())
+            self.parts.append((name, value.detach().sum().float()))
 
     def means(self, total: int) -> dict[str, float]:
         """Per token of the whole update, over all processes; a skipped token's ratio counts as 1."""
-        sums = ranks.add_up(*self.sums.values())
-        means = {name: value / total for name, value in zip(self.sums, sums)}
+        sums = dict.fromkeys(("loss", "ratio", "clip_fraction", "kl_penalty"), 0.0)
+        read = torch.stack([part for _, part in self.parts]).tolist() if self.parts else []
+        for (name, _), value in zip(self.parts, read):
+            sums[name] += value
+        summed = ranks.add_up(*sums.values())
+        means = {name: value / total for name, value in zip(sums, summed)}
         return means | {"ratio": 1 + means["ratio"]}
 
 

@@ -21,7 +21,7 @@ from checkpoint import Run, batch_indices, check_fields, load_model, main, requi
 from data.problems import prompt_ids, training_problems
 from data.tokenizer import Tokenizer
 from evaluate import validate
-from model import GPT, completion_logprobs, packed
+from model import GPT, completion_logprobs, packed, tokens_at_once
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Config:
     weight_decay: float = 0.0       # >= 0: of AdamW
     grad_clip: float = 1.0          # > 0: largest gradient norm
     max_new: int = 80               # > 0: longest answer in the validation, tokens
-    micro_tokens: int = 2_048       # > 0: tokens per forward pass
+    micro_tokens: int = 0           # >= 0: tokens per forward pass, 0 = 2,048 on a CPU, 16,384 on a GPU
     eval_every: int = 100           # > 0: updates between validations (and transcripts)
     eval_problems: int = 100        # > 0: validation problems
     eval_samples: int = 16          # > 0: samples of each, at T=0.6
@@ -89,17 +89,18 @@ def sft_gradient(model: GPT, examples: list[Example], c: Config, pad: int) -> di
     """Add the gradient of the mean loss per solution token (EOS included) to the model's .grad, whatever the
     micro-batches; returns the loss in nats per token and the FLOPs."""
     total = sum(len(solution) for _, solution in examples)
-    loss_sum = 0.0
+    losses = []
     mine = ranks.my_part(examples)
     prompts = [prompt for prompt, _ in mine]
     solutions = [solution for _, solution in mine]
-    for _, ids, target in packed(prompts, solutions, pad, c.micro_tokens, model.device):
-        loss = -completion_logprobs(model, ids, target).sum() / total
+    tokens = tokens_at_once(c.micro_tokens, model.device)
+    for _, ids, at in packed(prompts, solutions, pad, tokens, model.device):
+        loss = -completion_logprobs(model, ids, at).sum() / total
         loss.backward()
-        loss_sum += float(loss.detach())
+        losses.append(loss.detach())             # a number only at the end: reading one waits for the GPU
 
     positions = total + sum(len(prompt) for prompt, _ in examples)
-    loss_sum, = ranks.add_up(loss_sum)
+    loss_sum, = ranks.add_up(sum(torch.stack(losses).tolist()) if losses else 0.0)
     return {"loss": loss_sum, "flops": 3 * model.flops_per_token(positions // len(examples)) * positions}
 
 
