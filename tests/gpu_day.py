@@ -1,7 +1,7 @@
 """What a borrowed GPU has to answer, in one call of at most eight minutes.
 
     python tests/gpu_day.py                          on a machine with a CUDA GPU
-    python tests/gpu_day.py --device cpu             a rehearsal: does every step run? No number means anything
+    python tests/gpu_day.py --device cpu             a rehearsal: does every step run? No number counts
 
 Every step is a process with a time limit of its own; one that fails or is too slow says so, and the next one
 starts. Each leaves a line in results/gpu/gpu_day.jsonl, from which results/gpu/README.md is made and, of a
