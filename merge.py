@@ -30,7 +30,7 @@ import sft
 from checkpoint import (
     Run, batch_indices, check_fields, file_sha256, generator, load_model, main, require, save_checkpoint,
     setup)
-from data.problems import load_problems, open_data, training_problems
+from data.problems import training_problems
 from data.tokenizer import Tokenizer
 from model import GPT
 
@@ -240,12 +240,7 @@ class WeightsConfig:
     weights: tuple[float, ...] = ()  # > -1000000, < 1000000: of each checkpoint (default: equal, sum 1)
     factor: float = 1.0             # > -1000000, < 1000000: lambda, of the merged difference (task, ties)
     density: float = 0.5            # > 0, <= 1: ties: share of each tensor's differences that is kept
-    sweep: tuple[float, ...] = ()   # > -1000000, < 1000000: weights of the second of two to try on validation
-    data: str = "data/tiny"         # for --sweep: folder made by data/prepare.py
-    n_problems: int = 100           # > 0: for --sweep: validation problems of each difficulty
-    out: str = "merged.pt"          # file to write; --sweep: one per weight, as merged-0.25.pt
-    seed: int = 0                   # >= 0: of the sampling in --sweep
-    device: str = "auto"            # cpu, cuda, auto
+    out: str = "merged.pt"          # file to write
     threads: int = 0                # >= 0, <= 4096: CPU threads, 0 = all cores
 
 
@@ -257,7 +252,6 @@ def check_weights(c: WeightsConfig) -> None:
     require(len(c.weights) in (0, n), f"--weights: {len(c.weights)} given for {n} checkpoints")
     require(c.method != "ties" or min(c.weights, default=1) > 0, "--weights: ties takes positive ones only")
     require(not c.weights or c.method != "linear" or abs(sum(c.weights)) > 1e-6, "--weights: add up to 0")
-    require(not c.sweep or n == 2 and not c.weights, "--sweep: needs two checkpoints and no --weights")
     require(Path(c.out).suffix == ".pt", f"--out {c.out}: must be the name of a file, ending in .pt")
     inputs = {Path(path).resolve() for path in (*c.checkpoints, c.base)}
     require(Path(c.out).resolve() not in inputs, f"--out {c.out}: is one of the checkpoints to merge")
@@ -324,49 +318,27 @@ def merged_lineage(c: WeightsConfig, weights: list[float], lineages: list[list[d
                       "parent": digests[n] if c.base else None, "merged": digests[:n], **cost}]
 
 
-def merge_weights(c: WeightsConfig) -> list[Path]:
-    """Merge and write checkpoints (one, or one per --sweep weight); returns their paths. Raises UserError for
-    checkpoints of different shape or tokenizer; warns if their lineage shows no common ancestor."""
+def merge_weights(c: WeightsConfig) -> Path:
+    """Merge and write a checkpoint; returns its path. Raises UserError for checkpoints of different shape or
+    tokenizer; warns if their lineage shows no common ancestor."""
     check_weights(c)
-    setup(c.device, c.threads)
+    setup("cpu", c.threads)
     require(ranks.world_size() == 1, "merge.py weights runs in one process, without torchrun")
     n = len(c.checkpoints)
-    paths = [*c.checkpoints, *[c.base] * bool(c.base)]
-    models, tokenizer, lineages, digests = load_relatives(paths)
-    measure = evaluate.Config(c.checkpoints, c.data, n_problems=c.n_problems, seed=c.seed, device=c.device,
-                              threads=c.threads)
-    if c.sweep:                                  # an error in the measurement must come before the merge
-        evaluate.check(measure)
-        require(open_data(c.data)[1].sha256 == tokenizer.sha256,
-                f"{c.checkpoints[0]}: made with another tokenizer than {c.data} holds")
-        load_problems(f"{c.data}/val.jsonl")
+    weights = list(c.weights) or [1 / n] * n
+    models, tokenizer, lineages, digests = load_relatives([*c.checkpoints, *[c.base] * bool(c.base)])
 
     states = [model.state_dict() for model in models]
     base = states[n] if c.base else dict.fromkeys(states[0])
     result = copy.deepcopy(models[0])
+    result.load_state_dict({
+        name: merge_tensors(c.method, [s[name] for s in states[:n]], weights, base[name], c.factor, c.density)
+        for name in states[0]})
     out = Path(c.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    written = []
-    for mix in c.sweep or [None]:
-        weights = list(c.weights) or ([1 / n] * n if mix is None else [1 - mix, mix])
-        result.load_state_dict({
-            name: merge_tensors(c.method, [s[name] for s in states[:n]], weights, base[name], c.factor,
-                                c.density) for name in states[0]})
-        path = out if mix is None else out.with_stem(f"{out.stem}-{mix:.12g}")
-        save_checkpoint(path, result, tokenizer, merged_lineage(c, weights, lineages[:n], digests))
-        print(f"written: {path}")
-        written.append(path)
-    results = [evaluate.evaluate(str(path), measure) for path in written] if c.sweep else []
-    for mix, result in zip(c.sweep, results):
-        print_sweep(c, mix, result)
-    return written
-
-
-def print_sweep(c: WeightsConfig, mix: float, measured: dict) -> None:
-    for name, d in measured["problems"].items():
-        passes = ", ".join(f"{k} {v['mean']:.1%}" for k, v in d.items() if k.startswith("pass@"))
-        general = f", general mean {measured['general_mean']:.1%}" if "general_mean" in measured else ""
-        print(f"weight {mix:4g} of {c.checkpoints[1]}: {name} {passes}{general}")
+    save_checkpoint(out, result, tokenizer, merged_lineage(c, weights, lineages[:n], digests))
+    print(f"written: {out}")
+    return out
 
 
 if __name__ == "__main__":

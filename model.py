@@ -262,7 +262,9 @@ class Cache:
 
     def columns(self, T: int) -> Tensor:
         """The next T columns (T,), where new positions are stored."""
-        return self.length if T == 1 else self.length + torch.arange(T, device=self.length.device)
+        if T == 1:
+            return self.length
+        return self.length + torch.arange(T, device=self.length.device)
 
     def grow(self, capacity: int) -> None:
         """Make room for so many columns, and for a few more."""
@@ -388,9 +390,10 @@ def inverse_cdf(p: Tensor, u: Tensor) -> Tensor:
 def pad_left(prompts: Ids, width: int, pad: int,
              device: torch.device) -> tuple[Tensor, Tensor]:
     """(ids (P, width), number of padding columns (P,)) of prompts of up to `width` tokens."""
-    padding = torch.tensor([width - len(prompt) for prompt in prompts])
-    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
-    return ids.to(device, non_blocking=True), padding.to(device, non_blocking=True)
+    padding = [width - len(prompt) for prompt in prompts]
+    rows = [[pad] * n + prompt for n, prompt in zip(padding, prompts)]
+    ids = torch.tensor(rows).to(device, non_blocking=True)
+    return ids, torch.tensor(padding).to(device, non_blocking=True)
 
 
 def recorded(step: Callable[[], None]) -> Callable[[], None]:
@@ -418,7 +421,8 @@ def decode(model: GPT, prompts: Ids, u: Tensor,
     # left padding: all rows write the same cache column; rotary positions being relative, no score changes
     longest = max(map(len, prompts))
     ids, padding = pad_left(prompts, longest, pad, device)               # (P, T)
-    capacity = max(16, longest) if on_cpu else 16 * -(-(longest + max_new) // 16)
+    whole = 16 * -(-(longest + max_new) // 16)
+    capacity = max(16, longest) if on_cpu else whole
     cache = Cache(model.config, padding, capacity)
     rows = torch.arange(P, device=device).repeat_interleave(group, output_size=B)
     hidden = model.hidden(ids, cache)[rows, -1]                          # (B, d_model)
@@ -440,7 +444,8 @@ def decode(model: GPT, prompts: Ids, u: Tensor,
         else:
             token = inverse_cdf(p, u[alive, at])
         tokens[alive, at] = token
-        logprobs[alive, at] = logp.gather(-1, token[:, None]).squeeze(-1)
+        chosen = logp.gather(-1, token[:, None])                         # (rows, 1)
+        logprobs[alive, at] = chosen.squeeze(-1)
         entropy[alive, at] = -(p * logp).sum(-1)
         at.add_(1)
         return token
@@ -476,11 +481,17 @@ def decode(model: GPT, prompts: Ids, u: Tensor,
         running = running & (new != eos).all(1)
         known += stretch
 
-    # tokens that finished rows went on to write
+    return finished_at_eos(tokens, logprobs, entropy, eos, pad)
+
+
+def finished_at_eos(tokens: Tensor, logprobs: Tensor, entropy: Tensor, eos: int, pad: int) -> Rollouts:
+    """Rows end at their first EOS, whatever they went on to write; on the CPU."""
     ended = tokens == eos
     finished = ended.any(1)
-    lengths = torch.where(finished, ended.int().argmax(1) + 1, max_new)
-    past = torch.arange(max_new, device=device) >= lengths[:, None]
+    max_new = tokens.shape[1]
+    first_eos = ended.int().argmax(1)
+    lengths = torch.where(finished, first_eos + 1, max_new)
+    past = torch.arange(max_new, device=tokens.device) >= lengths[:, None]
     tokens = tokens.masked_fill(past, pad)
     logprobs = logprobs.masked_fill(past, 0)
     entropy = entropy.masked_fill(past, 0)
@@ -531,8 +542,10 @@ def tokens_at_once(asked: int, device: torch.device) -> int:
     return asked or (2_048 if device.type == "cpu" else 16_384)
 
 
-def micro_batches(lengths: list[int], tokens: int) -> list[list[int]]:
+def micro_batches(lengths: list[int], tokens: int,
+                  device: torch.device) -> list[list[int]]:
     """Row numbers, longest first, in batches of at most `tokens` tokens after padding (at least one row)."""
+    tokens = tokens_at_once(tokens, device)
     batches: list[list[int]] = []
     width = 0                                    # of the newest batch: its first row is its longest
     longest_first = sorted(range(len(lengths)), key=lambda row: -lengths[row])
@@ -548,7 +561,7 @@ def packed(prompts: Ids, completions: Ids, pad: int,
            tokens: int, device: torch.device) -> Iterator[tuple]:
     """(row numbers, ids, at) of micro-batches of up to `tokens` tokens, as `pack` makes them."""
     lengths = [len(a) + len(b) for a, b in zip(prompts, completions)]
-    for rows in micro_batches(lengths, tokens):
+    for rows in micro_batches(lengths, tokens, device):
         chosen = [prompts[r] for r in rows]
         following = [completions[r] for r in rows]
         ids, at = pack(chosen, following, pad, device)

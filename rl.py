@@ -28,8 +28,7 @@ from data.arithmetic import read_answer
 from data.problems import prompt_ids, training_problems
 from data.tokenizer import Tokenizer
 from evaluate import validate
-from model import (
-    GPT, SharedPrompts, completion_logprobs, micro_batches, pack, shared_logprobs, tokens_at_once)
+from model import GPT, SharedPrompts, completion_logprobs, micro_batches, pack, shared_logprobs
 
 
 @dataclass
@@ -180,12 +179,12 @@ def scored(model: GPT, batch: Batch, rows: list[int], c: Config, pad: int
     calls backward() before it asks for the next micro-batch."""
     G = batch.rewards.shape[1]
     groups = ranks.my_part(sorted({r // G for r in rows}))
-    tokens = tokens_at_once(c.micro_tokens, model.device)
-    for chunk in micro_batches([len(batch.prompts[g]) for g in groups], tokens):
+    for chunk in micro_batches([len(batch.prompts[g]) for g in groups], c.micro_tokens, model.device):
         place = {groups[i]: at for at, i in enumerate(chunk)}            # group -> its number in the chunk
         shared = SharedPrompts(model, [batch.prompts[g] for g in place], pad)
         chunk_rows = [r for r in rows if r // G in place]
-        for numbers in micro_batches([len(batch.completions[r]) for r in chunk_rows], tokens):
+        lengths = [len(batch.completions[r]) for r in chunk_rows]
+        for numbers in micro_batches(lengths, c.micro_tokens, model.device):
             micro = [chunk_rows[i] for i in numbers]
             completions = [batch.completions[r] for r in micro]
             prompt_of_row = [place[r // G] for r in micro]

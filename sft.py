@@ -21,7 +21,7 @@ from checkpoint import Run, batch_indices, check_fields, load_model, main, requi
 from data.problems import prompt_ids, training_problems
 from data.tokenizer import Tokenizer
 from evaluate import validate
-from model import GPT, completion_logprobs, packed, tokens_at_once
+from model import GPT, completion_logprobs, packed
 
 
 @dataclass
@@ -93,8 +93,7 @@ def sft_gradient(model: GPT, examples: list[Example], c: Config, pad: int) -> di
     mine = ranks.my_part(examples)
     prompts = [prompt for prompt, _ in mine]
     solutions = [solution for _, solution in mine]
-    tokens = tokens_at_once(c.micro_tokens, model.device)
-    for _, ids, at in packed(prompts, solutions, pad, tokens, model.device):
+    for _, ids, at in packed(prompts, solutions, pad, c.micro_tokens, model.device):
         loss = -completion_logprobs(model, ids, at).sum() / total
         loss.backward()
         losses.append(loss.detach())             # a number only at the end: reading one waits for the GPU
