@@ -182,20 +182,18 @@ class Run(ExitStack):
             late = [step for step in config.checkpoints_at if step > steps]
             require(not late, f"--checkpoints-at {late}: not within the run's {steps} steps")
         self.start = start
-        self.shown: dict[str, float] = {}
-        self.signals: set[int] = set()
+        self.shown = {}                          # name -> the last such number, as text
+        self.signals = set()                     # received so far
         self.bad_in_a_row = Counter()            # optimizer -> gradients that are not finite
         self.out.mkdir(parents=True, exist_ok=True)
-        try:
-            self._open()
-        except BaseException:
-            self.close()
-            raise
+        with ExitStack() as stack:               # unlocks the folder if anything fails before pop_all
+            self._open(stack)
+            self.enter_context(stack.pop_all())
 
-    def _open(self) -> None:
+    def _open(self, stack: ExitStack) -> None:
         """Lock the folder, compare it with this run, listen to signals."""
         if fcntl and ranks.rank() == 0:
-            lock = self.enter_context(open(self.out / ".lock", "w"))
+            lock = stack.enter_context(open(self.out / ".lock", "w"))
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -210,7 +208,7 @@ class Run(ExitStack):
         atomic_write(self.out / "config.json", json.dumps(self.config, indent=1).encode())
         for sign in (signal.SIGINT, signal.SIGTERM):
             with suppress(ValueError):           # not in the main thread: the caller listens
-                self.callback(signal.signal, sign, signal.signal(sign, self._interrupt))
+                stack.callback(signal.signal, sign, signal.signal(sign, self._interrupt))
 
     def _load(self) -> None:
         """Read last.pt, if there is one. UserError unless the folder is empty or holds this very run."""
@@ -267,8 +265,7 @@ class Run(ExitStack):
         return step
 
     def usable(self, norm: float, optimizer: Optimizer) -> bool:
-        """Whether a gradient of this norm may be used: not if it is not finite. Three such gradients of an
-        optimizer in a row raise UserError, the last saved state being whole. Counts updates."""
+        """Whether a norm is finite; counts updates. UserError at an optimizer's third bad norm in a row."""
         if math.isfinite(norm):
             self.counts["updates"] += 1
             self.bad_in_a_row[optimizer] = 0
@@ -287,10 +284,10 @@ class Run(ExitStack):
 
     def log(self, step: int, **metrics: float) -> None:
         """Append a line to log.jsonl and show it in the bar; JSON has no NaN and no infinity, but null."""
-        bad = [k for k, v in metrics.items() if isinstance(v, float) and not math.isfinite(v)]
+        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
         self.write(json.dumps({"step": step} | metrics | dict.fromkeys(bad)), "log.jsonl")
-        self.shown |= {name: metrics[name] for name in SHOWN if name in metrics}
-        self.bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in self.shown.items()), refresh=False)
+        self.shown |= {name: f"{name} {metrics[name]:.3f}" for name in SHOWN if name in metrics}
+        self.bar.set_postfix_str(" ".join(self.shown.values()), refresh=False)
 
     def log_step(self, step: int, **metrics: float) -> None:
         """`log` for a training step: with the number of skipped updates and the totals so far."""
@@ -346,7 +343,7 @@ class Run(ExitStack):
         self.bar.close()
         self.keep(self.final.name, model, tokenizer)
         self._save_last(self.steps, model, tokenizer, *optimizers, done=True)
-        shown = "".join(f", {name} {value:.3f}" for name, value in self.shown.items())
+        shown = "".join(f", {text}" for text in self.shown.values())
         print(f"{self.final}: {self.counts['updates']} updates, {self.counts['tokens']:,} tokens, "
               f"{self.counts['seconds'] / 60:.1f} min{shown}\nnext: {then}")
         return self.final
@@ -356,8 +353,8 @@ class Run(ExitStack):
 def number(text: str) -> int:
     """An integer as people write it: 8000000, 8_000_000, 8e6, 8M, 500k."""
     match = re.fullmatch(r"(-?[0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]{1,2})?)([kKMG]?)", text, re.ASCII)
-    scale = {"": 1, "k": 10 ** 3, "K": 10 ** 3, "M": 10 ** 6, "G": 10 ** 9}
-    value = Fraction(match[1].replace("_", "")) * scale[match[2]] if match else Fraction(1, 2)
+    zeros = {"": 0, "k": 3, "K": 3, "M": 6, "G": 9}
+    value = Fraction(match[1].replace("_", "")) * 10 ** zeros[match[2]] if match else Fraction(1, 2)
     if value.denominator != 1 or abs(value) >= 2 ** 64:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number (such as 8000000, 8e6 or 8M)")
     return int(value)
@@ -390,11 +387,11 @@ def check_fields(config: Any) -> None:
         value = getattr(config, name)
         option = f"--{name.replace('_', '-')}"
         kind = (*get_args(hint), hint)[0]        # of a tuple: that of its elements
-        many = kind is not hint
-        require(not many or isinstance(value, (tuple, list)), f"{option} {value}: must be a tuple")
+        values = [value] if kind is hint else value
+        require(isinstance(values, (tuple, list)), f"{option} {value}: must be a tuple")
         text = help_texts(type(config)).get(name, "")
         domain = re.match("((?:one of|[<>]).*?):|", text)[1] or ""
-        for x in value if many else [value]:
+        for x in values:
             fits = isinstance(x, (int, float) if kind is float else kind)
             right = fits and isinstance(x, bool) == (kind is bool)
             require(right, f"{option} {x}: must be of type {kind.__name__}")

@@ -10,7 +10,7 @@ resampled problems. Validation is the default, so that nobody tunes on the test 
 import json
 import math
 import typing
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -51,7 +51,7 @@ class Config:
 def check(c: Config) -> None:
     require(len(c.checkpoints) in (1, 2), f"{len(c.checkpoints)} checkpoints given: one, or two to compare")
     check_fields(c)
-    require(len(c.k) > 0, "--k: no number given")
+    require(bool(c.k), "--k: no number given")
     require(max(c.k) <= c.n_samples, f"--n-samples {c.n_samples}: pass@{max(c.k)} needs at least that many")
 
 
@@ -76,14 +76,14 @@ def bootstrap_means(values: np.ndarray, seed: int, replicates: int = 2_000) -> n
 
 def interval(replicates: np.ndarray) -> tuple[float, float]:
     """95 % percentile interval."""
-    low, high = np.percentile(replicates, (2.5, 97.5))
-    return float(low), float(high)
+    return tuple(np.percentile(replicates, (2.5, 97.5)).tolist())
 
 
 # ---- answers to problems ---------------------------------------------------------------------------------
-def by_difficulty(problems: list[dict], n: int) -> dict[str, list[dict]]:
-    """Difficulty -> its first n problems."""
-    return {d: [p for p in problems if p.get("difficulty", "all") == d][:n]
+def problems_of(c: typing.Any) -> dict[str, list[dict]]:
+    """Difficulty -> its first --n-problems problems in --problem-file, or else in the split."""
+    problems = load_problems(c.problem_file or f"{c.data}/{c.split}.jsonl")
+    return {d: [p for p in problems if p.get("difficulty", "all") == d][:c.n_problems]
             for d in sorted({p.get("difficulty", "all") for p in problems})}
 
 
@@ -102,15 +102,15 @@ class Attempts:
 
     def right(self) -> np.ndarray:
         """Number of right attempts (P,) of n each."""
-        hits = np.array([grade == "right" for grade in self.grades])
-        return hits.reshape(-1, self.n).sum(1)
+        right = np.array(self.grades) == "right"
+        return right.reshape(-1, self.n).sum(1)
 
     def transcript(self, problems: list[dict]) -> str:
         """Up to two answers to each of the first three problems, with their grades."""
         lines = []
         for p, problem in enumerate(problems[:3]):
             lines.append(f"{problem['question']}   (answer {problem['answer']})")
-            for row in range(p * self.n, p * self.n + min(2, self.n)):
+            for row in range(p * self.n, (p + 1) * self.n)[:2]:
                 lines.append(f"  [{self.grades[row]}] {self.texts[row]!r}")
         return "\n".join(lines)
 
@@ -149,12 +149,11 @@ def validate(model: GPT, tokenizer: Tokenizer, validation: list[dict], c: typing
 def measure_problems(model: GPT, tokenizer: Tokenizer, problems: list[dict], c: Config, prefix: list[int],
                      desc: str) -> dict:
     """Everything about one set of problems, per-problem counts included."""
-    bar = tqdm(total=2 * len(problems), desc=desc, unit="problem")
-    sampled = attempt(model, tokenizer, problems, c.n_samples, c.temperature, c.max_new,
-                      generator(c.seed, "evaluation"), prefix, bar)
-    greedy = attempt(model, tokenizer, problems, 1, 0.0, c.max_new,
-                     generator(c.seed, "evaluation"), prefix, bar)
-    bar.close()
+    with tqdm(total=2 * len(problems), desc=desc, unit="problem") as bar:
+        sampled = attempt(model, tokenizer, problems, c.n_samples, c.temperature, c.max_new,
+                          generator(c.seed, "evaluation"), prefix, bar)
+        greedy = attempt(model, tokenizer, problems, 1, 0.0, c.max_new,
+                         generator(c.seed, "evaluation"), prefix, bar)
 
     right = sampled.right().tolist()
     result = {"problems": len(problems), "samples": c.n_samples, "right_per_problem": right}
@@ -164,14 +163,14 @@ def measure_problems(model: GPT, tokenizer: Tokenizer, problems: list[dict], c: 
         result[f"pass@{k}"] = {"mean": float(each.mean()), "interval": interval(means)}
 
     total = len(sampled.grades)
-    styles = Counter(style_of(text) for text in sampled.texts)
+    styles = Counter(map(style_of, sampled.texts))
     entropies, distinct = [], []
     for i in range(0, total, c.n_samples):
         texts = sampled.texts[i:i + c.n_samples]
         entropies.append(entropy([text.split("####")[-1] for text in texts]))
         distinct.append(len(set(texts)))
     return result | {
-        "greedy": greedy.grades.count("right") / len(problems),
+        "greedy": greedy.score,
         "unparsed": sampled.grades.count("unparsed") / total,
         "truncated": sampled.truncated / total,
         "answer_entropy": float(np.mean(entropies)),
@@ -236,8 +235,7 @@ def score_rows(model: GPT, contexts: Ids, continuations: Ids, pad: int,
 
 
 def measure_benchmarks(model: GPT, tokenizer: Tokenizer, items: list[dict]) -> dict:
-    """Task -> accuracy (acc_norm; acc where there are two choices, exact match where there is one), standard
-    error, chance, hits."""
+    """Task -> accuracy (acc_norm; of two choices acc, of one exact match), standard error, chance, hits."""
     contexts, choices = [], []
     for item in items:
         context = [tokenizer.eos, *tokenizer.encode(item["context"])]
@@ -245,17 +243,17 @@ def measure_benchmarks(model: GPT, tokenizer: Tokenizer, items: list[dict]) -> d
         choices += [tokenizer.encode(choice) for choice in item["choices"]]
     sums, exact = score_rows(model, contexts, choices, tokenizer.pad)
 
-    by_task: dict[str, list[tuple[int, int, int, float]]] = {}
+    by_task = defaultdict(list)
     at = 0
     for item in items:
         n = len(item["choices"])
         picked = pick(sums[at:at + n], item["choices"])
-        acc, acc_norm = (int(choice == item["answer"]) for choice in picked)
+        acc, acc_norm = (choice == item["answer"] for choice in picked)
         if n == 1:
-            acc = acc_norm = int(exact[at])
+            acc = acc_norm = exact[at]
         # two choices differ in a letter or two, whose share of the length must not decide (BLiMP: acc)
         hit = acc_norm if n > 2 else acc
-        by_task.setdefault(item["task"], []).append((hit, acc, acc_norm, item["chance"]))
+        by_task[item["task"]].append((hit, acc, acc_norm, item["chance"]))
         at += n
 
     result = {}
@@ -287,49 +285,38 @@ def bits_per_byte(model: GPT, tokenizer: Tokenizer, shard: np.ndarray, blocks: i
         logits = model(part[:, :-1]).flatten(0, 1)
         total += float(F.cross_entropy(logits, part[:, 1:].flatten(), reduction="sum"))
 
-    n_bytes = 0
-    for token in ids[:, 1:].flatten().tolist():
-        if token < tokenizer.eos:                # EOS stands for no byte of the text
-            n_bytes += len(tokenizer.encoding.decode_single_token_bytes(token))
+    text = ids[:, 1:][ids[:, 1:] < tokenizer.eos]                        # EOS stands for no byte of it
+    n_bytes = len(tokenizer.encoding.decode_bytes(text.tolist()))
     return total / (n_bytes * math.log(2))
 
 
 # ---- a whole evaluation ----------------------------------------------------------------------------------
-def load_reference(path: str, checkpoint: str, model: GPT, tokenizer: Tokenizer) -> GPT:
-    """The model of --reference; UserError if it cannot score the answers of the checkpoint's model."""
-    reference, other_tokenizer, _ = load_model(path, model.device)
-    require(other_tokenizer.sha256 == tokenizer.sha256, f"{path}: has another tokenizer than {checkpoint}")
-    require(reference.config.context >= model.config.context,
-            f"{path}: its context is shorter than that of {checkpoint}")
-    return reference
-
-
 def evaluate(path: str, c: Config) -> dict:
     """Measure one checkpoint and write CHECKPOINT.SPLIT.Nshot.json beside it."""
-    check(c)
     device = setup(c.device, c.threads)
     model, tokenizer, lineage = load_model(path, device)
     model.decode_rows = c.decode_rows
     _, data_tokenizer, shards = open_data(c.data)
     require(data_tokenizer.sha256 == tokenizer.sha256,
             f"{path}: made with another tokenizer than {c.data} holds")
-    reference = load_reference(c.reference, path, model, tokenizer) if c.reference else None
-    problems = load_problems(c.problem_file or f"{c.data}/{c.split}.jsonl")
-    items = []
-    listed = Path(c.data, "benchmarks.jsonl")
-    if listed.exists():                          # not where all general text is real
-        items = [json.loads(line) for line in listed.read_text().splitlines()]
+    if c.reference:                              # it scores the answers of the model
+        reference, other, _ = load_model(c.reference, device)
+        require(other.sha256 == tokenizer.sha256, f"{c.reference}: has another tokenizer than {path}")
+        require(reference.config.context >= model.config.context,
+                f"{c.reference}: its context is shorter than that of {path}")
     prefix = solved_examples(tokenizer, c.data, c.shots, c.seed)
 
-    config = {k: v for k, v in asdict(c).items() if k != "checkpoints"}
+    config = asdict(c)
+    del config["checkpoints"]
     result = {"checkpoint": str(path), "lineage": lineage, "config": config, "problems": {}}
-    for difficulty, chosen in by_difficulty(problems, c.n_problems).items():
-        desc = f"{Path(path).name} {difficulty}"
-        measured = measure_problems(model, tokenizer, chosen, c, prefix, desc)
-        if reference:
+    for difficulty, chosen in problems_of(c).items():
+        measured = measure_problems(model, tokenizer, chosen, c, prefix, f"{Path(path).name} {difficulty}")
+        if c.reference:
             measured["kl"] = kl_divergence(model, reference, tokenizer, chosen, c, prefix)
         result["problems"][difficulty] = measured
-    if c.benchmarks and items:
+    listed = Path(c.data, "benchmarks.jsonl")
+    if c.benchmarks and listed.exists():         # not where all general text is real
+        items = [json.loads(line) for line in listed.read_text().splitlines()]
         result["benchmarks"] = measure_benchmarks(model, tokenizer, items)
         accuracies = [task["accuracy"] for task in result["benchmarks"].values()]
         result["general_mean"] = float(np.mean(accuracies))
@@ -369,17 +356,14 @@ def table(result: dict) -> str:
 def compare(a: dict, b: dict, seed: int) -> dict:
     """First minus second: pass@k per difficulty and the general mean, each with its paired 95 % interval."""
     differences = {}
-    for difficulty in a["problems"]:
-        pa = a["problems"][difficulty]
-        pb = b["problems"][difficulty]
+    for difficulty, measured in a["problems"].items():
         for k in a["config"]["k"]:
-            gap = passes(pa, k) - passes(pb, k)
-            means = bootstrap_means(gap, seed)
-            differences[f"{difficulty} pass@{k}"] = (float(gap.mean()), *interval(means))
+            gap = passes(measured, k) - passes(b["problems"][difficulty], k)
+            differences[f"{difficulty} pass@{k}"] = (float(gap.mean()), *interval(bootstrap_means(gap, seed)))
     if "benchmarks" in a:
         gaps, means = [], []
         for i, task in enumerate(a["benchmarks"]):       # items are drawn within each task
-            gap = np.array(a["benchmarks"][task]["hits"]) - np.array(b["benchmarks"][task]["hits"])
+            gap = np.subtract(a["benchmarks"][task]["hits"], b["benchmarks"][task]["hits"])
             gaps.append(gap.mean())
             means.append(bootstrap_means(gap, seed + i))
         differences["general mean"] = (float(np.mean(gaps)), *interval(np.mean(means, axis=0)))

@@ -20,9 +20,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 import torch.distributed as dist
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
-from model import GPT, Ids, Rollouts, decode_all, sample, together, uniform
+from model import GPT, Ids, Rollouts, decode_all, together
 
 
 def join() -> None:
@@ -68,15 +69,11 @@ def sample_together(model: GPT, prompts: Ids, group: int,
                     generator: torch.Generator, temperature: float = 1.0) -> Rollouts:
     """model.sample with the work split between the ranks: every rank draws the same uniform numbers, decodes
     its part of the prompts and receives all rows, which do not depend on the number of ranks."""
-    if world_size() == 1:
-        return sample(model, prompts, group, max_new, eos, pad, generator, temperature)
     u = uniform(model, (len(prompts), group, max_new), generator)
-    mine = my_part(range(len(prompts)))
-    parts = []
-    if mine:
-        some = [prompts[p] for p in mine]
-        parts.append(decode_all(model, some, u[list(mine)], eos, pad, temperature))
-    return together(gather(parts), gather(list(mine)))
+    mine = my_part(prompts)
+    parts = [decode_all(model, mine, my_part(u), eos, pad, temperature)] if mine else []
+    order = my_part(range(len(prompts)))
+    return together(gather(parts), gather(list(order)))
 
 
 def sum_gradients(model: torch.nn.Module) -> None:
@@ -90,8 +87,7 @@ def sum_gradients(model: torch.nn.Module) -> None:
             p.grad = torch.zeros_like(p)
     large = [p.grad for p in trained if p.numel() >= 1 << 20]
     small = [p.grad for p in trained if p.numel() < 1 << 20]
-    one = torch.cat([g.flatten() for g in small])
+    one = parameters_to_vector(small)
     for work in [dist.all_reduce(g, async_op=True) for g in (*large, one)]:
         work.wait()
-    for g, part in zip(small, one.split([g.numel() for g in small])):
-        g.copy_(part.view_as(g))
+    vector_to_parameters(one, small)

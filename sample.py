@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from itertools import count, zip_longest
 
 from checkpoint import check_fields, generator, load_model, main, require, setup
-from data.problems import load_problems
 from data.tokenizer import EOS
-from evaluate import Attempts, attempt, by_difficulty
+from evaluate import Attempts, attempt, problems_of
 from model import GPT, sample
 
 
@@ -81,8 +80,7 @@ def column(path: str, attempts: Attempts, p: int, width: int) -> list[str]:
 def compare(c: Config, width: int = 110) -> None:
     """Print a few problems and, side by side, the commonest answers of each checkpoint."""
     device = setup(c.device, c.threads)
-    problems = load_problems(c.problem_file or f"{c.data}/{c.split}.jsonl")
-    problems = sum(by_difficulty(problems, c.n_problems).values(), [])
+    problems = sum(problems_of(c).values(), [])
     attempts = []
     for path in c.checkpoints:
         model, tokenizer, _ = load_model(path, device)
