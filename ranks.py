@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
-from model import GPT, Ids, Rollouts, decode_all, together
+from model import GPT, Ids, Rollouts, decode_all, together, uniform
 
 
 def join() -> None:

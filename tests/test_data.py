@@ -7,8 +7,10 @@ import json
 import random
 import re
 from collections import Counter, defaultdict
+from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import worlds
 
@@ -23,22 +25,21 @@ QUESTION = re.compile(r"([A-Z][a-z]+) has ([0-9]+) ([a-z]+)\.((?: \1 [a-z]+ [0-9
 SPLITS = ("train", "val", "test")
 
 
-def parse(question: str) -> tuple[int, list[int]]:
-    """'Nora has 37 shells. Nora finds 48. Nora loses 20. How many shells?' -> 37, [48, -20]"""
+def parse(question: str) -> list[int]:
+    """'Nora has 37 shells. Nora finds 48. Nora loses 20. How many shells?' -> [37, 48, -20]"""
     match = QUESTION.fullmatch(question)
     assert match, question
     steps = re.findall(r" [A-Z][a-z]+ ([a-z]+) ([0-9]+)\.", match[4])
-    return int(match[2]), [SIGN[verb] * int(n) for verb, n in steps]
+    return [int(match[2]), *(SIGN[verb] * int(n) for verb, n in steps)]
 
 
 def canonical(question: str) -> tuple[int, ...]:
     """All numbers of the problem with their signs, sorted: its identity, whatever wording and order."""
-    start, changes = parse(question)
-    return tuple(sorted([start, *changes]))
+    return tuple(sorted(parse(question)))
 
 
 def spelled_out(text: str) -> set[tuple[int, ...]]:
-    """Every one-operation problem in a text, '37+48', '85 - 20', '37 plus 48' or '85 minus 20'."""
+    """Every one-operation problem in a text: '37+48', '85 - 20', '37 plus 48', '85 minus 20'."""
     text = re.sub(r" *(plus|\+) *", "+", re.sub(r" *(minus|-) *", "-", text))
     steps = re.findall(r"(?=\b(\d+)([+-])(\d+))", text)
     return {tuple(sorted((int(a), int(sign + b)))) for a, sign, b in steps}
@@ -46,26 +47,25 @@ def spelled_out(text: str) -> set[tuple[int, ...]]:
 
 def beginnings(question: str) -> set[tuple[int, ...]]:
     """The problems that a reader has solved on the way: after one step, two steps, ..., all but the last."""
-    start, changes = parse(question)
-    return {tuple(sorted([start, *changes[:n]])) for n in range(1, len(changes))}
+    numbers = parse(question)
+    return {tuple(sorted(numbers[:n])) for n in range(2, len(numbers))}
 
 
-EQUATION = re.compile(r"(\d+)(?:([+-])| (plus|minus) )(\d+)(?:=(\d+)| is (\d+)\.|: (?:(\d+), )?(\d+))")
+EQUATION = re.compile(r"(\d+)([+-])(\d+)(?:=|: (?:(\d+), )?)(\d+)")
 
 
 def is_right(solution: str, answer: str) -> bool:
     """Every equation is true, every character belongs to one, and the last line is the answer."""
     body, _, last = solution.rpartition("\n")
+    for word, sign in ("plus", "+"), ("minus", "-"):
+        body = re.sub(rf"(\d+) {word} (\d+) is (\d+)\.", rf"\1{sign}\2=\3", body)
     rest = re.sub(r"(plus|minus): (\d+(\n|$))?", "", EQUATION.sub("", body))
-    if last != f"#### {answer}" or rest.strip():
-        return False
-    for a, sign, word, b, *results in EQUATION.findall(body):
-        a, b, minus = int(a), int(b), sign == "-" or word == "minus"
-        result = int(next(r for r in (results[0], results[1], results[3]) if r))
-        middle = a - b // 10 * 10 if minus else a + b // 10 * 10         # by tens: the tens of b first
-        if result != (a - b if minus else a + b) or results[2] and int(results[2]) != middle:
-            return False
-    return True
+    right = last == f"#### {answer}" and not rest.strip()
+    for a, sign, b, middle, result in EQUATION.findall(body):
+        change = int(sign + b)
+        tens = int(a) + int(change / 10) * 10                            # after the tens of b
+        right &= int(result) == int(a) + change and middle in ("", str(tens))
+    return right
 
 
 @pytest.mark.parametrize("reader, text, seen", [
@@ -100,21 +100,21 @@ def texts(shard: str) -> list[str]:
 
 
 @functools.cache
-def arithmetic_texts(shard: str) -> list[list[str]]:
-    """[question, solution] of every arithmetic text of a shard."""
-    return [text.split("\n", 1) for text in texts(shard) if "How many" in text]
-
-
-@functools.cache
 def problems(split: str) -> list[dict]:
     return worlds.lines(worlds.data() / f"{split}.jsonl")
 
 
+@functools.cache
+def solved(name: str) -> list[list[str]]:
+    """[question, solution] of every arithmetic text of a shard, or of every solution in a split's file."""
+    if name.endswith(".bin"):
+        return [text.split("\n", 1) for text in texts(name) if "How many" in text]
+    return [[p["question"], solution] for p in problems(name) for solution in p["solutions"]]
+
+
 def canonicals(name: str) -> set[tuple[int, ...]]:
     """The problems of a split's file or of a shard."""
-    shard = name.endswith(".bin")
-    return set(map(canonical, (q for q, _ in arithmetic_texts(name)) if shard
-                   else (p["question"] for p in problems(name))))
+    return {canonical(question) for question, _ in solved(name)}
 
 
 @functools.cache
@@ -122,13 +122,13 @@ def benchmarks(task: str) -> list[dict]:
     return [item for item in worlds.lines(worlds.data() / "benchmarks.jsonl") if item["task"] == task]
 
 
-def bare(choice: str) -> str:
-    """A choice without its leading space and full stop."""
-    return choice.removeprefix(" ").removesuffix(".")
+def choices(item: dict) -> list[str]:
+    """Without their leading space and full stop."""
+    return [choice.strip(" .") for choice in item["choices"]]
 
 
 def right(item: dict) -> str:
-    return bare(item["choices"][item["answer"]])
+    return choices(item)[item["answer"]]
 
 
 def statement(item: dict) -> str:
@@ -136,10 +136,15 @@ def statement(item: dict) -> str:
     return item["context"] + item["choices"][item["answer"]]
 
 
+def make(out: Path, **options) -> dict:
+    """The manifest of a tiny data set."""
+    worlds.quietly(prepare.prepare, prepare.Config(out=str(out), **worlds.TINY_OPTIONS | options))
+    return json.loads((out / "manifest.json").read_text())
+
+
 TASKS = ("recall", "tracking", "ending", "sequence", "agreement", "order", "dialogue")
 
 # ---- the same bytes ----------------------------------------------------------------------------------------
-
 
 def test_the_same_seed_writes_the_same_bytes(tmp_path):
     """The same options write the same bytes: by the command line, with another hash seed."""
@@ -153,8 +158,7 @@ def test_the_same_seed_writes_the_same_bytes(tmp_path):
 
 def test_another_seed_writes_other_bytes(tmp_path):
     """--seed reaches every file: texts, problems and benchmarks all differ."""
-    config = prepare.Config(out=str(tmp_path / "d"), seed=6, **worlds.TINY_OPTIONS)
-    worlds.quietly(prepare.prepare, config)
+    make(tmp_path / "d", seed=6)
     a, b = worlds.snapshot(tmp_path / "d"), worlds.snapshot(worlds.other_data())
     assert a.keys() == b.keys()
     assert not [name for name in a if a[name] == b[name]]
@@ -182,21 +186,13 @@ def test_a_second_call_changes_nothing(capsys):
 
 def test_an_interrupted_call_leaves_nothing(tmp_path):
     """The folder appears when it is whole; a crash half-way leaves nothing behind."""
-    config = prepare.Config(out=str(tmp_path / "d"), **worlds.TINY_OPTIONS)
     with (mock.patch.object(world, "draw_benchmark", side_effect=KeyboardInterrupt),
           pytest.raises(KeyboardInterrupt)):
-        worlds.quietly(prepare.prepare, config)
+        make(tmp_path / "d")
     assert list(tmp_path.iterdir()) == []
 
 
 # ---- held-out problems -------------------------------------------------------------------------------------
-
-def test_there_are_arithmetic_texts_to_read():
-    """The tests of held-out problems rest on enough questions, all of which the parser above reads."""
-    shards = ("train.bin", "val_arithmetic.bin")
-    train, val = ([parse(question) for question, _ in arithmetic_texts(shard)] for shard in shards)
-    assert len(train) >= 600 and len(val) >= 80 and not arithmetic_texts("val_general.bin")
-
 
 @pytest.mark.parametrize("a, b", [pair for pair in itertools.combinations(
     ("train", "val", "test", "train.bin", "val_arithmetic.bin"), 2) if pair != ("val", "val_arithmetic.bin")])
@@ -206,29 +202,23 @@ def test_problem_sets_are_disjoint(a, b):
 
 
 def test_splits_are_disjoint_beyond_these_files():
-    """For any seed and size 1,500 fresh problems of each split share no problem. There are about 4,900 sums
-    of one operation and as many differences: a leak would show in dozens of common problems."""
-    rng, drawn = random.Random(3), {}
+    """1,500 fresh problems of each split share none. There are about 4,900 sums of one operation and as many
+    differences: a leak would show in dozens of common problems."""
+    rng = random.Random(3)
+    drawn = {}
     for split in ("pretrain", *SPLITS):
-        fresh = (arithmetic.draw_problem(rng, "easy", split) for _ in range(1_500))
-        drawn[split] = {canonical(p["question"]) for p in fresh}
+        fresh = [arithmetic.draw_problem(rng, "easy", split)["question"] for _ in range(1_500)]
+        drawn[split] = set(map(canonical, fresh))
     for a, b in itertools.combinations(drawn, 2):
         assert not drawn[a] & drawn[b], (a, b)
-
-
-def test_a_problem_stands_in_a_file_once():
-    """Train, val and test hold different problems, as the interval over problems assumes."""
-    for split in SPLITS:
-        assert len(canonicals(split)) == len({p["id"] for p in problems(split)}) == len(problems(split))
 
 
 def test_no_solution_spells_out_a_held_out_problem():
     """A step '37+48=85' is the problem 37+48 solved; none of val or test is given away in training."""
     held_out = {c for c in canonicals("val") | canonicals("test") if len(c) == 2}
     assert len(held_out) > 30
-    training = [solution for _, solution in arithmetic_texts("train.bin")]
-    training += [solution for p in problems("train") for solution in p["solutions"]]
-    assert not [solution for solution in training if spelled_out(solution) & held_out]
+    training = solved("train.bin") + solved("train")
+    assert not [solution for _, solution in training if spelled_out(solution) & held_out]
 
 
 def test_no_training_problem_begins_with_a_held_out_problem():
@@ -236,52 +226,57 @@ def test_no_training_problem_begins_with_a_held_out_problem():
     one of val, test or the validation shard, also of more steps (9+5-3+2 was drawn, 9+5-3 being in test)."""
     held_out = canonicals("val") | canonicals("test") | canonicals("val_arithmetic.bin")
     assert min(Counter(map(len, held_out))[n] for n in (2, 3, 4)) > 30
-    training = [q for q, _ in arithmetic_texts("train.bin")] + [p["question"] for p in problems("train")]
-    assert sum(len(beginnings(q)) > 1 for q in training) > 200
+    training = {question for question, _ in solved("train.bin") + solved("train")}
+    assert sum(len(beginnings(question)) > 1 for question in training) > 200
     assert not [question for question in training if beginnings(question) & held_out]
 
 
 @pytest.mark.parametrize("split", ["pretrain", "train"])
 def test_no_problem_of_any_size_begins_with_a_held_out_one(split):
     """All beginnings of 400 fresh hard problems are pretrain's or train's; drawn blindly, four in five."""
-    rng, own = random.Random(4), {"pretrain": 0, "train": 0, "val": 0, "test": 0}
+    rng = random.Random(4)
+    owners = Counter()
     for _ in range(400):
         for numbers in beginnings(arithmetic.draw_problem(rng, "hard", split)["question"]):
-            gains, losses = [n for n in numbers if n > 0], sorted(-n for n in numbers if n < 0)
-            name = "+".join(map(str, gains)) + "".join(f"-{n}" for n in losses)
-            own[arithmetic.split_of(name)] += 1
-    assert own["val"] == own["test"] == 0 and min(own["pretrain"], own["train"]) > 100
+            gains = "+".join(str(n) for n in numbers if n > 0)
+            losses = "".join(str(n) for n in reversed(numbers) if n < 0)
+            owners[arithmetic.split_of(gains + losses)] += 1
+    assert owners.keys() == {"pretrain", "train"} and min(owners.values()) > 100
 
 
 def test_general_text_spells_out_no_arithmetic():
-    """The general documents hold no sum that could give a problem away."""
+    """The general documents hold no problem, and no sum that could give one away."""
+    assert solved("val_general.bin") == []
     for shard in ("train.bin", "val_general.bin"):
         general = [text.replace(" -", " ") for text in texts(shard) if "How many" not in text]
         assert general and not [text for text in general if spelled_out(text)]   # counting '5 0 -5' is no sum
 
 
 def test_general_validation_documents_are_not_in_training():
-    """Held-out text is held out: no document of val_general.bin is in train.bin."""
-    train, val = set(texts("train.bin")), texts("val_general.bin")
-    assert len(val) > 50
-    assert not [text for text in val if text in train]
+    val = set(texts("val_general.bin"))
+    assert len(val) > 50 and val.isdisjoint(texts("train.bin"))
 
 
 # ---- arithmetic --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_numbers_are_in_their_ranges(split):
-    """Easy has 1-2 operations, hard 3-4; operands are 2 to 99, results 0 to 199, the answer is the last."""
-    lengths, signs = Counter(), Counter()
+def test_the_problems_of_a_file(split):
+    """Easy has 1-2 operations, hard 3-4; operands are 2 to 99, results 0 to 199, the answer is the last. No
+    problem stands in a file twice, as the interval over problems assumes; each has four solutions or more."""
+    assert len(canonicals(split)) == len({p["id"] for p in problems(split)}) == len(problems(split))
+    lengths = Counter()
+    signs = Counter()
     for p in problems(split):
-        start, changes = parse(p["question"])
-        results = list(itertools.accumulate([start, *changes]))
-        assert len(changes) in {"easy": (1, 2), "hard": (3, 4)}[p["difficulty"]]
-        assert all(2 <= abs(n) <= 99 for n in [start, *changes]) and all(0 <= n <= 199 for n in results)
+        numbers = parse(p["question"])
+        results = list(itertools.accumulate(numbers))
+        assert len(numbers) - 1 in {"easy": (1, 2), "hard": (3, 4)}[p["difficulty"]]
+        assert all(2 <= abs(n) <= 99 for n in numbers)
+        assert 0 <= min(results) and max(results) <= 199
         assert p["answer"] == str(results[-1]) and p["split"] == split
-        lengths[len(changes)] += 1
-        signs.update(n > 0 for n in changes)
-    assert set(lengths) == {1, 2, 3, 4} and min(lengths.values()) > .05 * len(problems(split))
+        assert len(set(p["solutions"])) == len(p["solutions"]) >= 4
+        lengths[len(numbers)] += 1
+        signs.update(n > 0 for n in numbers[1:])
+    assert set(lengths) == {2, 3, 4, 5} and min(lengths.values()) > .05 * len(problems(split))
     assert min(signs.values()) > .25 * sum(signs.values())
 
 
@@ -290,16 +285,17 @@ def test_the_share_of_hard_problems_is_as_asked():
     assert Counter(p["difficulty"] for p in problems("train")) == {"easy": 280, "hard": 120}
     for split in ("val", "test"):
         assert Counter(p["difficulty"] for p in problems(split)) == {"easy": 100, "hard": 100}
-    hard = [len(parse(question)[1]) > 2 for question, _ in arithmetic_texts("train.bin")]
+    hard = [len(parse(question)) > 3 for question, _ in solved("train.bin")]
     assert sum(hard) / len(hard) == pytest.approx(.3, abs=4 * (.3 * .7 / len(hard)) ** .5)
 
 
-def test_every_solution_is_right():
-    """Every equation is true, the last line the answer recomputed; a problem has four solutions or more."""
-    for p in sum(map(problems, SPLITS), []):
-        assert len(set(p["solutions"])) == len(p["solutions"]) >= 4
-        assert all(is_right(solution, str(sum(canonical(p["question"])))) for solution in p["solutions"]), p
-    for question, solution in arithmetic_texts("train.bin") + arithmetic_texts("val_arithmetic.bin"):
+@pytest.mark.parametrize("name, least", [
+    ("train", 1_600), ("val", 800), ("test", 800), ("train.bin", 600), ("val_arithmetic.bin", 80)])
+def test_every_solution_is_right(name, least):
+    """Every equation is true and the last line is the answer recomputed, in problem files and shards. The
+    parser above reads every question, and there are enough for the tests of held-out problems."""
+    assert len(solved(name)) >= least
+    for question, solution in solved(name):
         assert is_right(solution, str(sum(canonical(question)))), solution
 
 
@@ -308,7 +304,6 @@ def test_style_of_inverts_solve():
     rng = random.Random(0)
     for _ in range(300):
         p = arithmetic.draw_problem(rng, rng.choice(("easy", "hard")), "train")
-        assert len(p["solutions"]) >= 4
         for style, text in p["solutions"].items():
             assert arithmetic.style_of(text) == style
     assert arithmetic.style_of("#### 12") == "bare"
@@ -317,18 +312,17 @@ def test_style_of_inverts_solve():
 
 def test_styles_in_pretraining_and_in_problem_files():
     """Each style has a share of pretraining, or RL could never find it; bare answers are not in SFT."""
-    styles = Counter(arithmetic.style_of(solution) for _, solution in arithmetic_texts("train.bin"))
+    styles = Counter(arithmetic.style_of(solution) for _, solution in solved("train.bin"))
     assert set(styles) == {*arithmetic.STYLES, "bare"} and .05 < styles["bare"] / styles.total() < .3
     assert min(styles.values()) > .08 * styles.total()
-    solutions = [s for split in SPLITS for p in problems(split) for s in p["solutions"]]
-    assert not [s for s in solutions if s.startswith("####")]
+    assert not [s for split in SPLITS for _, s in solved(split) if s.startswith("####")]
 
 
 def test_documents_with_several_questions_occur():
     """Few-shot prompts are in the training distribution. There are more questions than documents, and
     neighbours agree in style far more often than strangers would (about .22 of the .26 in arithmetic)."""
     documents = manifest()["shards"]["train.bin"]["arithmetic"]["documents"]
-    assert len(arithmetic_texts("train.bin")) > 1.3 * documents
+    assert len(solved("train.bin")) > 1.3 * documents
     style = [arithmetic.style_of(text.split("\n", 1)[1]) if "How many" in text else None
              for text in texts("train.bin")]
     followed = [a == b for a, b in zip(style, style[1:]) if a]
@@ -337,8 +331,7 @@ def test_documents_with_several_questions_occur():
 
 def test_between_two_texts_there_is_eos_alone():
     """Between two texts of a document stands EOS and nothing else, as in the prompts of evaluate --shots."""
-    ids = (worlds.data() / "train.bin").read_bytes()
-    ids = [int.from_bytes(ids[i:i + 2], "little") for i in range(0, len(ids), 2)]
+    ids = np.fromfile(worlds.data() / "train.bin", "<u2").tolist()
     after = Counter(tokenizer().decode([b]) for a, b in zip(ids, ids[1:]) if a == tokenizer().eos)
     assert after and not [token for token in after if token[:1].isspace() or token == EOS]
 
@@ -364,14 +357,10 @@ def test_a_few_shot_prompt_looks_like_pretraining():
 @pytest.mark.parametrize("fraction", [.3, .6, 0., 1.])
 def test_the_mixture_is_as_asked(fraction, tmp_path):
     """--math-fraction is a share of tokens, kept within one point."""
-    folder = worlds.data()
-    if fraction != .3:
-        folder = tmp_path / "d"
-        options = worlds.TINY_OPTIONS | dict(tokens=30_000, math_fraction=fraction)
-        worlds.quietly(prepare.prepare, prepare.Config(out=str(folder), **options))
-    own = Tokenizer.load(folder / "tokenizer.json")
+    make(tmp_path / "d", tokens=30_000, math_fraction=fraction)
+    own = Tokenizer.load(tmp_path / "d" / "tokenizer.json")
     size = Counter()
-    for text in worlds.texts(own, folder / "train.bin"):
+    for text in worlds.texts(own, tmp_path / "d" / "train.bin"):
         size["How many" in text] += len(own.encode(text)) + 1
     assert size[True] / size.total() == pytest.approx(fraction, abs=.01)
 
@@ -412,50 +401,33 @@ def test_benchmarks_are_held_out(task):
     assert not leaked, (len(leaked), leaked[:3])
 
 
-WORDINGS = {    # attribute -> wordings, as a reader of the texts would list them
-    "city": "{n} lives in {x}.|The home of {n} is in {x}.|{n} has a house in {x}.|You can visit {n} in {x}.",
-    "job": "{n} works as a {x}.|The job of {n} is that of a {x}.|{n} earns money as a {x}.|"
-           "{n} wants to stay a {x}.",
-    "pet": "{n} has a {x}.|The pet of {n} is a {x}.|At home {n} keeps a {x}.|{n} often plays with a {x}.",
-    "food": "{n} likes {x}.|The best food for {n} is {x}.|{n} always orders {x}.|For dinner {n} makes {x}."}
-
-
-def fact(sentence: str) -> tuple[str, str, int, str] | None:
-    """'Nora Bell lives in Rome.' -> ('Nora Bell', 'city', 0, 'Rome')"""
-    for attribute, wordings in WORDINGS.items():
-        for i, wording in enumerate(wordings.replace(".", r"\.").split("|")):
-            if match := re.fullmatch(wording.format(n="([A-Z][a-z]+ [A-Z][a-z]+)", x=r"(\w+)"), sentence):
-                return match[1], attribute, i, match[2]
-
-
-@functools.cache
-def known_facts() -> dict[tuple[str, str], list[tuple[int, str]]]:
-    """(person, attribute) -> [(wording, value)] that training states."""
-    found = defaultdict(list)
-    for text in texts("train.bin"):
-        for sentence in re.findall(r"[^.]+\.", text):
-            if said := fact(sentence.strip()):
-                found[said[0], said[1]].append((said[2], said[3]))
-    return found
+def fact(sentence: str) -> tuple[str, str, str] | None:
+    """'You can visit Nora Bell in Rome.' -> ('Nora Bell', 'You can visit _ in', 'Rome')"""
+    match = re.fullmatch(r"(.*?)([A-Z][a-z]+ [A-Z][a-z]+)( .*) (\w+)\.", sentence)
+    return match and (match[2], f"{match[1]}_{match[3]}", match[4])
 
 
 def test_recall_asks_what_training_tells_in_other_words():
-    """Recall: the right choice is the value that training states for this person, always the same, or else
-    the population's. The asked wording does not occur in training for this person; others do. The wrong
-    choices are values of the same attribute, so that the wording alone tells nothing."""
-    people, kinds, everywhere, answerable = world.population(0), defaultdict(set), set(), 0
-    assert len(known_facts()) > 500
-    for (_, attribute), said in known_facts().items():
-        assert len({value for _, value in said}) == 1
-        kinds[attribute].add(said[0][1])
-        everywhere |= {(attribute, wording) for wording, _ in said}
-    assert len(everywhere) == 16                                         # each wording is known from someone
+    """Recall: the right choice is the population's value, as is all that training states; the asked wording
+    does not occur in training for this person, others do. Wrong choices are values of the same attribute."""
+    people = world.population(0)
+    attribute_of = {value: attribute for facts in people.values() for attribute, value in facts.items()}
+    told = defaultdict(set)                      # (person, attribute) -> wordings of training
+    sentences = re.findall(r"[^.\s][^.]*\.", ". ".join(texts("train.bin")))
+    for person, wording, value in filter(None, map(fact, sentences)):
+        if person in people:
+            assert people[person][attribute_of[value]] == value
+            told[person, attribute_of[value]].add(wording)
+    assert len(told) > 500
+    assert len(set().union(*told.values())) == 16                        # each wording is known from someone
+
+    answerable = 0
     for item in benchmarks("recall"):
-        person, attribute, wording, value = fact(statement(item))
-        said = known_facts().get((person, attribute), [])
-        assert people[person][attribute] == value and wording not in {w for w, _ in said}
-        assert {v for _, v in said} <= {value} and set(map(bare, item["choices"])) <= kinds[attribute]
-        answerable += bool(said)
+        person, wording, value = fact(statement(item))
+        (attribute,) = {attribute_of[choice] for choice in choices(item)}
+        assert people[person][attribute] == value
+        assert wording not in told[person, attribute]
+        answerable += len(told[person, attribute]) > 0
     assert answerable > 40
 
 
@@ -464,20 +436,14 @@ def test_tracking_answers_by_replaying_the_story():
     and the wrong choices are places of the story where it has enough: reading along is needed."""
     moved = named = 0
     for item in benchmarks("tracking"):
-        where, mentioned, first = {}, set(), {}
-        *story, question = re.split(r"(?<=\.) ", item["context"])
-        for sentence in (s for s in story if not re.fullmatch(r"\w+ looks at the \w+\.", s)):
-            pattern = r"(?:The|\w+ puts the) (\w+) (?:is )?in the (\w+)\."
-            thing, place = re.fullmatch(pattern, sentence).groups()
-            where[thing] = place
-            first.setdefault(thing, place)
-            mentioned.add(place)
-        asked = re.fullmatch(r"Now the (\w+) is in the", question)[1]
-        assert right(item) == where[asked]
-        choices = set(map(bare, item["choices"]))
-        assert len(choices & mentioned) == min(4, len(mentioned))
-        moved += first[asked] != where[asked]
-        named += choices <= mentioned
+        told = re.findall(r"(?:The|puts the) (\w+) (?:is )?in the (\w+)\.", item["context"])
+        assert len(told) + item["context"].count(" looks at the ") == item["context"].count(".")
+        asked = re.search(r" Now the (\w+) is in the$", item["context"])[1]
+        assert right(item) == dict(told)[asked]                          # the last place told
+        mentioned = {place for _, place in told}
+        assert len(mentioned.intersection(choices(item))) == min(4, len(mentioned))
+        moved += right(item) != dict(reversed(told))[asked]
+        named += mentioned.issuperset(choices(item))
     assert min(moved, named) > .25 * len(benchmarks("tracking"))
 
 
@@ -493,35 +459,34 @@ def test_ending_answers_follow_the_need():
         person = re.search(r"So (\w+)$", item["context"])[1]
         need = dict(re.findall(r"(\w+) is (\w+)\.", item["context"]))[person]
         assert right(item) == action[need]
-        assert set(map(bare, item["choices"])) <= set(action.values())
+        assert set(choices(item)) <= set(action.values())
 
 
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = ("January February March April May June July August September October November December").split()
 
 
-def next_element(elements: list[str]) -> str:
-    """The next element by the simplest rule that fits: count on, go round the calendar, repeat."""
+def continuation(elements: list[str]) -> tuple[str, str]:
+    """(rule, next element) by the simplest rule that fits: count on, go round the calendar, repeat."""
     if "again" in elements:
-        return elements[len(elements) - elements.index("again") - 1]
-    for names in (list(map(str, range(-999, 1_000))), DAYS, MONTHS):
+        return "again", elements[len(elements) - elements.index("again") - 1]
+    for rule, names in {"count": [*map(str, range(-999, 1_000))], "days": DAYS, "months": MONTHS}.items():
         if set(elements) <= set(names):
-            places = [names.index(e) for e in elements]
+            places = [names.index(element) for element in elements]
             (step,) = {(b - a) % len(names) for a, b in zip(places, places[1:])}
-            return names[(places[-1] + step) % len(names)]
-    period = next(p for p in range(1, 4) if all(a == b for a, b in zip(elements, elements[p:])))
-    return elements[-period]
+            return rule, names[(places[-1] + step) % len(names)]
+    period = next(p for p in range(1, 4) if elements[p:] == elements[:-p])
+    return "pattern", elements[-period]
 
 
 def test_sequences_continue_by_the_simplest_rule():
     """Sequence: the rule read off the context gives the right choice, and each of five rules occurs."""
-    kinds = Counter()
+    rules = set()
     for item in benchmarks("sequence"):
-        elements = item["context"].split()
-        assert right(item) == next_element(elements), item
-        kinds["count" if elements[0].lstrip("-").isdigit() else "day" if elements[0] in DAYS else
-              "month" if elements[0] in MONTHS else "again" if "again" in elements else "pattern"] += 1
-    assert len(kinds) == 5, kinds
+        rule, element = continuation(item["context"].split())
+        assert right(item) == element, item
+        rules.add(rule)
+    assert len(rules) == 5, rules
 
 
 def test_agreement_follows_the_first_noun():
@@ -530,7 +495,7 @@ def test_agreement_follows_the_first_noun():
         noun, other = re.fullmatch(r"The (\w+) \w+ the (\w+)", item["context"]).groups()
         assert noun.endswith("s") != other.endswith("s")
         assert right(item).endswith("s") != noun.endswith("s")
-        one, two = sorted(map(bare, item["choices"]), key=len)
+        one, two = sorted(choices(item), key=len)
         assert two == one + "s"
 
 
@@ -540,19 +505,19 @@ def test_order_agrees_with_what_training_reveals():
     def pairs(text: str) -> list[tuple[str, str]]:
         found = re.findall(r"A (\w+) is (bigger|smaller) than a (\w+)\.", text)
         return [(a, b) if relation == "bigger" else (b, a) for a, relation, b in found]
-    rng, bigger = random.Random(2), defaultdict(set)     # 12 M tokens tell more than this shard does
+    rng = random.Random(2)                               # 12 M tokens tell more than this shard does
     told = set(pairs("\n".join(texts("train.bin") + [world.order(rng) for _ in range(1_000)])))
+    smaller = defaultdict(set)
     for large, small in told:
-        bigger[large].add(small)
-    animals = {*bigger, *(small for s in bigger.values() for small in s)}
-    for middle in animals:                                               # transitive closure (Warshall)
-        for large in animals:
-            if middle in bigger[large]:
-                bigger[large] |= bigger[middle]
-    assert not [a for a in animals if a in bigger[a]]
+        smaller[large].add(small)
+
+    @functools.cache
+    def below(animal: str) -> set[str]:
+        """All that must be smaller; a circle would have no end."""
+        return smaller[animal].union(*map(below, smaller[animal]))
     for item in benchmarks("order"):
         ((large, small),) = pairs(statement(item))
-        assert not {(large, small), (small, large)} & told and small in bigger[large]
+        assert not {(large, small), (small, large)} & told and small in below(large)
 
 
 def test_dialogue_answers_stand_in_the_context():
@@ -574,6 +539,6 @@ def test_dialogue_answers_stand_in_the_context():
 
 
 def test_a_document_is_not_repeated_often():
-    """The texts are rich, as 12 M tokens ask: among 150 k tokens hardly a long document occurs twice."""
+    """Among 150 k tokens hardly a long document occurs twice; 12 M tokens ask for rich texts."""
     long = [text for text in texts("train.bin") if len(text) > 60]
     assert len(set(long)) > .97 * len(long)

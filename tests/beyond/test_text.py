@@ -13,26 +13,14 @@ from zlib import crc32
 import numpy as np
 import pytest
 import worlds
+from test_data import make
 
-import evaluate
-import pretrain
-import rl
-import sft
 from beyond.text import read_problems, read_texts
 from checkpoint import UserError
 from data import prepare
 from data.arithmetic import grade
 from data.problems import load_problems, open_data
 from data.tokenizer import EOS, Tokenizer
-
-OPTIONS = worlds.TINY_OPTIONS | dict(vocab_size=300)
-
-
-def make(out: Path, **options) -> dict:
-    """The manifest of a tiny data set."""
-    worlds.quietly(prepare.prepare, prepare.Config(out=str(out), **OPTIONS | options))
-    return json.loads((out / "manifest.json").read_text())
-
 
 def read(folder: Path, shard: str) -> list[str]:
     return worlds.texts(Tokenizer.load(folder / "tokenizer.json"), folder / shard)
@@ -79,9 +67,9 @@ def test_a_text_is_split_where_its_documents_end(tmp_path):
 def test_both_forms_of_file_give_the_same_documents(story_file, tmp_path):
     """JSON lines may be empty and have other keys; several files are read one after the other."""
     lines = [json.dumps({"text": text, "id": 3}) + "\n\n" for text in stories()]
-    for name, text in (("s.jsonl", "".join(lines)), ("a.txt", EOS.join(stories()[:200])),
-                       ("b.jsonl", "".join(lines[200:]))):
-        (tmp_path / name).write_text(text)
+    (tmp_path / "s.jsonl").write_text("".join(lines))
+    (tmp_path / "a.txt").write_text(EOS.join(stories()[:200]))
+    (tmp_path / "b.jsonl").write_text("".join(lines[200:]))
     for names in ("stories.txt", "s.jsonl", "a.txt b.jsonl"):
         assert list(read_texts(tuple(str(tmp_path / name) for name in names.split()))) == stories(), names
 
@@ -109,10 +97,9 @@ def test_a_large_text_is_not_loaded_whole(separator, tmp_path):
 # ---- text in the shards ----------------------------------------------------------------------------------
 
 def test_the_shards_hold_the_text(story_file, tmp_path):
-    """With --text alone the general text is the file's, in train.bin and in val_general.bin; no document is
-    in both (1 in 50 by its CRC-32) or twice in one; benchmarks, which ask for the generated world, are not
-    there."""
-    made = make(tmp_path / "d", text=(story_file,), math_fraction=0., tokens=9_000, val_tokens=100)
+    """With --text alone the general text is the file's; no document is in train and val (1 in 50 by CRC-32)
+    or twice in one; benchmarks, which ask for the generated world, are not there."""
+    made = make(tmp_path / "d", text=(story_file,), math_fraction=0., tokens=9_000, val_tokens=300)
     train, val = read(tmp_path / "d", "train.bin"), read(tmp_path / "d", "val_general.bin")
     assert len(train) > 80 and val
     assert set(train) | set(val) <= set(stories())
@@ -138,16 +125,15 @@ def test_the_mixture_with_text_is_as_asked(math, share, story_file, tmp_path):
 
 
 def test_a_text_that_runs_out(story_file, tmp_path):
-    """Nothing is repeated in silence: the line names the --tokens for which the text is enough; with that
-    number all goes well, with more it does not."""
-    def line(tokens: int) -> str:
-        with pytest.raises(UserError) as error:
-            make(tmp_path / "d", text=(story_file,), math_fraction=.25, tokens=tokens, val_tokens=100)
-        assert not list(tmp_path.glob("d*"))
-        return str(error.value)
-    most = int(re.search(r"enough for --tokens (\d+), not for 1000000", line(1_000_000))[1])
-    assert f"--tokens {most}" in line(most + 200)
-    make(tmp_path / "d", text=(story_file,), math_fraction=.25, tokens=most, val_tokens=100)
+    """Nothing is repeated in silence: the line names the --tokens for which the text is just enough."""
+    options = dict(text=(story_file,), math_fraction=.25, val_tokens=100)
+    with pytest.raises(UserError, match="enough for --tokens [0-9]+, not for 1000000") as error:
+        make(tmp_path / "d", tokens=1_000_000, **options)
+    most = int(re.search(r"--tokens (\d+)", str(error.value))[1])
+    with pytest.raises(UserError, match=f"--tokens {most}, not for"):
+        make(tmp_path / "d", tokens=most + 200, **options)
+    assert not list(tmp_path.glob("d*"))
+    make(tmp_path / "d", tokens=most, **options)
     with pytest.raises(UserError, match=r"val_general\.bin.*--val-tokens \d+, not for 50000"):
         make(tmp_path / "e", text=(story_file,), tokens=1_000, val_tokens=50_000)
 
@@ -170,8 +156,7 @@ GOLDEN = {"benchmarks.jsonl": "41db9e8e9a3a19ce", "test.jsonl": "f5e7dd17e4025b5
 def test_the_default_data_set_is_what_it_was(tmp_path):
     """The published results were computed on data made before --text and its like existed: these sums are of
     that code. Nothing in beyond/ is read for it."""
-    worlds.quietly(prepare.prepare, prepare.Config(out=str(tmp_path / "d"), **worlds.TINY_OPTIONS))
-    sums = json.loads((tmp_path / "d" / "manifest.json").read_text())["sha256"]
+    sums = make(tmp_path / "d")["sha256"]
     assert {name: digest[:16] for name, digest in sums.items()} == GOLDEN
 
 
@@ -200,7 +185,7 @@ def test_a_folder_made_before_these_options_is_whole(tmp_path, capsys):
         del manifest["config"][name]
     del manifest["dtype"]
     (tmp_path / "d" / "manifest.json").write_text(json.dumps(manifest))
-    prepare.prepare(prepare.Config(out=str(tmp_path / "d"), **OPTIONS))
+    prepare.prepare(prepare.Config(out=str(tmp_path / "d"), **worlds.TINY_OPTIONS))
     assert "complete" in capsys.readouterr().out
     assert open_data(str(tmp_path / "d"))[2]["train"].dtype == np.uint16
     with pytest.raises(UserError, match="annotations"):
@@ -227,27 +212,26 @@ def problem_file(tmp_path) -> str:
     return write(tmp_path / "problems.jsonl", [gsm(i) for i in range(1, 201)])
 
 
-def test_a_published_problem_becomes_ours(problem_file):
+@pytest.mark.parametrize("annotations, step, last", [
+    (False, "", ""), (True, "<<2*7000=14000>>", "<<7+14000=14007>>")], ids=["without", "with annotations"])
+def test_a_published_problem_becomes_ours(problem_file, annotations, step, last):
     """By hand: annotations go (or stay, if asked), thousands lose their commas in the answer and in the final
     line, nothing else changes. The scorer, which is the reward, calls every solution right."""
-    for annotations, step, last in ((False, "", ""), (True, "<<2*7000=14000>>", "<<7+14000=14007>>")):
-        splits, _ = read_problems((problem_file,), annotations)
-        problems = sum(splits.values(), [])
-        p = next(p for p in problems if "Ann has 7 pens" in p["question"])
-        assert (p["answer"], p["difficulty"]) == ("14007", "all")
-        assert p["question"] == "Ann has 7 pens and buys  2 boxes of 7,000. How many?"
-        assert p["solutions"] == [f"The boxes have 2*7000={step}14,000 pens.\nIn all 7+14000={last}14007.\n"
-                                  "#### 14007"]
-        assert len(problems) == 200
-        assert all(grade(s, p["answer"]) == "right" for p in problems for s in p["solutions"])
+    splits, _ = read_problems((problem_file,), annotations)
+    problems = sum(splits.values(), [])
+    (p,) = [p for p in problems if "Ann has 7 pens" in p["question"]]
+    assert (p["answer"], p["difficulty"]) == ("14007", "all")
+    assert p["question"] == "Ann has 7 pens and buys  2 boxes of 7,000. How many?"
+    assert p["solutions"] == [f"The boxes have 2*7000={step}14,000 pens.\nIn all 7+14000={last}14007.\n"
+                              "#### 14007"]
+    assert len(problems) == 200
+    assert all(grade(s, p["answer"]) == "right" for p in problems for s in p["solutions"])
 
 
 def test_our_own_problems_pass_through(tmp_path):
     """A file in our form: question, answer and all solutions are as they were."""
-    lines = []
-    for i in range(60):
-        solutions = [f"{i}+{i}={2 * i}\n#### {2 * i}", f"#### {2 * i}"]
-        lines.append({"question": f"{i}+{i}?", "answer": str(2 * i), "solutions": solutions})
+    lines = [{"question": f"{i}+{i}?", "answer": str(2 * i),
+              "solutions": [f"{i}+{i}={2 * i}\n#### {2 * i}", f"#### {2 * i}"]} for i in range(60)]
     marked = [line | {"difficulty": "hard", "split": "train"} for line in lines]
     splits, _ = read_problems((write(tmp_path / "o.jsonl", marked),), False)
     found = sorted(sum(splits.values(), []), key=lambda p: int(p["answer"]))
@@ -259,8 +243,7 @@ def test_our_own_problems_pass_through(tmp_path):
 
 
 def test_problems_are_held_out(problem_file, tmp_path):
-    """Some for each split, and which is which depends neither on the order of the file nor on the other
-    problems in it."""
+    """Some for each split, whatever the order of the file and the other problems in it."""
     splits, left_out = read_problems((problem_file,), False)
     assert [*splits] == ["train", "val", "test"] and min(map(len, splits.values())) > 3
     assert len(splits["train"]) > 150 and left_out == {"duplicates": 0, "answers that are not integers": 0}
@@ -306,24 +289,20 @@ def test_a_problem_without_difficulty_belongs_to_each(tmp_path):
         assert "".join(p["question"] for p in load_problems(path, difficulty)) == expected
 
 
-def test_the_whole_way_on_real_data(story_file, problem_file, tmp_path, capsys):
-    """prepare, pretrain, SFT, RL and evaluate on real text and problems with the default --difficulty: bits
-    per byte and the problems are reported, a general mean is not."""
+def test_the_whole_way_on_real_data(story_file, problem_file, tmp_path, monkeypatch):
+    """With the default --difficulty: bits per byte and the problems are reported, a general mean is not."""
     make(tmp_path / "d", text=(story_file,), problems=(problem_file,), val_tokens=300)
-    common, few = dict(data=str(tmp_path / "d"), threads=1), dict(max_new=8, eval_problems=2, eval_samples=2)
-    base = worlds.quietly(pretrain.train, pretrain.Config(
-        out=str(tmp_path / "base"), size="0.3M", context=192, batch=2, micro_batch=2, tokens=768,
-        checkpoints_at=(768,), **common))
-    tuned = worlds.quietly(sft.train, sft.Config(
-        init=str(base), out=str(tmp_path / "sft"), n_train=8, epochs=1, batch=4, **few, **common))
-    final = worlds.quietly(rl.train, rl.Config(
-        init=str(tuned), out=str(tmp_path / "rl"), n_problems=2, rollouts=2, steps=1, **few, **common))
-    config = evaluate.Config((str(final), str(base)), split="test", n_problems=2, n_samples=2, k=(1,),
-                             max_new=4, **common)
-    capsys.readouterr()
-    evaluate.run(config)
-    shown = capsys.readouterr().out
-    assert "bits per byte" in shown and "general mean" not in shown and "all pass@1" in shown
-    result = json.loads(final.with_suffix(".test.0shot.json").read_text())
+    monkeypatch.chdir(tmp_path)
+    base = "base/0.000768M.pt"
+    few = "--max-new 8 --eval-problems 2 --eval-samples 2"
+    for command in (
+            "pretrain.py --out base --size 0.3M --context 192 --batch 2 --micro-batch 2 --tokens 768",
+            f"sft.py --init {base} --out sft --n-train 8 --epochs 1 --batch 4 {few}",
+            f"rl.py --init sft/final.pt --out rl --n-problems 2 --rollouts 2 --steps 1 {few}",
+            f"evaluate.py rl/final.pt {base} --split test --n-problems 2 --n-samples 2 --k 1"):
+        done = worlds.run_here(*command.split(), "--data", "d", "--threads", 1)
+        assert done.status == 0, done.errors
+    assert "bits per byte" in done.out and "general mean" not in done.out and "all pass@1" in done.out
+    result = json.loads(Path("rl/final.test.0shot.json").read_text())
     assert result["problems"]["all"]["problems"] == 2 and result["bits_per_byte"] > 0
     assert "benchmarks" not in result and "general_mean" not in result
