@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint import check_fields, main, require
+from checkpoint import main, require
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("*.py", "*.md", "*.txt", "*.toml", "data/*.py", "data/*.md", "beyond/*.py", "beyond/*.md",
@@ -72,38 +72,35 @@ class Config:
     only: tuple[str, ...] = ()      # functions to blank out, as the list names them (empty: all)
 
 
-def table() -> str:
-    """The list for a student: number, exercise, function, and the command that grades it with its seconds."""
-    lines = []
+def show() -> None:
+    """Print the list: number, exercise, function, and the command that grades it with its seconds."""
     for i, e in enumerate(EXERCISES, 1):
         tests = " ".join(f"tests/{test}" for test in e.tests)
-        lines += [f"{i:2d}  {e.title}: {e.function}", f"      python -m pytest -q {tests}   # {e.seconds} s"]
-    return "\n".join(lines)
+        print(f"{i:2d}  {e.title}: {e.function}\n      python -m pytest -q {tests}   # {e.seconds} s")
 
 
 def blank(source: str, function: str) -> str:
     """Source with `raise NotImplementedError` for a function's body; all above its first statement stays."""
     node = ast.parse(source)
     for name in function.split("."):
-        found = [x for x in node.body if getattr(x, "name", None) == name]
-        require(len(found) == 1, f"{function}: is an exercise, but not in the code")
-        node = found[0]
-    first, lines = node.body[1 if ast.get_docstring(node) else 0], source.splitlines(keepends=True)
+        node, = (x for x in node.body if getattr(x, "name", None) == name)
+    first = node.body[1 if ast.get_docstring(node) else 0]
+    lines = source.splitlines(keepends=True)
     lines[first.lineno - 1:node.end_lineno] = [" " * first.col_offset + "raise NotImplementedError\n"]
     return "".join(lines)
 
 
 def write(c: Config) -> None:
     """Write the copy. UserError if the folder exists: a student's work may be in it."""
-    check_fields(c)
     require(len(c.folder) == 1, f"{len(c.folder)} folders given: one, please")
-    out, known = Path(c.folder[0]), [e.function for e in EXERCISES]
+    out = Path(c.folder[0])
+    known = [e.function for e in EXERCISES]
     require(not out.exists(), f"{out}: exists already; choose another folder")
-    unknown = [name for name in c.only if name not in known]
-    require(not unknown, f"--only {','.join(unknown)}: not an exercise")
+    require(set(c.only) <= set(known), f"--only {','.join(c.only)}: not an exercise")
     for path in (path for pattern in COPIED for path in ROOT.glob(pattern)):
-        (out / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, out / path.relative_to(ROOT))
+        copy = out / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
     names = c.only or known
     for name in names:
         file, function = name.split("::")
@@ -112,7 +109,4 @@ def write(c: Config) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        print(table())
-    else:
-        main(write, Config)
+    main(write, Config) if sys.argv[1:] else show()

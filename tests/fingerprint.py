@@ -7,11 +7,9 @@ A change that only tidies the code prints the same lines. One thread, two data s
 Across machines the lines differ: rounding does.
 """
 import hashlib
-import io
 import json
 import sys
 import tempfile
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -23,6 +21,7 @@ import merge
 import pretrain
 import rl
 import sft
+import worlds
 from data import prepare
 
 STEPS = 20
@@ -31,19 +30,12 @@ QUICK = dict(eval_every=10, eval_problems=4, eval_samples=4, save_every=1_000, m
 RL = QUICK | dict(n_problems=8, rollouts=8, steps=STEPS)
 
 
-def short_sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
-def weights(path: Path) -> str:
-    """sha256 of the names and values of a checkpoint's weights."""
-    tensors = sorted(torch.load(path, weights_only=True)["model"].items())
-    return short_sha256(b"".join(name.encode() + w.contiguous().numpy().tobytes() for name, w in tensors))
-
-
-def quietly(function, config):
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        return function(config)
+def weights(path: Path) -> bytes:
+    """Names and values of a checkpoint's weights."""
+    content = b""
+    for name, w in sorted(torch.load(path, weights_only=True)["model"].items()):
+        content += name.encode() + w.contiguous().numpy().tobytes()
+    return content
 
 
 def sevens(path: Path) -> str:
@@ -55,40 +47,45 @@ def sevens(path: Path) -> str:
 
 
 def fingerprint(folder: Path, seed: int) -> None:
-    data = folder / "data"
-    quietly(prepare.prepare, prepare.Config(out=str(data), seed=seed, **DATA))
-    for path in sorted(data.iterdir()):
-        print(f"seed {seed} {path.name:20s} {short_sha256(path.read_bytes())}")
+    def show(name: str, content: bytes, more: str = "") -> None:
+        print(f"seed {seed} {name:20s} {hashlib.sha256(content).hexdigest()[:16]}{more}", flush=True)
 
-    def run(name: str, script, **options) -> Path:
-        path = quietly(script.train, script.Config(data=str(data), out=str(folder / name), **options))
-        print(f"seed {seed} {name:20s} {weights(path)}", flush=True)
-        return path
+    def run(name: str, script, **options) -> str:
+        path = worlds.quietly(script.train, script.Config(data=data, out=str(folder / name), **options))
+        show(name, weights(path))
+        return str(path)
+
+    data = str(folder / "data")
+    worlds.quietly(prepare.prepare, prepare.Config(out=data, seed=seed, **DATA))
+    for path in sorted(Path(data).iterdir()):
+        show(path.name, path.read_bytes())
+
     seven = dict(problem_file=sevens(folder / "sevens.jsonl"))
     base = run("pretrain", pretrain, tokens=STEPS * 4096, threads=1)
-    run("sft", sft, init=str(base), epochs=STEPS, batch=32, n_train=32, **QUICK)
-    parrot = run("sft sevens", sft, init=str(base), epochs=5, batch=8, lr=6e-3, warmup=2, **seven, **QUICK)
-    start = dict(init=str(parrot), **seven, **RL)
+    run("sft", sft, init=base, epochs=STEPS, batch=32, n_train=32, **QUICK)
+    parrot = run("sft sevens", sft, init=base, epochs=5, batch=8, lr=6e-3, warmup=2, **seven, **QUICK)
+    start = dict(init=parrot, **seven, **RL)
     first = run("rl", rl, **start)
     run("rl updates 4, kl", rl, updates=4, kl=.05, **start)
     averaged = run("merge parallel", merge, batch=8, **start)
     run("merge inner 5", merge, batch=8, inner=5, **start)
     run("merge fused", merge, batch=8, mode="fused", **start)
     run("merge alternating", merge, batch=8, mode="alternating", **start)
+
     for method in ("linear", "task", "ties"):
-        out = folder / f"{method}.pt"
-        quietly(merge.merge_weights, merge.WeightsConfig((str(first), str(averaged)), base=str(parrot),
-                                                         method=method, out=str(out), threads=1))
-        print(f"seed {seed} merge {method:14s} {weights(out)}")
-    for path in (base, first):
-        config = evaluate.Config((str(path),), data=str(data), n_problems=10, n_samples=8, k=(1, 8),
-                                 max_new=16, reference=str(parrot), threads=1)
-        result = quietly(evaluate.run, config)[0]
+        out = str(folder / f"{method}.pt")
+        worlds.quietly(merge.merge_weights, merge.WeightsConfig(
+            (first, averaged), base=parrot, method=method, out=out, threads=1))
+        show(f"merge {method}", weights(out))
+
+    for name, path in (("pretrain", base), ("rl", first)):
+        config = evaluate.Config((path,), data=data, n_problems=10, n_samples=8, k=(1, 8), max_new=16,
+                                 reference=parrot, threads=1)
+        result = worlds.quietly(evaluate.run, config)[0]
         numbers = {k: result[k] for k in ("problems", "benchmarks", "general_mean", "bits_per_byte")}
-        print(f"seed {seed} evaluate {path.parent.name:11s} "
-              f"{short_sha256(json.dumps(numbers, sort_keys=True).encode())} bits per byte "
-              f"{result['bits_per_byte']!r}, general {result['general_mean']!r}, "
-              f"kl {numbers['problems']['easy']['kl']!r}", flush=True)
+        show(f"evaluate {name}", json.dumps(numbers, sort_keys=True).encode(),
+             f" bits per byte {result['bits_per_byte']!r}, general {result['general_mean']!r}, "
+             f"kl {result['problems']['easy']['kl']!r}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""A model of one's own, for README.md's "Change it": learned positions, LayerNorm first, a plain MLP.
+"""A model of one's own, for README.md's "Change it": learned positions, one LayerNorm for
+all layers, a plain MLP.
 
 Pasted at the end of model.py (from "class" on), with `GPT = Mine` below it, it replaces the GPT there.
 """
@@ -17,17 +18,14 @@ class Mine(nn.Module):
         d = c.d_model
         self.embed = nn.Embedding(c.n_vocab, d)
         self.positions = nn.Embedding(c.context, d)
-        self.qkv = nn.ModuleList(nn.Linear(d, 3 * d) for _ in range(c.n_layers))
-        self.mlp = nn.ModuleList(nn.Sequential(nn.LayerNorm(d), nn.Linear(d, c.d_ff), nn.GELU(),
-                                               nn.Linear(c.d_ff, d)) for _ in range(c.n_layers))
+        self.qkv = nn.ModuleList(nn.Linear(d, 3 * d, bias=False) for _ in range(c.n_layers))
+        self.up = nn.ModuleList(nn.Linear(d, c.d_ff, bias=False) for _ in range(c.n_layers))
+        self.down = nn.ModuleList(nn.Linear(c.d_ff, d, bias=False) for _ in range(c.n_layers))
         self.norm = nn.LayerNorm(d)
-        self.head = nn.Linear(d, c.n_vocab)
+        self.head = nn.Linear(d, c.n_vocab, bias=False)
         for p in self.parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=.02, generator=generator)
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear):
-                nn.init.zeros_(layer.bias)
 
     @property
     def device(self):
@@ -35,19 +33,19 @@ class Mine(nn.Module):
 
     def hidden(self, ids, cache=None):
         T = ids.shape[1]
-        position, mask = torch.arange(T, device=ids.device), None
+        position = torch.arange(T, device=ids.device)
+        mask = visible(cache, T) if cache else None
         if cache:
-            mask = visible(cache, T)
             position = (position + cache.length - cache.padding[:, None]).clamp(min=0)
         x = self.embed(ids) + self.positions(position)
-        for i, (qkv, mlp) in enumerate(zip(self.qkv, self.mlp)):
-            parts = qkv(self.norm(x)).chunk(3, dim=-1)
-            q, k, v = (y.unflatten(-1, (self.config.n_heads, -1)).transpose(1, 2) for y in parts)
+        for i, (qkv, up, down) in enumerate(zip(self.qkv, self.up, self.down)):
+            heads = qkv(self.norm(x)).unflatten(-1, (3, self.config.n_heads, -1))    # (B, T, 3, H, D)
+            q, k, v = heads.permute(2, 0, 3, 1, 4)                                   # (B, H, T, D) each
             if cache:
                 k, v = cache.store(i, k, v)
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=not cache)
             x = x + y.transpose(1, 2).flatten(2)
-            x = x + mlp(x)
+            x = x + down(F.gelu(up(self.norm(x))))
         if cache:
             cache.length += T
         return self.norm(x)

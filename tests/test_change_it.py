@@ -22,8 +22,8 @@ SMALL_EVALUATION = "--n-problems 2 --n-samples 8 --k 1 --max-new 8 --no-benchmar
 
 def recipe(title: str) -> tuple[list[str], list[list[str]]]:
     """(code in the text, commands without 'python') of one recipe of README.md."""
-    section = Path(__file__).parents[1].joinpath("README.md").read_text().partition("\n## Change it\n")[2]
-    text = section.partition("\n## ")[0].partition(f"**{title}.**")[2].partition("\n**")[0]
+    readme = Path(__file__).parents[1].joinpath("README.md").read_text()
+    text = re.search(rf"\n\*\*{title}\.\*\*(.*?)\n(\*\*|## )", readme, re.S)[1]
     commands = re.findall(r"^    python (.*)$", text, re.M)
     return re.findall(r"`([^`]+)`", text), [shlex.split(command) for command in commands]
 
@@ -66,22 +66,17 @@ def unchanged() -> tuple[Path, str]:
 def copy(tmp_path, monkeypatch):
     """The working folder is a copy of the project; imports, and the scripts that `worlds` runs, are its."""
     here = worlds.ROOT
-    worlds.base(), worlds.parrot(), unchanged()                  # made by the project itself
+    unchanged()                                  # and the checkpoints it needs: made by the project itself
     for path in [*here.glob("*.py"), *here.glob("data/*.py")]:
-        (tmp_path / path.relative_to(here)).parent.mkdir(exist_ok=True)
-        shutil.copy(path, tmp_path / path.relative_to(here))
-
-    def loaded(root: Path) -> list[str]:
-        return [name for name, module in sys.modules.items()
-                if Path(getattr(module, "__file__", None) or "/").parent in (root, root / "data")]
-    for name in loaded(here):
-        monkeypatch.delitem(sys.modules, name)
+        name = path.relative_to(here)
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / name)
+        module = ".".join(name.with_suffix("").parts).removesuffix(".__init__")
+        monkeypatch.setitem(sys.modules, module, None)           # undone later, whatever the copy imports
+        del sys.modules[module]
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(worlds, "ROOT", tmp_path)
-    yield
-    for name in loaded(tmp_path):
-        del sys.modules[name]
 
 
 def listed(command: list[str], script: str) -> list[list[str]]:
@@ -174,9 +169,10 @@ def test_the_contract_of_a_model():
 def test_a_model(copy):
     """A class written from scratch takes the place of GPT: it meets the contract, and every script runs."""
     code, (check, pretrain) = recipe("A model")
-    mine = Path(__file__).with_name("own_gpt.py").read_text().partition("\nclass ")
-    Path("model.py").write_text("".join([Path("model.py").read_text(), *mine[1:], "\n", code[-1], "\n"]))
     assert code[-1] == "GPT = Mine" and check[3:] == ["tests/test_change_it.py", "-k", "contract"]
+    mine = Path(__file__).with_name("own_gpt.py").read_text().partition("\nclass ")[2]
+    with open("model.py", "a") as file:
+        file.write(f"\nclass {mine}\nGPT = Mine\n")
     test_the_contract_of_a_model()
     run(pretrain, *"--size 0.3M --context 128 --batch 4 --micro-batch 2 --tokens 1024 --threads 1".split())
     run(["sft.py"], "--init", "runs/mine/0.001024M.pt", "--problem-file", worlds.sevens(), *SMALL_SFT)
