@@ -9,8 +9,7 @@ import report
 import study
 from checkpoint import UserError
 
-ROOT = Path(report.__file__).parent
-STORED = sorted((ROOT / "results").glob("*/results.jsonl"))
+STORED = sorted(Path(report.__file__).parent.glob("results/*/results.jsonl"))
 
 
 # ---- statistics ------------------------------------------------------------------------------------------
@@ -33,9 +32,8 @@ def test_the_verdict_on_each_side_of_the_margin(low, high, expected):
 
 
 def test_the_interval():
-    """A point for equal values; three seeds with means 0, 10, 20 and no spread over problems: it reaches the
-    extremes. One seed and many problems: the normal approximation, mean ± 1.96 sd/√N; wider if x is the
-    largest of several pairs."""
+    """A point for equal values; the extremes for three seeds without spread over problems; for one seed and
+    many problems the normal approximation, mean ± 1.96 sd/√N; wider if x is the largest of several pairs."""
     assert report.bootstrap(np.full((3, 50), 7.0)) == (7, 7, 7)
     assert report.bootstrap(np.repeat([[0.0], [10.0], [20.0]], 100, axis=1)) == (10, 0, 20)
     x = np.random.default_rng(1).normal(5, 10, (1, 400))
@@ -56,17 +54,17 @@ def test_a_difference_pairs_seeds():
     assert report.difference(records, "RL", "fused", "easy pass@1", ["4M"]) is None
 
 
-START = [record("base", [16] * 20), record("base", [40] * 20, at="8M")]
+START = [record("base", [16]), record("base", [40], at="8M")]
+HALF = [record("RL", [32]), record("RL", [32], at="8M")]
 
 
 def runs(recipe: str, right: int = 16, hits: str = "1") -> list[dict]:
-    return [*START, *(record(recipe, [right] * 20, seed, hits=hits) for seed in range(3))]
+    return START + [record(recipe, [right], seed, hits=hits) for seed in range(3)]
 
 
 def pair(right: int, reward: float) -> list[dict]:
     """Two seeds, one of which has half of its samples right, at reward .2."""
-    other = record("RL", [right] * 20, 1, curve=[[1, reward, 0., 5]])
-    return [*START, record("RL", [32] * 20), record("RL", [32] * 20, at="8M"), other]
+    return START + HALF + [record("RL", [right], 1, curve=[[1, reward, 0., 5]])]
 
 
 @pytest.mark.parametrize("records, says, expected", [
@@ -84,14 +82,14 @@ def test_a_claim_is_judged_by_its_own_rule(records, says, expected):
 def test_problems_newly_solved_and_lost_are_counted():
     """Base solves problems 0 and 1, the run solves 1 and 2: one new, one lost."""
     records = [record("base", [64, 1, 0]), record("RL", [0, 64, 64])]
-    row = next(r for r in report.solved(records) if r[2] == "RL" and r[4] == "easy")
+    row, = (row for row in report.solved(records) if row[2] == "RL" and row[4] == "easy")
     assert row[5:11] == [2, 2, 1, 1, 1, 1]
 
 
 # ---- the report ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("stored", STORED, ids=lambda p: p.parent.name)
 def test_the_published_report_is_what_its_results_say(stored, tmp_path):
-    """Text equal to the published one; pass@1 of the first record is its share of right samples."""
+    """Text equal to the published one; the figures have the same names and are not empty."""
     records = [json.loads(line) for line in stored.read_text().splitlines()]
     out = tmp_path / stored.parent.name
     out.mkdir()
@@ -100,9 +98,6 @@ def test_the_published_report_is_what_its_results_say(stored, tmp_path):
     assert claims in text and text == stored.with_name("report.md").read_text()
     assert {p.name for p in out.glob("*.png")} == {p.name for p in stored.parent.glob("*.png")}
     assert all((out / f"{name}.png").stat().st_size > 5_000 for name in ("main", "parallel", "forgetting"))
-    easy = records[0]["problems"]["easy"]
-    share = 100 * sum(easy["right_per_problem"]) / (easy["problems"] * easy["samples"])
-    assert report.values(records[0], "easy pass@1").mean() == pytest.approx(share)
 
 
 def colours(names: list[str]) -> dict[str, object]:
@@ -131,10 +126,10 @@ AFTER = b"<!-- end of claims -->\nthe rest, without a newline at its end"
 @pytest.fixture
 def results(tmp_path) -> Path:
     """A folder with two studies, one of which has two checkpoints, and a README with an old table."""
-    one = [record("base", [16] * 20), record("RL", [32] * 20), record("base", [40] * 20, at="8M")]
-    for name, records in {"one": one, "two": [*one, record("RL", [48] * 20, at="8M")]}.items():
+    one = [*START, record("RL", [32])]
+    for name, records in {"one": one, "two": [*one, record("RL", [48], at="8M")]}.items():
         (tmp_path / name).mkdir()
-        (tmp_path / name / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        (tmp_path / name / "results.jsonl").write_text("\n".join(map(json.dumps, records)))
     (tmp_path / "README.md").write_bytes(BEFORE + b"\n| an old table |\n" + AFTER)
     return tmp_path
 

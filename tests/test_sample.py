@@ -1,11 +1,13 @@
 """sample.py: a conversation with one checkpoint, the answers of two side by side. Nothing is written."""
+import io
 import json
+from unittest import mock
 
 import pytest
 import worlds
 
 import sample
-from checkpoint import UserError, save_checkpoint
+from checkpoint import save_checkpoint
 
 # ---- one checkpoint: a conversation -----------------------------------------------------------------------
 
@@ -28,11 +30,23 @@ def test_a_person_can_ask_a_checkpoint():
 def test_a_greedy_answer_repeats():
     """--temperature 0 always takes the most probable token, whatever the seed."""
     argv = [worlds.parrot(), "--threads", "1", "--max-new", "12", "--temperature", "0"]
-    prompt = "Nora has 3 shells. How many are seven?\n"
-    said = [worlds.run_here("sample.py", *argv, "--seed", seed, stdin=prompt * 2).out for seed in (0, 1)]
-    assert said[0] == said[1]
-    first, second = said[0].split("> ")[1:3]
-    assert first == second
+    twice = 2 * "Nora has 3 shells. How many are seven?\n"
+    said = [worlds.run_here("sample.py", *argv, "--seed", seed, stdin=twice).out for seed in (0, 1)]
+    answers = {answer for out in said for answer in out.split("> ")[1:3]}
+    assert len(answers) == 1
+
+
+@pytest.mark.parametrize("typed, kept", [("hi", 3), ("", 1), ("x" * 53, 54), ("x" * 54, 54), ("x" * 999, 54)])
+def test_a_question_is_asked_after_eos(make_gpt, byte_tokenizer, tmp_path, monkeypatch, typed, kept):
+    """The typed text stands after EOS and before a newline, as every question in training; of a text that
+    leaves no room for 9 new tokens in the context of 64 the end is kept; with EOS before it that fits."""
+    save_checkpoint(tmp_path / "a.pt", make_gpt(vocab_size=320, n_vocab=258), byte_tokenizer, [])
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{typed}\n"))
+    with mock.patch.object(sample, "sample", wraps=sample.sample) as spy:
+        sample.run(sample.Config((str(tmp_path / "a.pt"),), max_new=9, device="cpu", threads=1))
+    spy.assert_called_once()
+    asked = spy.call_args.args[1]
+    assert asked == [[byte_tokenizer.eos, *f"{typed}\n".encode()[-kept:]]]
 
 
 # ---- two checkpoints side by side -------------------------------------------------------------------------
@@ -46,9 +60,9 @@ def shown(answering, answer_tokenizer, bigram, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save_checkpoint("seven.pt", answering(wrong=0.), t, [])
     save_checkpoint("z.pt", bigram({newline: {z: 1.}, z: {z: 1.}}, t.n_vocab), t, [])
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(
-        {"question": f"q{i}", "answer": "7" if i else "8", "difficulty": "easy" if i < 7 else "hard"}) + "\n"
-        for i in range(10)))
+    problems = [{"question": f"q{i}", "answer": "7" if i else "8", "difficulty": "easy" if i < 7 else "hard"}
+                for i in range(10)]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, problems)))
 
     def run(*checkpoints, **options):
         before = worlds.snapshot(tmp_path)
@@ -73,24 +87,24 @@ def test_samples_of_two_checkpoints_stand_side_by_side(shown):
 
 
 def test_the_options_mean_the_same_as_elsewhere(shown):
-    """--n-problems counts problems of each difficulty, --n-samples answers to each; three checkpoints are too
-    many."""
+    """--n-problems counts problems of each difficulty, --n-samples answers to each."""
     lines = shown("z.pt", "seven.pt", n_problems=1, n_samples=40).splitlines()
     assert lines[1:3] == ["q0   (easy, answer 8)", f"{'z.pt: 0 of 40 right, 1 different':57s}"
                           "seven.pt: 0 of 40 right, 1 different"]
     assert [line.split()[0] for line in lines if line.startswith("q")] == ["q0", "q7"]
-    with pytest.raises(UserError, match="3 checkpoints given"):
-        shown("z.pt", "z.pt", "z.pt")
 
 
 def test_samples_show_the_most_frequent_answers_first(shown, answering, answer_tokenizer):
-    """Half right, a quarter wrong and a quarter unreadable at T = 1: counted from 256 samples. The seed draws
-    the same answers for both checkpoints."""
+    """Half right, a quarter wrong, a quarter unreadable at T = 1; one seed draws the same for both models."""
     save_checkpoint("mixed.pt", answering(1 / 3, .25), answer_tokenizer, [])
     out = shown("mixed.pt", "mixed.pt", n_samples=256, temperature=1.0)
-    halves = [(line[:53].rstrip(), line[57:]) for line in out.split("\n\n")[1].splitlines()[1:]]
-    assert all(left == right for left, right in halves)
-    counts, grades = zip(*(left.replace("×", "").split()[:2] for left, _ in halves[1:]))
-    assert grades[0] == "right" and set(grades) == {"right", "wrong", "unparsed"}
-    assert sum(map(int, counts)) == 256 and abs(int(counts[0]) - 128) < 32
-    assert halves[0][0].endswith(f" {counts[0]} of 256 right, 3 different")
+    lines = out.split("\n\n")[1].splitlines()[1:]
+    assert all(line[:53].rstrip() == line[57:] for line in lines)
+    title, *answers = (line[57:] for line in lines)
+    counts = [int(answer.split()[0]) for answer in answers]
+    grades = [answer.split()[2] for answer in answers]
+    assert grades[0] == "right"
+    assert set(grades) == {"right", "wrong", "unparsed"}
+    assert sum(counts) == 256
+    assert abs(counts[0] - 128) < 32
+    assert title.endswith(f" {counts[0]} of 256 right, 3 different")

@@ -11,7 +11,7 @@ import evaluate
 import merge
 import rl
 import sft
-from checkpoint import UserError, generator, load_model, save_checkpoint
+from checkpoint import UserError, generator
 from data.arithmetic import grade, read_answer
 from data.problems import load_problems, prompt_ids, training_problems
 from data.tokenizer import EOS
@@ -35,6 +35,7 @@ from model import sample
 RIGHT = ["#### 12", "#### 12\n", "37+48=85\n85-73=12\n#### 12", "words\n\n#### 12\n", f"#### 12{EOS}",
          f"#### 12\n{EOS}#### 13"]
 WRONG = ["#### 13", "#### 120", "#### 1", "#### -12", "#### 0", "#### " + "9" * 5000, "a\n#### 2\n"]
+QUESTION = "Nora has 10 shells. Nora finds 2. How many shells?"
 UNPARSED = {
     "bare": "12", "empty": "", "newline": "\n", "two answers": "#### 12\n#### 12",
     "right, then wrong": "#### 12\n#### 13", "wrong, then right": "#### 13\n#### 12",
@@ -48,6 +49,12 @@ UNPARSED = {
     "minus": "#### -", "nothing": "#### ", "answer after EOS": f"{EOS}#### 12",
     "answer after EOS and text": f"x{EOS}\n#### 12", "vertical tab": "a\v#### 12",
     "line separator": "a\u2028#### 12", "power": "#### 9**9**9", "null": "#### 12\0",
+    "the prompt": QUESTION, "the prompt and a number": f"{QUESTION}\n12",
+    "the prompt between answers": f"{QUESTION}\n#### 12\n{QUESTION}\n#### 13",
+    "all numbers": "\n".join(f"#### {i}" for i in range(100)),
+    "all numbers up to the answer": "".join(f"#### {i}\n" for i in range(13)),
+    "all numbers in a line": "#### " + " ".join(map(str, range(100))),
+    "another after all": "#### 12\nNo: #### 13", "or": "#### 12 or 13", "the mark alone": "####",
 }
 
 
@@ -65,7 +72,8 @@ def test_wrong_answers(completion):
 
 @pytest.mark.parametrize("completion", UNPARSED.values(), ids=UNPARSED)
 def test_unparsed_answers(completion):
-    """Whatever is not exactly the form is 'unparsed', counted apart from wrong numbers."""
+    """Whatever is not exactly the form is 'unparsed', counted apart from wrong numbers. So neither repeating
+    the prompt nor listing 0..99 nor giving the answer and then another earns anything."""
     assert grade(completion, "12") == "unparsed"
 
 
@@ -94,15 +102,6 @@ def test_eos_spelled_out_is_not_eos(byte_tokenizer):
     assert read(ids + [byte_tokenizer.pad, byte_tokenizer.eos], True) == "unparsed"
 
 
-def test_hacks_score_nothing():
-    """Repeating the prompt, listing 0..99, or giving the answer and then another earns nothing."""
-    question = "Nora has 10 shells. Nora finds 2. How many shells?"
-    probes = [question, f"{question}\n12", f"{question}\n#### 12\n{question}\n#### 13",
-              "\n".join(f"#### {i}" for i in range(100)), "#### " + " ".join(map(str, range(100))),
-              "".join(f"#### {i}\n" for i in range(13)), "#### 12\nNo: #### 13", "#### 12 or 13", "####"]
-    assert all(grade(probe, "12") != "right" for probe in probes)
-
-
 def test_grading_long_text_takes_no_time():
     """The pattern cannot be made slow; a text of 200,000 characters is read in a fraction of a second."""
     for text in ("\n" * 200_000, "\n#### 1" * 28_000, "#### " + "1" * 200_000 + "x", "####" * 50_000):
@@ -112,28 +111,22 @@ def test_grading_long_text_takes_no_time():
 # ---- pass@k -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("n, c, k, expected", [
-    (4, 1, 2, .5), (32, 1, 8, .25), (10, 3, 5, .9166667), (32, 0, 32, 0), (64, 1, 32, .5), (100, 3, 1, .03),
-    (8, 8, 1, 1), (8, 5, 4, 1)])
+    (4, 1, 2, .5), (32, 1, 8, .25), (10, 3, 5, 11 / 12), (32, 0, 32, 0), (64, 1, 32, .5), (100, 3, 1, .03),
+    (8, 8, 1, 1), (8, 5, 4, 1), (10_000, 1, 1, 1e-4),
+    (10_000, 10, 5_000, 1 - math.comb(9_990, 5_000) / math.comb(10_000, 5_000))])
 def test_pass_at_k_values(n, c, k, expected):
-    """The values are those worked out beforehand, and 1 if fewer than k samples are wrong."""
-    assert abs(pass_at_k(n, c, k) - expected) < 1e-7
+    """The values are those worked out beforehand, and 1 if fewer than k samples are wrong. There is no
+    overflow and no cancellation where binomials have thousands of digits."""
+    assert pass_at_k(n, c, k) == pytest.approx(expected, rel=1e-11)
 
 
 def test_pass_at_k_is_the_enumeration():
     """The value is the share of all k-subsets of n samples that hold a right one, for every n <= 8, c, k."""
     for n in range(1, 9):
-        for c in range(n + 1):
-            for k in range(1, n + 1):
-                subsets = list(itertools.combinations(range(n), k))      # the first c samples are right
-                expected = sum(min(subset) < c for subset in subsets) / len(subsets)
-                assert abs(pass_at_k(n, c, k) - expected) < 1e-12
-
-
-def test_pass_at_k_of_many_samples():
-    """There is no overflow and no cancellation where binomials have thousands of digits."""
-    exact = 1 - math.comb(9_990, 5_000) / math.comb(10_000, 5_000)
-    assert abs(pass_at_k(10_000, 10, 5_000) - exact) < 1e-12
-    assert abs(pass_at_k(10_000, 1, 1) - 1e-4) < 1e-15
+        for c, k in itertools.product(range(n + 1), range(1, n + 1)):
+            subsets = list(itertools.combinations(range(n), k))          # the first c samples are right
+            expected = sum(min(subset) < c for subset in subsets) / len(subsets)
+            assert abs(pass_at_k(n, c, k) - expected) < 1e-12
 
 
 @pytest.mark.parametrize("n, c, k", [(4, 1, 5), (4, 4, 5), (4, 0, 0), (4, 5, 2), (4, -1, 2), (0, 0, 1)])
@@ -144,11 +137,9 @@ def test_pass_at_k_errors(n, c, k):
 
 
 def test_enough_samples_by_default():
-    """There are at least 2 k samples for pass@k, and asking for k > samples is refused before any work."""
+    """There are at least 2 k samples for pass@k."""
     c = evaluate.Config(("x.pt",))
     assert c.n_samples >= 2 * max(c.k) and max(c.k) == 32
-    with pytest.raises(UserError, match="--n-samples 16"):
-        evaluate.check(evaluate.Config(("x.pt",), n_samples=16))
 
 
 def test_standard_error_of_pass_at_32():
@@ -157,7 +148,8 @@ def test_standard_error_of_pass_at_32():
     rates = rng.beta(.3, 4, 20_000)
     values = [[pass_at_k(n, c, 32) for c in rng.binomial(n, rates).tolist()] for n in (32, 64, 128)]
     errors = np.std([*values, 1 - (1 - rates) ** 32], axis=1) / 200 ** .5
-    assert np.allclose(errors, [.035, .032, .030, .029], atol=.001) and (np.diff(errors) < 0).all()
+    assert np.allclose(errors, [.035, .032, .030, .029], atol=.001)
+    assert (np.diff(errors) < 0).all()
 
 
 def test_right_attempts_are_counted():
@@ -171,30 +163,24 @@ def test_right_attempts_are_counted():
 
 def test_bootstrap_is_over_problems():
     """Replicates are means of problems drawn with replacement, all columns (k) from one draw."""
-    values = np.stack([np.array([1., 0, 0, 0, 0]), np.array([10., 0, 0, 0, 0])], 1)
+    values = np.outer([1, 0, 0, 0, 0], [1, 10])
     means = bootstrap_means(values, 0)
     assert means.shape[0] >= 2_000 and means.shape[1:] == (2,)
     assert np.allclose(means[:, 1], 10 * means[:, 0])                    # the same problems for every k
     counts = np.round(means[:, 0] * 5).astype(int)
-    assert np.allclose(means[:, 0] * 5, counts) and counts.max() >= 3    # with replacement
+    assert np.allclose(means[:, 0] * 5, counts)
+    assert counts.max() >= 3                                             # with replacement
     expected = [math.comb(5, i) * .2 ** i * .8 ** (5 - i) for i in range(4)]     # binomial(5, 1/5)
     assert np.allclose(np.bincount(counts)[:4] / len(counts), expected, atol=.04)
 
 
-def test_bootstrap_is_deterministic():
-    """A fixed seed draws the same problems, whatever numpy's global state is; another seed others."""
-    values = np.arange(30.)
-    a = bootstrap_means(values, 0)
-    np.random.seed(7)
-    assert np.array_equal(a, bootstrap_means(values, 0))
-    assert not np.array_equal(a, bootstrap_means(values, 1))
-
-
 def test_bootstrap_is_paired():
-    """The same seed draws the same problems for two models: differences are paired."""
-    rng = np.random.default_rng(0)
-    a, b = rng.random(40), rng.random(40)
-    assert np.allclose(bootstrap_means(a, 3) - bootstrap_means(b, 3), bootstrap_means(a - b, 3))
+    """One seed draws the same problems for two models, whatever numpy's global state; another seed others."""
+    a, b = np.random.default_rng(0).random((2, 40))
+    means = bootstrap_means(a, 3)
+    np.random.seed(7)
+    assert np.allclose(means - bootstrap_means(b, 3), bootstrap_means(a - b, 3))
+    assert not np.allclose(means, bootstrap_means(a, 4))
 
 
 def test_interval_is_the_middle_95_percent():
@@ -206,41 +192,33 @@ def test_interval_is_the_middle_95_percent():
 def test_coverage():
     """Of 300 intervals for the mean of 40 exponential values 90 to 97 % hold the truth."""
     rng = np.random.default_rng(1)
-    hits = 0
-    for seed in range(300):
-        low, high = interval(bootstrap_means(rng.exponential(1., 40), seed, 400))
-        hits += low < 1 < high
+    intervals = [interval(bootstrap_means(rng.exponential(1., 40), seed, 400)) for seed in range(300)]
+    hits = sum(low < 1 < high for low, high in intervals)
     assert .90 <= hits / 300 <= .97
 
 
-def result(right, samples=4, k=(1, 2), hits=None):
-    r = {"config": {"k": list(k)}, "problems": {"easy": {"samples": samples, "right_per_problem": right}}}
+def result(right, hits=None):
+    """A measured model with four samples per problem, of which these are right."""
+    r = {"config": {"k": [1, 2]}, "problems": {"easy": {"samples": 4, "right_per_problem": right}}}
     if hits:
         r["benchmarks"] = {task: {"hits": h} for task, h in hits.items()}
     return r
 
 
-def test_compare_is_paired():
-    """One more right sample at each of very different problems is certain: an interval without width."""
-    a, b = result([1, 2, 3, 4] * 10), result([0, 1, 2, 3] * 10)
-    mean, low, high = compare(a, b, 0)["easy pass@1"]
-    assert abs(mean - .25) < 1e-12 and abs(low - .25) < 1e-12 and abs(high - .25) < 1e-12
-    assert compare(a, a, 0)["easy pass@2"] == (0., 0., 0.)
-
-
-def test_compare_is_first_minus_second():
-    """The pass@2 of 4 samples with 1 right is .5, with 0 right 0, with 4 right 1; so .5 - 0 and .5 - 1."""
-    differences = compare(result([1, 1]), result([0, 4]), 0)
-    assert differences["easy pass@2"] == (0., -.5, .5) and abs(differences["easy pass@1"][0] + .25) < 1e-12
-    flipped = compare(result([0, 4]), result([1, 1]), 0)
-    assert abs(flipped["easy pass@1"][0] - .25) < 1e-12
-
-
-def test_compare_interval_has_the_right_width():
-    """Gaps of ±1 at 100 problems have a standard error of .1: the interval is about ±1.96 times that."""
-    a, b = result([4, 0] * 50), result([0, 4] * 50)
-    mean, low, high = compare(a, b, 0)["easy pass@1"]
-    assert mean == 0 and abs(low + .196) < .03 and abs(high - .196) < .03
+@pytest.mark.parametrize("a, b, k, expected, tolerance", [
+    pytest.param([1, 2, 3, 4] * 10, [0, 1, 2, 3] * 10, 1, (.25, .25, .25), 1e-12, id="one more at each"),
+    pytest.param([1, 2, 3, 4] * 10, [1, 2, 3, 4] * 10, 2, (0, 0, 0), 0, id="the same"),
+    pytest.param([1, 1], [0, 4], 1, (-.25, -.75, .25), 1e-12, id="first minus second"),
+    pytest.param([0, 4], [1, 1], 1, (.25, -.25, .75), 1e-12, id="second minus first"),
+    pytest.param([1, 1], [0, 4], 2, (0, -.5, .5), 0, id="pass@2"),
+    pytest.param([4, 0] * 50, [0, 4] * 50, 1, (0, -.196, .196), .03, id="width")])
+def test_compare_is_paired(a, b, k, expected, tolerance):
+    """First minus second, problem by problem. One more right sample at each of very different problems is
+    certain: an interval without width. The pass@2 of 4 samples with 1 right is .5, with 0 right 0, with 4
+    right 1. Gaps of ±1 at 100 problems have a standard error of .1, and the interval ±1.96 times that."""
+    mean, *ends = compare(result(a), result(b), 0)[f"easy pass@{k}"]
+    assert abs(mean - expected[0]) < 1e-12
+    assert ends == pytest.approx(expected[1:], rel=0, abs=tolerance)
 
 
 def test_compare_general_mean():
@@ -254,29 +232,26 @@ def test_compare_general_mean():
 # ---- a whole set of problems --------------------------------------------------------------------------
 
 def test_measures_of_a_known_model(answering, answer_tokenizer):
-    """A model right with .75·.6, wrong with .75·.4, unreadable with .25 is measured as such."""
+    """A model right with .75·.6, wrong with .75·.4, unreadable with .25 is measured as such. The evaluation
+    has a generator of its own, seeded by the config alone: measured twice, all is the same."""
     problems = [{"question": f"q{i}", "answer": "7"} for i in range(60)]
     c = evaluate.Config(("x.pt",), n_samples=20, k=(1, 4), temperature=1.0, max_new=8)
     r = measure_problems(answering(.4, .25), answer_tokenizer, problems, c, [], "test")
     share = .75 * .6
-    assert abs(r["pass@1"]["mean"] - share) < .04 and abs(r["pass@4"]["mean"] - (1 - (1 - share) ** 4)) < .04
-    assert abs(r["unparsed"] - .25) < .04 and r["truncated"] == 0 and r["greedy"] == 1
-    assert abs(sum(r["right_per_problem"]) / 1200 - r["pass@1"]["mean"]) < 1e-9
+    mean = r["pass@1"]["mean"]
+    assert mean == pytest.approx(share, abs=.04)
+    assert r["pass@4"]["mean"] == pytest.approx(1 - (1 - share) ** 4, abs=.04)
+    assert r["unparsed"] == pytest.approx(.25, abs=.04)
+    assert r["truncated"] == 0 and r["greedy"] == 1
+    assert sum(r["right_per_problem"]) / 1200 == pytest.approx(mean, abs=1e-9)
     low, high = r["pass@1"]["interval"]
     width = 2 * 1.96 * (share * (1 - share) / 1200) ** .5                # all problems are alike
-    assert low < r["pass@1"]["mean"] < high and .7 < (high - low) / width < 1.3
+    assert low < mean < high and .7 < (high - low) / width < 1.3
     expected = -sum(p * math.log(p) for p in (.25, .75 * .6, .75 * .4))
     assert expected - .2 < r["answer_entropy"] < expected                # 20 samples see a little less
     assert r["distinct_completions"] <= 3
-
-
-def test_measuring_twice_gives_the_same(answering, answer_tokenizer):
-    """The evaluation has a generator of its own, seeded by the config alone."""
-    problems = [{"question": f"q{i}", "answer": "7"} for i in range(5)]
-    c = evaluate.Config(("x.pt",), n_samples=8, k=(1,), max_new=8)
-    a = measure_problems(answering(), answer_tokenizer, problems, c, [], "test")
     torch.manual_seed(3)
-    assert measure_problems(answering(), answer_tokenizer, problems, c, [], "test") == a
+    assert measure_problems(answering(.4, .25), answer_tokenizer, problems, c, [], "test") == r
 
 
 @pytest.mark.parametrize("share, expected", [(.75, 0.), (.5, .75 * math.log(1.5) + .25 * math.log(.5))])
@@ -306,8 +281,9 @@ def test_kl_is_the_mean_over_all_tokens_of_the_answers(make_gpt, answer_tokenize
                      1.5)
     terms = []
     for prompt, answer in zip(prompts, answers.completions()):
-        p, q = (m(torch.tensor([prompt + answer]))[0].softmax(-1).detach() for m in (model, reference))
-        terms += [float(p[t - 1] @ (p[t - 1] / q[t - 1]).log()) for t in range(len(prompt), len(p))]
+        ids = torch.tensor([prompt + answer])
+        p, q = (m(ids)[0, len(prompt) - 1:-1].softmax(-1) for m in (model, reference))
+        terms += (p * (p / q).log()).sum(-1).tolist()
     assert len({len(x) for x in answers.completions()}) > 1
     assert abs(kl - sum(terms) / len(terms)) < 1e-4
 
@@ -322,26 +298,17 @@ def test_entropy_of_answers(values, expected):
 
 # ---- general capabilities -----------------------------------------------------------------------------
 
-def test_pick_by_sum_and_per_character():
-    """For choices 'aa', 'bbbb' with -4, -6 acc picks 0; per character -2, -1.5: acc_norm picks 1."""
-    assert pick([-4, -6], ["aa", "bbbb"]) == (0, 1)
-    assert pick([-4, -6], [" aa", " bbbb"]) == (0, 1)
-
-
-def test_pick_does_not_count_the_leading_space():
-    """For ' a', 'bb' with -2, -3: per character without the space -2 and -1.5; with it -1 and -1.5."""
-    assert pick([-2, -3], [" a", " bb"]) == (0, 1)
-    assert pick([-3.2, -3], [" ab c", " abc"])[1] == 0                   # an inner space is a character
-
-
-def test_pick_counts_characters_not_bytes():
-    """The choice 'éé' is two characters and 'abc' three: -2.2 and -2.9 give -1.1 and -.97 (-.55 by bytes)."""
-    assert pick([-2.2, -2.9], ["éé", "abc"]) == (0, 1)
-
-
-def test_ties_go_to_the_first():
-    """Of equal scores the first is taken, by sum and per character."""
-    assert pick([-3, -1, -1], ["aa", "bb", "cc"]) == (1, 1) and pick([-2, -4], ["a", "bb"])[1] == 0
+@pytest.mark.parametrize("scores, choices, expected", [
+    ([-4, -6], ["aa", "bbbb"], (0, 1)),                          # -2 and -1.5 per character
+    ([-4, -6], [" aa", " bbbb"], (0, 1)),
+    ([-2, -3], [" a", " bb"], (0, 1)),                           # -2 and -1.5; with the space -1 and -1
+    ([-3.2, -3], [" ab c", " abc"], (1, 0)),                     # an inner space is a character
+    ([-2.2, -2.9], ["éé", "abc"], (0, 1)),                       # -1.1 and -.97; by bytes the first has -.55
+    ([-3, -1, -1], ["aa", "bb", "cc"], (1, 1)),                  # of equal scores the first
+    ([-2, -4], ["a", "bb"], (0, 0))], ids=str)
+def test_pick_by_sum_and_per_character(scores, choices, expected):
+    """acc takes the largest score, acc_norm the largest per character without the leading space."""
+    assert pick(scores, choices) == expected
 
 
 @pytest.mark.parametrize("tokens", [1, 20, 10_000])
@@ -372,40 +339,32 @@ def choice(task, choices, answer, chance=.5, context="q"):
     return {"task": task, "context": context, "choices": choices, "answer": answer, "chance": chance}
 
 
-@pytest.fixture
-def after_q(bigram, byte_tokenizer):
-    """A GPT that says a with .3, b with .6, c with .1 after q; a after a; c (.99) or b (.01) after b."""
-    a, b, c, q = (ord(x) for x in "abcq")
-    return bigram({q: {a: .3, b: .6, c: .1}, a: {a: 1.}, b: {b: .01, c: .99}}, byte_tokenizer.n_vocab)
-
-
-def test_benchmark_accuracy_by_the_number_of_choices(after_q, byte_tokenizer):
+def test_benchmark_accuracy_by_the_number_of_choices(bigram, byte_tokenizer):
     """Accuracy is acc_norm where there are three or more choices; acc where there are two, which differ in a
-    letter or two (BLiMP); exact match where there is one. 'aaaa' has .3 in four letters, 'b' .6 in one."""
+    letter or two (BLiMP); exact match where there is one. 'aaaa' has .3 in four letters, 'b' .6 in one. Its
+    standard error is sqrt(p(1-p)/(n-1)), with a single item 0, not NaN. The chance level is the items'."""
+    a, b, c, q = b"abcq"
+    model = bigram({q: {a: .3, b: .6, c: .1}, a: {a: 1.}, b: {b: .01, c: .99}}, byte_tokenizer.n_vocab)
     items = [choice("many", ["aaaa", "b", "cx"], 0), choice("many", ["aa", "bb", "cx"], 1),
              choice("two", ["aaaa", "b"], 0), choice("two", ["a", "b"], 1), choice("two", ["a", "bc"], 1),
-             choice("one", ["bc"], 0), choice("one", ["b"], 0), choice("one", ["a"], 0)]
-    r = measure_benchmarks(after_q, byte_tokenizer, items)
-    assert {task: x["hits"] for task, x in r.items()} == {"many": [1, 0], "two": [0, 1, 1], "one": [1, 1, 0]}
-    expected = {"many": (.5, 0., .5), "two": (2 / 3, 2 / 3, 1.), "one": (2 / 3, 2 / 3, 2 / 3)}
-    for task, values in expected.items():
-        assert np.allclose([r[task][k] for k in ("accuracy", "acc", "acc_norm")], values)
-        assert r[task]["items"] == len(r[task]["hits"]) == sum(item["task"] == task for item in items)
-
-
-def test_benchmark_chance_and_error(after_q, byte_tokenizer):
-    """Reported are the chance level of the items, and the standard error sqrt(p(1-p)/(n-1)) of the accuracy
-    shown: with two choices that of acc (4 of 5 here; by acc_norm 5 of 5 would have none)."""
-    right = [choice("two", ["a", "b"], 1)] * 4
-    r = measure_benchmarks(after_q, byte_tokenizer, [*right, choice("two", ["aaaa", "b"], 0)])["two"]
-    assert abs(r["stderr"] - (.8 * .2 / 4) ** .5) < 1e-9 and r["chance"] == .5 and r["acc_norm"] == 1
-    one = measure_benchmarks(after_q, byte_tokenizer, [choice("few", ["a", "b", "c", "d"], 1, .25)])["few"]
-    assert one["stderr"] == 0 and one["accuracy"] == 1 and one["chance"] == .25      # one item: 0, not NaN
+             choice("one", ["bc"], 0), choice("one", ["b"], 0), choice("one", ["a"], 0),
+             choice("single", ["a", "b", "c", "d"], 1, chance=.25)]
+    expected = {         # hits; acc, acc_norm, standard error, chance
+        "many": ([1, 0], (0, .5, .5, .5)),
+        "two": ([0, 1, 1], (2 / 3, 1, 1 / 3, .5)),
+        "one": ([1, 1, 0], (2 / 3, 2 / 3, 1 / 3, .5)),
+        "single": ([1], (1, 1, 0, .25))}
+    r = measure_benchmarks(model, byte_tokenizer, items)
+    assert r.keys() == expected.keys()
+    for task, (hits, numbers) in expected.items():
+        assert r[task]["hits"] == hits
+        assert r[task]["items"] == len(hits)
+        assert r[task]["accuracy"] == pytest.approx(sum(hits) / len(hits))
+        assert [r[task][k] for k in ("acc", "acc_norm", "stderr", "chance")] == pytest.approx(numbers)
 
 
 def test_a_context_follows_eos(bigram, byte_tokenizer):
-    """In pretraining every text follows the EOS of another, so a context does too: the choices of an empty
-    context are judged as continuations of EOS."""
+    """In pretraining every text follows the EOS of another: the choices of an empty context continue EOS."""
     a, b = ord("a"), ord("b")
     model = bigram({byte_tokenizer.eos: {a: .1, b: .9}}, byte_tokenizer.n_vocab)
     r = measure_benchmarks(model, byte_tokenizer, [choice("x", ["a", "b"], i, context="") for i in (0, 1)])
@@ -418,26 +377,22 @@ def test_a_prompt_is_eos_question_newline(byte_tokenizer):
     assert ids == [byte_tokenizer.eos, *f"a{EOS}?\n".encode()]
 
 
-def test_bits_per_byte_by_hand(make_gpt, byte_tokenizer, answer_tokenizer):
+def test_bits_per_byte_by_hand(make_gpt, byte_tokenizer, answer_tokenizer, logprobs_of):
     """It is -log-likelihood/(bytes·ln 2); a context's first token is context only; EOS has no bytes."""
     for tokenizer, merged in ((byte_tokenizer, 1), (answer_tokenizer, 4)):
         model = make_gpt(vocab_size=320, n_vocab=tokenizer.n_vocab, context=16)
         shard = np.random.default_rng(0).integers(97, 123, 55).astype(np.uint16)     # 3 contexts and a rest
         shard[[3, 16, 30]] = tokenizer.eos                                           # 16 opens a context
         shard[[5, 20, 40]] = tokenizer.encode("####")[0]
-        nats, n_bytes = 0., 0
-        for start in (0, 16, 32):
-            ids = shard[start:start + 16].tolist()
-            with torch.inference_mode():
-                logits = model(torch.tensor([ids]))[0].double()
-            for t in range(1, 16):
-                nats -= float(logits[t - 1].log_softmax(-1)[ids[t]])
-                n_bytes += 0 if ids[t] == tokenizer.eos else merged if start + t in (5, 20, 40) else 1
-        expected = nats / (n_bytes * math.log(2))
-        assert abs(bits_per_byte(model, tokenizer, shard) - expected) < 1e-5
-        first = bits_per_byte(model, tokenizer, shard, blocks=1)
-        assert abs(first - bits_per_byte(model, tokenizer, shard[:16])) < 1e-9
-        assert abs(first - expected) > 1e-3
+        n_bytes = np.ones(48)
+        n_bytes[[0, 3, 16, 30, 32]] = 0
+        n_bytes[[5, 20, 40]] = merged
+        blocks = shard[:48].reshape(3, 16).tolist()
+        nats = [-logprobs_of(model, ids[:1], ids[1:]).sum().item() for ids in blocks]
+        for n in (1, 3):
+            expected = sum(nats[:n]) / (n_bytes[:16 * n].sum() * math.log(2))
+            assert bits_per_byte(model, tokenizer, shard, blocks=n) == pytest.approx(expected, abs=1e-5)
+        assert bits_per_byte(model, tokenizer, shard) == pytest.approx(expected, abs=1e-5)
 
 
 def test_bits_per_byte_of_a_uniform_model(bigram, byte_tokenizer):
@@ -474,8 +429,8 @@ def write(path, *lines):
     ({"solutions": ["#### 2", 5]}, "'solutions'"), ({"solutions": ["#### 2", "#### 3"]}, "#### 2"),
     ({"solutions": ["1+1=2"]}, "#### 2")], ids=lambda x: str(x)[:30])
 def test_problem_errors_name_file_and_line(tmp_path, line, fault):
-    """Problem files: every fault is one UserError with the file, the number of the line and the reason."""
-    if isinstance(line, dict) and line != {"answer": "2"}:               # that one lacks its question
+    """Problem files: a fault is one UserError with the file, the number of the line and the reason."""
+    if isinstance(line, dict):
         line = GOOD | line
     path = write(tmp_path / "some.jsonl", GOOD, b"", GOOD, line, GOOD)
     with pytest.raises(UserError, match=fault) as error:
@@ -484,12 +439,14 @@ def test_problem_errors_name_file_and_line(tmp_path, line, fault):
 
 
 def test_problems_are_read_in_order(tmp_path):
-    """Problem files: all problems of the difficulty, in the order of the file, blank lines skipped."""
+    """Problem files: all of the difficulty, in order, blank lines skipped; none is an error with the file."""
     problems = [GOOD | {"question": str(i), "difficulty": d} for i, d in enumerate(("easy", "hard", "easy"))]
     path = write(tmp_path / "p.jsonl", problems[0], b"", *problems[1:], b"")
     assert load_problems(path) == problems
     assert [p["question"] for p in load_problems(path, "easy", solutions=True)] == ["0", "2"]
     assert [p["question"] for p in load_problems(path, "hard")] == ["1"]
+    with pytest.raises(UserError, match="p.jsonl"):
+        load_problems(path, "medium")
 
 
 def test_problems_need_no_solutions_for_rl(tmp_path):
@@ -498,44 +455,19 @@ def test_problems_need_no_solutions_for_rl(tmp_path):
     assert load_problems(path) == [{"question": "¿Cuánto es 1−2?", "answer": "-1"}]
 
 
-def test_no_problems_is_an_error(tmp_path):
-    """Problem files: a missing file, an empty one, none of the difficulty: an error naming the file."""
-    path, empty = write(tmp_path / "p.jsonl", GOOD), write(tmp_path / "empty.jsonl", b"\n")
-    for file, difficulty in ((path, "hard"), (empty, "all"), (tmp_path / "missing", "all")):
-        with pytest.raises(UserError, match=file.name):
-            load_problems(file, difficulty)
-
-
-@pytest.fixture
-def opened(make_gpt, byte_tokenizer, tmp_path):
-    """opened(problems, script, **options) -> the questions that a training would use (context 64)."""
-    save_checkpoint(tmp_path / "start.pt", make_gpt(vocab_size=320, n_vocab=258), byte_tokenizer, [])
-    write(tmp_path / "val.jsonl", GOOD | {"split": "val"})
-
-    def questions(problems, script=rl, **options):
-        path = write(tmp_path / "some.jsonl", *problems)
-        c = script.Config(data=str(tmp_path), problem_file=str(path), max_new=9, **options)
-        model, tokenizer, _ = load_model(tmp_path / "start.pt")
-        problems, _ = training_problems(c, model, tokenizer, solutions=script is not rl)
-        return [p["question"] for p in problems]
-    return questions
-
-
 @pytest.mark.parametrize("n_train, chosen", [(0, "0234"), (1, "0"), (3, "023"), (9, "0234")])
-def test_training_takes_the_first_problems(opened, n_train, chosen):
-    """--n-train N: the first N problems of the difficulty in the order of the file; 0: all there are."""
+def test_training_takes_the_first_problems(gpt, byte_tokenizer, tmp_path, n_train, chosen):
+    """--n-train N: the first N problems of the difficulty in the order of the file; 0: all there are. Their
+    splits are those of training, or they have none (a user's own)."""
     problems = [GOOD | {"question": str(i), "difficulty": "hard" if i == 1 else "easy"} for i in range(5)]
-    assert all(opened(problems, script, n_train=n_train) == list(chosen) for script in (rl, sft, merge))
-
-
-@pytest.mark.parametrize("split", ["val", "test"])
-def test_training_on_evaluation_problems_is_refused(opened, split):
-    """One validation or test problem among the training problems voids every number; the line names the file.
-    Problems of other splits and without one (a user's own) are fine."""
-    problems = [GOOD, GOOD | {"split": "train"}, GOOD | {"split": "pretrain"}]
-    assert len(opened(problems)) == 3
-    with pytest.raises(UserError, match="some.jsonl"):
-        opened([*problems, GOOD | {"split": split}])
+    problems[2]["split"] = "train"
+    problems[3]["split"] = "pretrain"
+    write(tmp_path / "train.jsonl", *problems)
+    write(tmp_path / "val.jsonl", GOOD | {"split": "val"})
+    for script in (rl, sft, merge):
+        c = script.Config(data=str(tmp_path), max_new=9, n_train=n_train)
+        found, _ = training_problems(c, gpt, byte_tokenizer, solutions=script is not rl)
+        assert "".join(p["question"] for p in found) == chosen
 
 
 def test_attempts_are_graded_against_their_own_problem(answering, answer_tokenizer):

@@ -50,11 +50,6 @@ def start(folder: Path) -> subprocess.Popen:
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
-def results(folder: Path) -> list[dict]:
-    """results.jsonl without times."""
-    return [r | {"cost": r["cost"] | {"seconds": 0}} for r in study.stored(folder / "results/mini")]
-
-
 def scripts(folder: Path) -> Path:
     """A folder that has the scripts, but runs and results of its own."""
     folder.mkdir()
@@ -80,8 +75,9 @@ def test_a_miniature_study_interrupted_and_continued_gives_the_same_results(tmp_
         output = process.communicate()[0]
         assert process.returncode == 0, output
     assert "SFT→RL" in (broken / "results/mini/report.md").read_text()
-    assert len(results(whole)) == len(STARTS) * (1 + len(RECIPES)) + 1
-    assert results(whole) == results(broken)
+    a, b = (study.stored(folder / "results/mini") for folder in (broken, whole))
+    assert len(a) == len(STARTS) * (1 + len(RECIPES)) + 1
+    assert worlds.same(a, b)
 
 
 def cell(folder: Path, name: str, code: str = "", needs: str = "", minutes: float = 1, **more) -> study.Cell:
@@ -109,14 +105,16 @@ def test_every_file_is_made_once_and_after_its_needs(preset):
     earlier waves would start cells whose parents are missing. No cell waits longer than it must."""
     cells = study.grid(study.STUDIES[preset], study.Config())
     files = [x.makes for x in cells]
-    assert all(set(x.needs) <= set(files[:i]) for i, x in enumerate(cells)) and len(set(files)) == len(files)
-    latest, *rounds = ({x.makes: set(x.needs) for x in wave} for wave in study.waves(cells))
-    earlier = set(latest)
-    assert not any(latest.values())
-    for wave in rounds:
-        assert all(needs <= earlier and needs & latest.keys() for needs in wave.values())
-        earlier |= wave.keys()
-        latest = wave
+    assert len(set(files)) == len(files)
+    assert all(set(x.needs) <= set(files[:i]) for i, x in enumerate(cells))
+    earlier = set()
+    latest = set()
+    for i, wave in enumerate(study.waves(cells)):
+        needs = [set(x.needs) for x in wave]
+        assert all(made <= earlier for made in needs)
+        assert i == 0 or all(made & latest for made in needs)
+        latest = {x.makes for x in wave}
+        earlier |= latest
     assert earlier == set(files)
 
 
@@ -161,8 +159,7 @@ def test_waves_from_a_shell_make_the_files_that_the_study_makes(tiny, tmp_path, 
 
 
 def test_the_list_has_a_heading_per_wave(tiny, capsys):
-    """And each command once, with a comment, so that the whole list is a shell script too. A wave that is not
-    there is refused."""
+    """And each command once, with a comment: it is a shell script too. Any other wave is refused."""
     study.study(study.Config(preset="tiny", list=True))
     lines = capsys.readouterr().out.splitlines()
     assert [line.startswith("# wave") for line in lines] == [True, False] * 3
@@ -194,8 +191,7 @@ def folders() -> dict[str, Path]:
 
 
 def test_a_changed_option_gives_a_new_folder_to_it_and_its_descendants(monkeypatch):
-    """SFT's learning rate concerns SFT and the merges with it, not RL. Defaults count too: a researcher edits
-    the one in rl.py."""
+    """SFT's learning rate concerns SFT and its merges, not RL. A default edited in rl.py counts too."""
     before = folders()
     monkeypatch.setitem(study.RECIPES, "SFT", study.RECIPES["SFT"] + " --lr 0.002")
     after = folders()

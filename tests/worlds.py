@@ -1,6 +1,5 @@
 """A small data set and a checkpoint that several test files share, made once per session in a temporary
-folder; and the scripts as a person runs them, inside this process (fast) or as a process of their own
-(real)."""
+folder; and the scripts as a person runs them, in this process (fast) or as one of their own (real)."""
 import atexit
 import functools
 import io
@@ -13,10 +12,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import torch
 
 import pretrain
@@ -39,21 +40,27 @@ def folder() -> Path:
     return path
 
 
-def quietly(function, config):
-    """function(config) without its output, and with the signal handlers of pytest afterwards."""
+@contextmanager
+def captured():
+    """Catches stdout and stderr, and gives pytest its signal handlers back."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            return function(config)
+        with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+            yield out, err
     finally:
         for sign, handler in handlers.items():
             signal.signal(sign, handler)
 
 
+def quietly(function, config):
+    """function(config) without its output."""
+    with captured():
+        return function(config)
+
+
 @functools.cache
 def data() -> Path:
-    """150 k tokens, 400 train problems, 100 easy and 100 hard ones in val and in test, 200 items a
-    benchmark."""
+    """150 k tokens, 400 train problems, 100 easy and 100 hard ones in val and in test, 200 items a task."""
     out = folder() / "data"
     quietly(prepare.prepare, prepare.Config(out=str(out), **DATA_OPTIONS))
     return out
@@ -80,13 +87,9 @@ def base() -> Path:
 
 def texts(tokenizer, shard: Path) -> list[str]:
     """The decoded texts of a shard. The last one may be cut off and is left out."""
-    ids = torch.frombuffer(bytearray(shard.read_bytes()), dtype=torch.uint16).tolist()
-    out, start = [], 0
-    for i, token in enumerate(ids):
-        if token == tokenizer.eos:
-            out.append(tokenizer.decode(ids[start:i]))
-            start = i + 1
-    return out
+    ids = np.fromfile(shard, np.uint16)
+    after_eos = np.flatnonzero(ids == tokenizer.eos) + 1
+    return [tokenizer.decode(text[:-1].tolist()) for text in np.split(ids, after_eos)[:-1]]
 
 
 def lines(path: Path) -> list[dict]:
@@ -116,14 +119,12 @@ def assert_same_run(resumed: Path, reference: Path) -> None:
     """Every file of the two folders has the same content, seconds aside."""
     names = {p.name for p in reference.iterdir()}
     assert {p.name for p in resumed.iterdir()} == names                  # no litter either
-    assert len([name for name in names if name.endswith(".pt")]) > 1
-    logs = [[{k: v for k, v in line.items() if k != "seconds"} for line in lines(f / "log.jsonl")]
-            for f in (resumed, reference)]
-    assert logs[0] == logs[1]
+    kept = [name for name in names if name.endswith(".pt")]
+    assert len(kept) > 1
+    assert same(lines(resumed / "log.jsonl"), lines(reference / "log.jsonl"))
     assert (resumed / "samples.txt").read_bytes() == (reference / "samples.txt").read_bytes()
-    for name in names:
-        if name.endswith(".pt"):
-            assert same(load_checkpoint(resumed / name), load_checkpoint(reference / name)), name
+    for name in kept:
+        assert same(load_checkpoint(resumed / name), load_checkpoint(reference / name)), name
 
 
 @dataclass
@@ -141,21 +142,17 @@ def without_bars(stderr: str) -> list[str]:
 
 def run_here(script: str, *argv: object, stdin: str = "") -> Outcome:
     """`python SCRIPT ARGV...` in this process. An exception other than SystemExit passes through: a bug."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    saved = sys.argv, sys.stdin, sys.path[:]
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    sys.argv, sys.stdin = [str(ROOT / script), *map(str, argv)], io.StringIO(stdin)
-    try:
-        with redirect_stdout(out), redirect_stderr(err):
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-    except SystemExit as stop:
-        status = 1 if isinstance(stop.code, str) else stop.code or 0
-        if isinstance(stop.code, str):
-            err.write("\n" + stop.code)
-    finally:
-        sys.argv, sys.stdin, sys.path[:] = saved
-        for sign, handler in handlers.items():
-            signal.signal(sign, handler)
+    words = [str(ROOT / script), *map(str, argv)]
+    status = 0
+    with captured() as (out, err), mock.patch.multiple(
+            sys, argv=words, stdin=io.StringIO(stdin), path=sys.path[:]):
+        try:
+            runpy.run_path(words[0], run_name="__main__")
+        except SystemExit as stop:
+            status = stop.code or 0
+    if isinstance(status, str):
+        err.write("\n" + status)
+        status = 1
     return Outcome(status, without_bars(err.getvalue()), out.getvalue())
 
 
