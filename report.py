@@ -5,6 +5,8 @@ for the number of claims; the reader sees all of them, whatever came out. The cl
 recipes and studies that they name in study.py.
 """
 import functools
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
@@ -72,7 +74,7 @@ CLAIMS = [Claim(*row) for row in (
      "n=64 against n=5"),
 )]
 # C8 also for test problems split by the base's success, right answers of 64 samples (the paper's split).
-SPLITS = (("16 to 64", 16, 64), ("0 to 8", 0, 8))
+SPLITS = ((16, 64), (0, 8))
 # C4: gain of RL on hard problems, a's minus b's: the data mix must beat the scale, at equal tokens and FLOPs.
 COMPOSITION = ((("0.5M, 60 %", "8M"), ("1M, 30 %", "8M")), (("0.5M, 60 %", "8M"), ("1M, 30 %", "3.8M")))
 # C9: at the earliest checkpoint where RL gains 5 points, two seeds whose training rewards (last 10 steps)
@@ -90,61 +92,56 @@ def checkpoints(records: list[dict], trained: bool = False) -> list[str]:
 def values(r: dict, metric: str) -> np.ndarray:
     """(N,) in %: pass@k of each problem ('easy pass@32') or hit of each benchmark item ('general')."""
     if metric == GENERAL:
-        return 100.0 * np.array([int(hit) for b in r["benchmarks"].values() for hit in b["hits"]])
+        hits = "".join(b["hits"] for b in r["benchmarks"].values())
+        return 100 * np.array(list(hits), float)
     difficulty, k = metric.split(" pass@")
     return 100 * passes(r["problems"][difficulty], int(k))
 
 
-def find(records: list[dict], recipe: str, at: str, base: str = "", step: int = -1,
-         shots: int = 0) -> list[dict]:
-    """Evaluations of one recipe from one checkpoint, in the order of seeds. Without `base`: of the first."""
-    wanted = (base or records[0]["base"], at, recipe, step, shots)
-    found = [r for r in records if (r["base"], r["at"], r["recipe"], r["step"], r["shots"]) == wanted]
-    return sorted(found, key=lambda r: r["seed"])
+def find(records: list[dict], recipe: str, at: str, base: str = "") -> list[dict]:
+    """Evaluations of a recipe ("G=4@13": after step 13) from a checkpoint, by seed. `base`: or the first."""
+    name, _, step = recipe.partition("@")
+    base = base or records[0]["base"]
+    wanted = {"base": base, "at": at, "recipe": name, "step": int(step or -1), "shots": 0}
+    return sorted((r for r in records if wanted.items() <= r.items()), key=lambda r: r["seed"])
 
 
 def by_seed(records: list[dict], recipe: str, metric: str, at: str, base: str) -> dict[int, np.ndarray]:
     """Seed -> values (N,). The base's only model stands for every seed."""
-    name, _, step = recipe.partition("@")
-    found = {r["seed"]: values(r, metric) for r in find(records, name, at, base, int(step or -1))}
-    if name == "base" and found:
+    found = {r["seed"]: values(r, metric) for r in find(records, recipe, at, base)}
+    if recipe == "base" and found:
         found = dict.fromkeys({r["seed"] for r in records}, *found.values())
     return found
 
 
 def difference(records: list[dict], a: str, b: str, metric: str, ats: list[str],
                base: str = "") -> np.ndarray | None:
-    """a − b (S, N) per seed and problem, averaged over the checkpoints, for the seeds that both have at all
-    of them; None if there are none."""
-    parts = []                                           # per checkpoint: seed -> (N,)
+    """a − b (S, N), averaged over the checkpoints, of the seeds that both have at all of them; else None."""
+    gaps = defaultdict(list)                             # seed -> (N,) at each checkpoint
     for at in ats:
         x = by_seed(records, a, metric, at, base)
         y = by_seed(records, b, metric, at, base)
-        parts.append({seed: x[seed] - y[seed] for seed in x.keys() & y.keys()})
-    seeds = sorted(set.intersection(*map(set, parts))) if parts else []
-    gaps = [np.stack([part[seed] for seed in seeds]) for part in parts if seeds]
-    return np.mean(gaps, axis=0) if gaps else None
+        for seed in x.keys() & y.keys():
+            gaps[seed].append(x[seed] - y[seed])
+    means = [np.mean(gaps[seed], axis=0) for seed in sorted(gaps) if len(gaps[seed]) == len(ats)]
+    return np.array(means) if means else None
 
 
 @functools.cache
-def resamples(S: int, N: int, replicates: int) -> tuple[np.ndarray, np.ndarray]:
-    """How often each seed (replicates, S) and each problem (replicates, N) is drawn, S and N times with
-    replacement: the same in every comparison."""
+def resamples(S: int, N: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each seed (2000, S) and problem (2000, N) is drawn, with replacement; always the same."""
     rng = np.random.default_rng(0)
-    drawn = np.zeros((replicates, S + N))
-    for row in drawn:
-        row[:S] = np.bincount(rng.integers(0, S, S), minlength=S)
-        row[S:] = np.bincount(rng.integers(0, N, N), minlength=N)
-    return drawn[:, :S], drawn[:, S:]
+    drawn = [np.bincount(rng.integers(0, n, n), minlength=n) for n in 2_000 * (S, N)]
+    return np.array(drawn[::2], float), np.array(drawn[1::2], float)
 
 
-def bootstrap(x: np.ndarray, comparisons: int = 1, replicates: int = 2_000) -> tuple[float, float, float]:
-    """(mean, low, high): 95 % interval of the mean of x (S, N), seeds and problems drawn with replacement;
-    wider by Bonferroni's correction if x is the most striking of several comparisons."""
-    seeds, problems = resamples(*x.shape, replicates)
+def bootstrap(x: np.ndarray, comparisons: int = 1) -> tuple[float, float, float]:
+    """(mean, low, high): 95 % interval of the mean of x (S, N) over seeds and problems; wider by Bonferroni's
+    correction if x is the most striking of several comparisons."""
+    seeds, problems = resamples(*x.shape)
     means = ((seeds @ x) * problems).sum(1) / x.size
     low, high = np.percentile(means, (2.5 / comparisons, 100 - 2.5 / comparisons))
-    return float(x.mean()), float(low), float(high)
+    return x.mean(), low, high
 
 
 # ---- claims ----------------------------------------------------------------------------------------------
@@ -158,67 +155,66 @@ def judged(claim: str, says: str, where: str, x: np.ndarray, margin: float, pape
     return [claim, says, where, interval, f"{margin:+g}", verdict + seeds, paper]
 
 
-def judge_claim(records: list[dict], c: Claim, candidates: list[str], last: str) -> list[list[str]]:
+def judge_claim(records: list[dict], c: Claim, candidates: list[str], last: str) -> Iterator[list[str]]:
     """The claim over all checkpoints that have both recipes, then each of these checkpoints alone."""
     alone = {at: difference(records, c.a, c.b, c.metric, [at]) for at in candidates}
     ats = [at for at in candidates if alone[at] is not None]
     x = difference(records, c.a, c.b, c.metric, ats)
     if x is None:                                        # no seed has both at every checkpoint
-        return []
-    rows = [judged(c.id, c.says, f"{', '.join(ats)} of {last}", x, c.margin, c.paper)]
+        return
+    yield judged(c.id, c.says, f"{', '.join(ats)} of {last}", x, c.margin, c.paper)
     if len(ats) > 1:
-        rows += [judged("", "", at, alone[at], c.margin) for at in ats]
-    start = find(records, "base", ats[0])
-    for name, low, high in SPLITS if c.id == "C8" and start else ():
-        right = np.array(start[0]["problems"]["easy"]["right_per_problem"])
-        chosen = (low <= right) & (right <= high)
-        if chosen.any():
-            rows.append(judged("", f"problems of which the base solves {name} of 64",
-                               f"{chosen.sum()} problems", x[:, chosen], c.margin))
-    return rows
+        for at in ats:
+            yield judged("", "", at, alone[at], c.margin)
+    if c.id == "C8":
+        start, = find(records, "base", ats[0])
+        right = np.array(start["problems"]["easy"]["right_per_problem"])
+        for low, high in SPLITS:
+            chosen = (low <= right) & (right <= high)
+            if chosen.any():
+                yield judged("", f"problems of which the base solves {low} to {high} of 64",
+                             f"{chosen.sum()} problems", x[:, chosen], c.margin)
 
 
-def judge_composition(records: list[dict]) -> list[list[str]]:
+def judge_composition(records: list[dict]) -> Iterator[list[str]]:
     """C4: is the gain of RL on hard problems larger from one base model than from another?"""
-    rows = []
     for (base_a, at_a), (base_b, at_b) in COMPOSITION:
         a = difference(records, "RL on hard", "base", "hard pass@1", [at_a], base_a)
         b = difference(records, "RL on hard", "base", "hard pass@1", [at_b], base_b)
         if a is not None and b is not None:
-            rows.append(judged("C4", f"RL gains more on hard problems from {base_a} than from {base_b}",
-                               f"{at_a}, {at_b}", a - b, 0, "+24.5…29.5 (math-heavy 1B) against +10 (4B)"))
-    return rows
+            yield judged("C4", f"RL gains more on hard problems from {base_a} than from {base_b}",
+                         f"{at_a}, {at_b}", a - b, 0, "+24.5…29.5 (math-heavy 1B) against +10 (4B)")
 
 
-def judge_brittle(records: list[dict], trained: list[str]) -> list[list[str]]:
+def judge_brittle(records: list[dict], trained: list[str]) -> Iterator[list[str]]:
     """C9: do two seeds of RL with equal training reward differ in test pass@1?"""
     gain, alike, margin = BRITTLE
     gains = {at: difference(records, "RL", "base", PASS_1, [at]) for at in trained}
-    working = [at for at, x in gains.items() if x is not None and x.mean() >= gain]
-    if not working or len(trained) < 2:
-        return []
-    at = working[0]
+    at = next((at for at, x in gains.items() if x is not None and x.mean() >= gain), None)
+    if at is None or len(trained) < 2:
+        return
     gaps = []
     for a, b in permutations(find(records, "RL", at), 2):
         rewards = [np.mean([point[1] for point in r["curve"][-10:]]) for r in (a, b)]
         if abs(rewards[0] - rewards[1]) < alike:
             gaps.append(values(a, PASS_1) - values(b, PASS_1))
-    if not gaps:
-        return [["C9", "no two seeds have equal training reward", at, *"  ", "undecided", ""]]
-    return [judged("C9", "seeds with equal training reward differ in test pass@1 (largest pair)", at,
-                   max(gaps, key=np.mean)[None], margin, "validation .26, .134, .149 at reward .21",
-                   len(gaps) // 2)]
+    if gaps:
+        yield judged("C9", "seeds with equal training reward differ in test pass@1 (largest pair)", at,
+                     max(gaps, key=np.mean)[None], margin, "validation .26, .134, .149 at reward .21",
+                     len(gaps) // 2)
+    else:
+        yield ["C9", "no two seeds have equal training reward", at, "", "", "undecided", ""]
 
 
-def judge(records: list[dict]) -> list[list[str]]:
+def judge(records: list[dict]) -> Iterator[list[str]]:
     """The rows for every claim that these records can answer; rows without an id belong to the one above."""
     trained = checkpoints(records, trained=True)
     last = checkpoints(records)[-1]
     early = [at for at in trained if number(at) <= 2 / 3 * number(last)]
-    rows = []
     for claim in CLAIMS:
-        rows += judge_claim(records, claim, early if claim.id == "C1" else trained, last)
-    return rows + judge_composition(records) + judge_brittle(records, trained)
+        yield from judge_claim(records, claim, early if claim.id == "C1" else trained, last)
+    yield from judge_composition(records)
+    yield from judge_brittle(records, trained)
 
 
 # ---- figures ---------------------------------------------------------------------------------------------
@@ -226,16 +222,14 @@ def judge(records: list[dict]) -> list[list[str]]:
 Panel = tuple[str, str, str, list[tuple]]
 
 
-def measured(metrics: tuple[str, ...], title: str, unit: str, runs: list[tuple]) -> list[Panel]:
+def measured(metrics: tuple[str, ...], title: str, unit: str, runs: list[tuple]) -> Iterator[Panel]:
     """A panel per metric; `runs`: (recipe, x, record)."""
-    panels = []
     for metric in metrics:
         points = [(recipe, x, values(r, metric)) for recipe, x, r in runs]
-        panels.append((f"{title}{metric} (%)", unit, "o-", points))
-    return panels
+        yield f"{title}{metric} (%)", unit, "o-", points
 
 
-def main(records: list[dict], ends: list[dict]) -> list[Panel]:
+def main(records: list[dict], ends: list[dict]) -> Iterator[Panel]:
     """Everything against pretraining tokens; recipes a little aside, else their intervals would overlap."""
     names = list(dict.fromkeys(r["recipe"] for r in ends))
     few = [r for r in records if r["base"] == ends[0]["base"] and r["shots"]]
@@ -244,61 +238,60 @@ def main(records: list[dict], ends: list[dict]) -> list[Panel]:
     return measured(METRICS, "", "pretraining tokens (millions)", runs)
 
 
-def steps(records: list[dict], _: list[dict]) -> list[Panel]:
+def steps(records: list[dict], _: list[dict]) -> Iterator[Panel]:
     """Along the steps of RL. The recipe A→B starts from A's result, others start from the base."""
     traced = [r for r in records if r["step"] >= 0]
-    panels = []
     for at in checkpoints(traced):
         runs = []
         for recipe in dict.fromkeys(r["recipe"] for r in traced):
             runs += [(recipe, 0, r) for r in find(records, recipe.rpartition("→")[0] or "base", at)]
             runs += [(recipe, r["step"], r) for r in traced if (r["recipe"], r["at"]) == (recipe, at)]
             runs += [(recipe, r["curve"][-1][0], r) for r in find(records, recipe, at)]
-        panels += measured((PASS_1, PASS_32), f"from {at}: ", "RL steps", runs)
-    return panels
+        yield from measured((PASS_1, PASS_32), f"from {at}: ", "RL steps", runs)
 
 
-def parallel(_: list[dict], ends: list[dict]) -> list[Panel]:
+def parallel(_: list[dict], ends: list[dict]) -> Iterator[Panel]:
     """All recipes side by side at the last checkpoint."""
     at = checkpoints(ends, trained=True)[-1]
     runs = [(r["recipe"], r["recipe"], r) for r in ends if r["at"] == at]
     return measured((PASS_1, PASS_32, "hard pass@32", GENERAL), f"from {at}: ", "", runs)
 
 
-def forgetting(records: list[dict], ends: list[dict]) -> list[Panel]:
+def forgetting(_: list[dict], ends: list[dict]) -> Iterator[Panel]:
     """Forgetting against accuracy gained, and against the distance from the base; a dot is a run."""
     gained = []
     moved = []
     for r in ends:
-        start = find(records, "base", r["at"])[0]
+        start, = find(ends, "base", r["at"])
         gain, change = ((values(r, x) - values(start, x)).mean() for x in (PASS_1, GENERAL))
         gained.append((r["recipe"], gain, [change]))
         moved.append((r["recipe"], r["problems"]["easy"].get("kl", np.nan), [change]))
     title = "general mean, change (points)"
-    return [(title, "easy pass@1 gained over the base (points)", "o", gained),
-            (title, "KL to the base on own easy answers (nats per token)", "o", moved)]
+    yield title, "easy pass@1 gained over the base (points)", "o", gained
+    yield title, "KL to the base on own easy answers (nats per token)", "o", moved
 
 
-def seeds(_: list[dict], ends: list[dict]) -> list[Panel]:
+def seeds(_: list[dict], ends: list[dict]) -> Iterator[Panel]:
     """Training reward and validation from the first trained checkpoint, a line per seed."""
     at = checkpoints(ends, trained=True)[0]
-    runs = [r for r in ends if r["at"] == at and r["curve"]]
-    rewards, scores = [], []
-    for r in runs:
-        name = f"_{r['recipe']}, seed {r['seed']}" if r["seed"] else r["recipe"]     # "_": not in the legend
-        rewards += [(name, point[0], [100 * point[1]]) for point in r["curve"]]
-        scores += [(name, step, [100 * score]) for step, score in r["validation"]]
-    return [(f"from {at}: training reward (%)", "steps of 64 problems", "-", rewards),
-            (f"from {at}: validation pass@1 (%)", "steps of 64 problems", "-", scores)] if runs else []
+    rewards = []
+    scores = []
+    for r in ends:
+        if r["at"] == at and r["curve"]:
+            name = "_" * r["seed"] + r["recipe"]         # a label with "_" is not in the legend
+            rewards += [(name, step, [100 * reward]) for step, reward, *_ in r["curve"]]
+            scores += [(name, step, [100 * score]) for step, score in r["validation"]]
+    yield f"from {at}: training reward (%)", "steps of 64 problems", "-", rewards
+    yield f"from {at}: validation pass@1 (%)", "steps of 64 problems", "-", scores
 
 
-def composition(records: list[dict], _: list[dict]) -> list[Panel]:
+def composition(records: list[dict], _: list[dict]) -> Iterator[Panel]:
     """Composition of the data against scale of the model: RL on hard problems from each base model."""
     runs = []
     for base, at in dict.fromkeys((r["base"], r["at"]) for r in records if r["recipe"] == "RL on hard"):
         for recipe in ("base", "RL on hard"):
             runs += [(recipe, f"{base}, {at}", r) for r in find(records, recipe, at, base)]
-    return measured(("hard pass@1", "hard pass@32"), "", "", runs) if runs else []
+    return measured(("hard pass@1", "hard pass@32"), "", "", runs)
 
 
 def plot(panels: list[Panel], order: tuple[str, ...]) -> Figure:
@@ -309,17 +302,17 @@ def plot(panels: list[Panel], order: tuple[str, ...]) -> Figure:
     columns = len(panels) if len(panels) < 4 else len(panels) // 2
     rows = len(panels) // columns
     figure = Figure(figsize=(4.4 * columns, 3.6 * rows))
-    for axis, (title, unit, style, points) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels):
+    for i, (title, unit, style, points) in enumerate(panels, 1):
+        axis = figure.add_subplot(rows, columns, i, xlabel=unit)
         curves = {}                                      # recipe -> x -> scores
         for recipe, x, scores in points:
             curves.setdefault(recipe, {}).setdefault(x, []).append(scores)
         for recipe, curve in curves.items():
             mean, low, high = np.array([bootstrap(np.array(scores)) for scores in curve.values()]).T
-            color = colors.get(recipe.removeprefix("_").partition(", seed ")[0], "0.75")
+            color = colors.get(recipe.lstrip("_"), "0.75")
             axis.errorbar(list(curve), mean, [mean - low, high - mean], fmt=style, ms=3, lw=1, label=recipe,
                           color=color)
         axis.set_title(title, fontsize=10)
-        axis.set_xlabel(unit)
         axis.tick_params("x", rotation=0 if unit else 90)
         axis.grid(alpha=.3)
     figure.axes[0].legend(fontsize=7)
@@ -335,66 +328,57 @@ BEGIN = b"<!-- claims: made by python study.py --report results -->"
 END = b"<!-- end of claims -->"
 
 
-def markdown(header: str, rows: list[list]) -> str:
+def markdown(header: str, rows: Iterable[list]) -> str:
     lines = [header, "|" + "---|" * (header.count("|") - 1)]
     lines += ["| " + " | ".join(map(str, row)) + " |" for row in rows]
     return "\n".join(lines)
 
 
-def with_gain(x: np.ndarray, gained: np.ndarray | None) -> str:
-    """'43.2 (+2.1 [+0.3, +3.9])': the mean of x and, where there is a comparison, the gain."""
-    if gained is None:
-        return f"{x.mean():.1f}"
-    middle, low, high = bootstrap(gained)
-    return f"{x.mean():.1f} ({middle:+.1f} [{low:+.1f}, {high:+.1f}])"
+def scores(records: list[dict], runs: list[dict]) -> list[str]:
+    """Per metric '43.2 (+2.1 [+0.3, +3.9])': the mean of runs and, if they are not the base, their gain."""
+    start, = find(records, "base", runs[0]["at"], runs[0]["base"])
+    columns = []
+    for metric in METRICS:
+        x = np.array([values(r, metric) for r in runs])
+        column = f"{x.mean():.1f}"
+        if start not in runs:
+            mean, low, high = bootstrap(x - values(start, metric))
+            column += f" ({mean:+.1f} [{low:+.1f}, {high:+.1f}])"
+        columns.append(column)
+    return columns
 
 
-def summary(records: list[dict]) -> list[list]:
+def summary(ends: list[dict]) -> Iterator[list]:
     """A row per checkpoint and recipe: means over seeds, and the gain over the base."""
-    rows = []
-    ends = [(r["base"], r["at"], r["recipe"]) for r in records if r["step"] < 0 and not r["shots"]]
-    for base, at, recipe in dict.fromkeys(ends):
-        runs = find(records, recipe, at, base)
-        row = [base, at, recipe, len(runs)]
-        for metric in METRICS:
-            gained = None if recipe == "base" else difference(records, recipe, "base", metric, [at], base)
-            row.append(with_gain(np.array([values(r, metric).mean() for r in runs]), gained))
-        rows.append(row)
-    return rows
+    for base, at, recipe in dict.fromkeys((r["base"], r["at"], r["recipe"]) for r in ends):
+        runs = find(ends, recipe, at, base)
+        yield [base, at, recipe, len(runs), *scores(ends, runs)]
 
 
-def evaluations(records: list[dict]) -> list[list]:
+def evaluations(records: list[dict]) -> Iterator[list]:
     """A row per evaluation, paired with the base's, problem by problem."""
-    rows = []
     for r in records:
-        start = find(records, "base", r["at"], r["base"])[0]
         step = f", step {r['step']}" if r["step"] >= 0 else ""
         shots = f", {r['shots']}-shot" if r["shots"] else ""
-        row = [r["base"], r["at"], r["recipe"] + step + shots, r["seed"]]
-        for metric in METRICS:
-            x = values(r, metric)
-            row.append(with_gain(x, None if r is start else (x - values(start, metric))[None]))
-        minutes = r["cost"]["seconds"] / 60
-        rows.append(row + [f"{r['bits_per_byte']:.4f}", f"{r['cost']['flops']:.1e}", f"{minutes:.1f}"])
-    return rows
+        cost = [f"{r['cost']['flops']:.1e}", f"{r['cost']['seconds'] / 60:.1f}"]
+        yield [r["base"], r["at"], r["recipe"] + step + shots, r["seed"], *scores(records, [r]),
+               f"{r['bits_per_byte']:.4f}", *cost]
 
 
-def solved(records: list[dict]) -> list[list]:
+def solved(ends: list[dict]) -> Iterator[list]:
     """Expansion or sharpening, problem by problem: a row per run, against its base model."""
-    rows = []
-    for r in records:
-        start = find(records, "base", r["at"], r["base"])
-        for difficulty, d in r["problems"].items() if start and r["step"] < 0 and not r["shots"] else ():
-            before = np.array(start[0]["problems"][difficulty]["right_per_problem"]) > 0
+    for r in ends:
+        start, = find(ends, "base", r["at"], r["base"])
+        for difficulty, d in r["problems"].items():
+            before = np.array(start["problems"][difficulty]["right_per_problem"]) > 0
             after = np.array(d["right_per_problem"]) > 0
-            moved = values(r, f"{difficulty} pass@32") - values(start[0], f"{difficulty} pass@32")
+            metric = f"{difficulty} pass@32"
+            moved = values(r, metric) - values(start, metric)
             sets = (before, after, after & ~before, before & ~after, moved > 50, moved < -50)
             styles = ", ".join(f"{name} {part:.0%}" for name, part in d["styles"].items() if part >= .01)
-            rows.append([
-                r["base"], r["at"], r["recipe"], r["seed"], difficulty, *(x.sum() for x in sets),
-                f"{d['answer_entropy']:.2f}", f"{d['distinct_completions']:.0f}", f"{d['unparsed']:.1%}",
-                f"{d['kl']:.3f}" if "kl" in d else "", styles])
-    return rows
+            yield [r["base"], r["at"], r["recipe"], r["seed"], difficulty, *(x.sum() for x in sets),
+                   f"{d['answer_entropy']:.2f}", f"{d['distinct_completions']:.0f}", f"{d['unparsed']:.1%}",
+                   f"{d['kl']:.3f}" if "kl" in d else "", styles]
 
 
 ABOUT = (
@@ -411,43 +395,42 @@ OF_METRICS = "easy pass@1 | pass@8 | pass@32 | hard pass@1 | pass@32 | general"
 
 
 def report(out: Path, records: list[dict], order: tuple[str, ...] = ()) -> str:
-    """Write report.md and its figures from the records; returns the table of claims. `order`: of the recipes,
-    for their colours."""
+    """Write report.md and its figures; returns the table of claims. `order`: that of the recipes' colours."""
     claims = markdown(CLAIMS_HEADER, judge(records))
     ends = [r for r in records if r["base"] == records[0]["base"] and r["step"] < 0 and r["shots"] == 0]
     figures = []
     for function in (main, steps, parallel, forgetting, seeds, composition):
-        panels = function(records, ends)
+        panels = [panel for panel in function(records, ends) if panel[3]]        # with points
         if panels:
-            figures.append(function.__name__)
-            plot(panels, order).savefig(out / f"{figures[-1]}.png", dpi=110)
+            plot(panels, order).savefig(out / f"{function.__name__}.png", dpi=110)
+            figures.append(f"![{function.__name__}]({function.__name__}.png)")
     ordered = sorted(records, key=lambda r: (r["base"], number(r["at"]), r["recipe"] != "base", r["recipe"],
                                              r["seed"], r["step"]))
+    all_ends = [r for r in ordered if r["step"] < 0 and not r["shots"]]
     text = "\n\n".join([
         f"# Results of the study `{out.name}`", ABOUT.format(name=out.name),
         "## Claims", claims,
         "## Means over seeds, and the gain over the base",
-        markdown(f"{START_OF_ROW} seeds | {OF_METRICS} |", summary(ordered)),
-        "## Figures", "\n".join(f"![{name}]({name}.png)" for name in figures),
+        markdown(f"{START_OF_ROW} seeds | {OF_METRICS} |", summary(all_ends)),
+        "## Figures", "\n".join(figures),
         "## Every evaluation",
         markdown(f"{START_OF_ROW} seed | {OF_METRICS} | bits per byte | FLOPs | minutes |",
                  evaluations(ordered)),
         "## Problem by problem: expansion or sharpening", ABOUT_SOLVED,
         markdown(f"{START_OF_ROW} seed | problems | solved by the base | now | newly solved | newly lost "
                  "| jumped | dropped | answer entropy | distinct of 64 | unparsed | KL | styles |",
-                 solved(ordered))])
+                 solved(all_ends))])
     atomic_write(out / "report.md", (text + "\n").encode())
     return claims
 
 
 def all_claims(folder: Path, studies: dict[str, list[dict]]) -> None:
-    """Write the claims of all studies (name -> records) as one table into folder/README.md, between BEGIN and
-    END; the rest of the file stays as it is."""
+    """Write the claims of all studies (name -> records) as one table between BEGIN and END of the README."""
     readme = folder / "README.md"
     text = readme.read_bytes() if readme.is_file() else b""
-    before, begin, rest = text.partition(BEGIN)
+    before, _, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
-    require(bool(begin and end), f"{readme}: must exist and have the line {BEGIN.decode()} and, below it, "
+    require(bool(end), f"{readme}: must exist and have the line {BEGIN.decode()} and, below it, "
                                  f"the line {END.decode()}")
     rows = []
     for name, records in studies.items():
@@ -455,5 +438,5 @@ def all_claims(folder: Path, studies: dict[str, list[dict]]) -> None:
     order = {(c.id, c.says, c.paper): i for i, c in enumerate(CLAIMS)}       # "the same ..." after its like
     rows.sort(key=lambda row: (row[1], order.get((row[1], row[2], row[-1]), 0)))
     table = markdown(ALL_CLAIMS_HEADER, rows).encode()
-    atomic_write(readme, b"\n".join([before + begin, b"", table, b"", end + after]))
+    atomic_write(readme, before + BEGIN + b"\n\n" + table + b"\n\n" + END + after)
     print(f"written: {len(rows)} rows into {readme}")

@@ -34,9 +34,8 @@ from checkpoint import atomic_write, check_fields, main, number, parse, require
 
 # ---- recipes and studies ---------------------------------------------------------------------------------
 # Recipe -> command. {base} is the checkpoint that a cell starts from, {SFT} the one that recipe SFT made of
-# it; so A→B in a name means B from A's result. Their order is that of the colours in the figures.
-# The settings of RL are the same wherever RL appears. Chosen on validation problems: results/README.md,
-# "The search".
+# it; so A→B in a name means B from A's result. Their order is that of the colours in the figures. RL has the
+# same settings wherever it appears, chosen on validation problems: results/README.md, "The search".
 RL = "rl.py --init {base} --checkpoints-at 10,25"
 SFT_50 = "sft.py --init {base} --decay 0 --warmup 0 --n-train 1600 --epochs 1"        # 50 updates
 RECIPES = {
@@ -83,11 +82,10 @@ class Study:
     more: dict[str, str] = field(default_factory=dict)   # script -> options that its commands get besides
 
 
-def gpu(size: str, width: int, millions: int, micro_tokens: int) -> Study:
+def gpu(size: str, width: int, kept: tuple[str, ...], micro_tokens: int) -> Study:
     """For one consumer GPU, by the plan of beyond/memory.py; nobody has measured it. The learning rates are
     those of the default model, of width 96, times 96 / `width` (Yang et al. 2022), not searched."""
     slower = 96 / width
-    kept = tuple(f"{millions // part}M" for part in (4, 2, 1))
     sft = f"{1e-3 * slower:.1e}"
     rl = f"{3e-4 * slower:.1e} --micro-tokens {micro_tokens}"
     pretraining = (f"--size {size} --batch 64 --micro-batch 64 --lr {3e-3 * slower:.1e} --tokens {kept[-1]} "
@@ -117,9 +115,9 @@ STUDIES = {
                           "0.5M, 60 %": ("--math-fraction 0.6", "--checkpoints-at 8M", ("8M",)),
                           "1M, 30 %": ("", "--size 1M --checkpoints-at 3.8M,8M", ("3.8M", "8M"))},
                          ("RL on hard",)),
-    "gpu-8": gpu("10M", 320, 400, 16_384),               # 8, 12 and 24 GB
-    "gpu-12": gpu("30M", 512, 1_200, 16_384),
-    "gpu-24": gpu("124M", 768, 2_400, 8_192),
+    "gpu-8": gpu("10M", 320, ("100M", "200M", "400M"), 16_384),      # 8, 12 and 24 GB
+    "gpu-12": gpu("30M", 512, ("300M", "600M", "1200M"), 16_384),
+    "gpu-24": gpu("124M", 768, ("600M", "1200M", "2400M"), 8_192),
 }
 
 
@@ -207,9 +205,9 @@ def new_cell(runs: str, base: str, at: str, recipe: str, seed: int, command: str
     return Cell(base, at, recipe, seed, [*argv, "--out", str(out)], folder / final, needs, *estimate(options))
 
 
-def evaluation(run: Cell, file: Path, data: str, shots: int = 0, step: int = -1, more: str = "") -> Cell:
+def evaluation(run: Cell, file: Path, options: str, shots: int = 0, step: int = -1) -> Cell:
     """The cell that evaluates a file that `run` makes."""
-    argv = shlex.split(f"evaluate.py {shlex.quote(str(file))} {data} {EVALUATION} --shots {shots} {more}")
+    argv = shlex.split(f"evaluate.py {shlex.quote(str(file))} {EVALUATION} --shots {shots} {options}")
     made = file.with_suffix(f".test.{shots}shot.json")
     return Cell(run.base, run.at or file.stem, run.recipe, run.seed, argv, made, [run.makes],
                 *estimate(configuration(argv)), step)
@@ -219,7 +217,7 @@ def trained_cells(study: Study, runs: str, model: Cell, at: str, seed: int, data
     """All recipes from one checkpoint of a base model with one seed, each with its evaluations."""
     start = {"base": shlex.quote(str(model.makes.with_name(f"{at}.pt")))}        # recipe -> checkpoint
     makers = {"base": model.makes}
-    reference = f"--reference {start['base']}"
+    measuring = f"{data} --reference {start['base']}"
     for recipe in study.recipes:
         command = f"{RECIPES[recipe].format(**start)} --seed {seed}"
         command += " " + study.more.get(command.split()[0], "")
@@ -230,8 +228,8 @@ def trained_cells(study: Study, runs: str, model: Cell, at: str, seed: int, data
         makers[recipe] = run.makes
         yield run
         for step in study.trace.get((at, recipe), ()):
-            yield evaluation(run, run.makes.with_name(f"step{step}.pt"), data, step=step, more=reference)
-        yield evaluation(run, run.makes, data, more=reference)
+            yield evaluation(run, run.makes.with_name(f"step{step}.pt"), measuring, step=step)
+        yield evaluation(run, run.makes, measuring)
 
 
 def base_cells(study: Study, runs: str, base: str) -> Iterator[Cell]:
@@ -253,8 +251,8 @@ def base_cells(study: Study, runs: str, base: str) -> Iterator[Cell]:
 
 
 def grid(study: Study, c: Config) -> list[Cell]:
-    """Every cell, each after those that it needs."""
-    unique: dict[Path, Cell] = {}                        # two bases may share their data
+    """Every cell, each after those that it needs; once, though two bases may share their data."""
+    unique = {}
     for base in study.bases:
         for x in base_cells(study, c.runs, base):
             unique.setdefault(x.makes, x)
@@ -263,12 +261,12 @@ def grid(study: Study, c: Config) -> list[Cell]:
 
 def waves(cells: list[Cell]) -> list[list[Cell]]:
     """The cells in groups: each needs only files that earlier groups make."""
-    depth: dict[Path, int] = {}
-    groups: dict[int, list[Cell]] = {}
-    for x in cells:                                      # each comes after those that it needs
-        depth[x.makes] = max((depth[made] + 1 for made in x.needs), default=0)
-        groups.setdefault(depth[x.makes], []).append(x)
-    return list(groups.values())
+    groups = []
+    made = set()
+    while left := [x for x in cells if x.makes not in made]:
+        groups.append([x for x in left if made.issuperset(x.needs)])
+        made.update(x.makes for x in groups[-1])
+    return groups
 
 
 def print_commands(rounds: list[list[Cell]], only: int = 0) -> None:
@@ -298,8 +296,7 @@ def done(x: Cell) -> bool:
 
 # ---- running it ------------------------------------------------------------------------------------------
 def with_threads(cells: list[Cell], jobs: int) -> list[Cell]:
-    """All cells wait for the data and the pretraining if there is only one: nothing runs beside the two, and
-    the pretraining gets every core."""
+    """If there is only one pretraining, all others wait for it: it gets every core, as does its data."""
     if sum(x.command[0] == "pretrain.py" for x in cells) != 1:
         return cells
     data, model, *others = cells                         # as in base_cells
@@ -318,8 +315,7 @@ def work_left(cells: list[Cell]) -> dict[Path, float]:
 
 
 def schedule(cells: list[Cell], left: dict[Path, float], jobs: int) -> float:
-    """Estimated minutes until all is made: the work `left`, shared by all jobs, but at least the longest
-    chain of cells that wait for each other."""
+    """Estimated minutes until all is made: the work `left`, shared by all jobs, or the longest chain."""
     work = sum(x.threads * left.get(x.makes, 0.0) for x in cells)
     chain: dict[Path, float] = {}
     for x in cells:
@@ -372,10 +368,9 @@ def run_cells(cells: list[Cell], runs: Path, jobs: int) -> list[str]:
                     if process.returncode or not x.makes.exists():
                         failed.append(x.name)
                         bar.write(f"FAILED: {x.name}, see {runs / 'logs' / slug(x.name)}.log")
-    except BaseException:                                # Ctrl-C, which they received too: they save and stop
+    finally:                                             # after Ctrl-C, which they received too: they save
         for process, _ in running.values():
             process.wait()
-        raise
     bar.update(bar.total - schedule(cells, work_left(waiting), jobs) - bar.n)
     bar.close()
     return failed + [x.name for x in waiting]
@@ -429,8 +424,7 @@ def study(c: Config) -> None:
         lines = [json.dumps(record(x)) + "\n" for x in cells if x.evaluation and done(x)]
         out.mkdir(parents=True, exist_ok=True)
         atomic_write(out / "results.jsonl", "".join(lines).encode())
-    records = stored(out)
-    claims = report.report(out, records, tuple(RECIPES))
+    claims = report.report(out, stored(out), tuple(RECIPES))
     print(claims, f"\nwritten: {out / 'report.md'}", sep="\n")
     require(not failed, f"{len(failed)} cells failed or could not start: {', '.join(failed)}")
 

@@ -77,7 +77,7 @@ def test_prefill_in_chunks_equals_the_full_forward(make_gpt, chunk, n_kv_heads):
     ids, padding = pad_left(rows, 36, 0, gpt.device)
     real = torch.arange(36) >= padding[:, None]
     for length in range(1, 13):                          # the prompt in chunks, then token by token
-        cache = Cache(gpt.config, padding)
+        cache = Cache(gpt.config, padding, capacity=40)
         parts = [*ids[:, :length].split(chunk, dim=1), *ids[:, length:].split(1, dim=1)]
         logits = torch.cat([gpt.logits(gpt.hidden(part, cache)) for part in parts], 1)
         assert torch.allclose(logits[real], alone, atol=1e-4)
@@ -104,7 +104,7 @@ def test_cached_keys_of_other_rows_stay_apart(gpt):
     """Cache.select repeats and reorders whole rows: keys, values and the number of padding columns."""
     prompts = [[1, 2, 3, 4, 5, 6], [7, 8], [9, 10, 11]]
     ids, padding = pad_left(prompts, 6, 0, gpt.device)
-    cache = Cache(gpt.config, padding)
+    cache = Cache(gpt.config, padding, capacity=8)
     gpt.hidden(ids, cache)
     cache.select(torch.tensor([2, 0, 0, 1]))
     decoded = gpt.logits(gpt.hidden(torch.tensor([[4], [5], [6], [7]]), cache))[:, 0]
@@ -131,8 +131,8 @@ def test_recorded_logprobs_are_the_trainers(small_gpt, temperature):
     prompts = [prompts_of_all_lengths(8)[i] for i in (2, 4, 0, 1, 7, 3, 6, 5)]       # not its own inverse
     small_gpt.decode_rows = 10
     out = rollouts(small_gpt, prompts, 5, 12, temperature)
-    ids, target = pack([p for p in prompts for _ in range(5)], out.completions(), PAD)
-    trainer = completion_logprobs(small_gpt, ids, target, temperature)
+    ids, at = pack([p for p in prompts for _ in range(5)], out.completions(), PAD)
+    trainer = completion_logprobs(small_gpt, ids, at, temperature)
     recorded = torch.cat([row[:n] for row, n in zip(out.logprobs, out.lengths)])
     assert len(trainer) == len(recorded)
     assert (recorded - trainer).abs().max() < 1e-5
@@ -244,13 +244,14 @@ def test_a_token_of_probability_zero_is_never_drawn(bigram, u, expected):
 # ---- packed rows, EOS, unused rows --------------------------------------------------------------------
 
 def test_pack_goes_by_lengths():
-    """Targets come from recorded lengths; completions that hold the pad id lose no target."""
+    """Targets come from recorded lengths; completions that hold the pad id lose no target. Their places are
+    those of the tokens before them, in rows of width - 1."""
     pad = 0
     prompts, completions = [[5, 0, 6], [7], [8, 8]], [[0, 9], [0, 0, 0, 9], []]
-    ids, target = pack(prompts, completions, pad)
+    ids, at = pack(prompts, completions, pad)
     assert ids.tolist() == [[5, 0, 6, 0, 9], [7, 0, 0, 0, 9], [8, 8, 0, 0, 0]]
-    assert target.long().tolist() == [[0, 0, 0, 1, 1], [0, 1, 1, 1, 1], [0] * 5]
-    assert target.dtype == torch.bool and ids.dtype == torch.int64
+    assert at.tolist() == [0 * 4 + 2, 0 * 4 + 3, 1 * 4 + 0, 1 * 4 + 1, 1 * 4 + 2, 1 * 4 + 3]
+    assert at.dtype == ids.dtype == torch.int64
 
 
 @pytest.mark.parametrize("temperature, n_kv_heads", [(1., 2), (.6, 2), (.6, 1)])
@@ -310,7 +311,7 @@ def test_prompts_that_do_not_fit_are_errors(gpt, prompts):
 def test_micro_batches_hold_every_row_once(tokens):
     """Each row is in exactly one micro-batch, which has at most `tokens` tokens unless it is one row."""
     lengths = [3, 9, 1, 7, 7, 20, 2, 5, 4, 9]
-    batches = micro_batches(lengths, tokens)
+    batches = micro_batches(lengths, tokens, torch.device("cpu"))
     assert sorted(row for rows in batches for row in rows) == list(range(10))
     assert all(len(rows) == 1 or len(rows) * max(lengths[r] for r in rows) <= tokens for rows in batches)
     assert len(batches) == {1: 10, 10_000: 1}.get(tokens, len(batches))
