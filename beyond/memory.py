@@ -101,24 +101,24 @@ def show(c: Config) -> None:
     require(script in ("rl", "sft", "merge"), f"--run {c.run}: must begin with rl.py, sft.py or merge.py")
     given = parse(import_module(script).Config, options.split())
     check_fields(given)
-    init = c.init or given.init
     models = MODELS if c.size == "all" else {c.size: MODELS[c.size]}
-    if init:
+    if init := c.init or given.init:
         models = {init: ModelConfig(**load_checkpoint(init)["config"])}
     for name, m in models.items():
         for card in [c.memory] if c.memory else [8, 12, 24]:
+            room = CARD * card
             x = given
             for option, value in SAVINGS:        # smaller numbers stay; sft.py has no reference
-                if hasattr(x, option) and total(plan(m, x, c.prompt))[0] > CARD * card:
+                if hasattr(x, option) and total(plan(m, x, c.prompt))[0] > room:
                     less = value if isinstance(value, bool) else min(value, getattr(x, option))
                     x = replace(x, **{option: less})
             gib, summed = total(plan(m, x, c.prompt))
-            verdict = "fits with" if gib <= CARD * card else "too small even with"
-            line = f"{name} on {card:g} GB ({CARD * card:.2f} GiB): {verdict} --decode-rows {x.decode_rows}"
+            verdict = "fits" if gib <= room else "too small even"
+            line = f"{name} on {card:g} GB ({room:.2f} GiB): {verdict} with --decode-rows {x.decode_rows}"
             line += f" --micro-tokens {x.micro_tokens}" + " --recompute" * x.recompute
             line += " --no-reference" * (not getattr(x, "reference", True))
             line += f"{' --freeze-embeddings' * x.freeze_embeddings}\n    {summed}"
-            require(gib <= CARD * card or not c.memory or len(models) > 1, line)
+            require(gib <= room or not c.memory or len(models) > 1, line)
             print(line)
 
 

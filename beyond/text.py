@@ -20,11 +20,8 @@ def cut(lines: Iterator[str]) -> Iterator[str]:
     line end after LONG characters."""
     part = ""
     for line in lines:
-        *ends, line = line.split(EOS)
-        for end in ends:
-            yield part + end
-            part = ""
-        part += line
+        *whole, part = (part + line).split(EOS)
+        yield from whole
         if len(part) > LONG:
             yield part
             part = ""
@@ -85,10 +82,10 @@ def read_problem(line: bytes, annotations: bool) -> dict:
             "split": p.get("split")}
 
 
-def read_problems(paths: tuple[str, ...], annotations: bool) -> tuple[dict[str, list[dict]], dict[str, int]]:
+def read_problems(paths: tuple[str, ...], annotations: bool) -> tuple[dict, dict]:
     """(split -> problems, reason -> lines left out) of FILE or of FILE and TESTFILE. 5 % of FILE are for
     validation, and 5 % for test unless there is a TESTFILE: by hash of the question, not by its place."""
-    splits: dict[str, list[dict]] = {"train": [], "val": [], "test": []}
+    splits = {"train": [], "val": [], "test": []}
     left_out = {"duplicates": 0, "answers that are not integers": 0}
     seen = set()
     for path in reversed(paths):                 # the problems of TESTFILE are not for training

@@ -7,13 +7,8 @@ or with real text instead of the generated world, and real problems (beyond/READ
     python data/prepare.py --out data/stories --math-fraction 0 --vocab-size 2048 \\
         --text data/raw/TinyStoriesV2-GPT4-train.txt --problems data/raw/train.jsonl,data/raw/test.jsonl
 
-writes into the folder
-    train.bin, val_general.bin,          token shards, uint16 (uint32 for a vocabulary above 65,536),
-    val_arithmetic.bin                   every document followed by EOS
-    train.jsonl, val.jsonl, test.jsonl   problems: {"id", "question", "answer", "solutions", ...} a line
-    benchmarks.jsonl                     {"task", "context", "choices", "answer", "chance"} a line; only with
-                                         generated general text
-    tokenizer.json, manifest.json        the manifest has the options, counts and sha256 of every file
+writes shards of tokens (every document followed by EOS), problems, benchmarks if there is generated text, the
+tokenizer, and a manifest with the options, counts and sha256 of every file: data/README.md explains them all.
 The same options and files write the same bytes. The texts are those of arithmetic.py and world.py.
 """
 import json
@@ -32,7 +27,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # so that this file also runs as a script
 
-from checkpoint import UserError, atomic_write, check_fields, file_sha256, main, require  # noqa: E402
+from checkpoint import HERE, UserError, atomic_write, check_fields, file_sha256, main, require  # noqa: E402
 from data import arithmetic, world  # noqa: E402
 from data.tokenizer import Tokenizer, train_tokenizer  # noqa: E402
 
@@ -58,9 +53,6 @@ class Config:
     threads: int = 0                # >= 0, <= 4096: likewise: this is plain Python on one core
 
 
-HERE = ("out", "device", "threads")              # options that do not change the data
-
-
 def options(c: Config) -> dict:
     """Those that change the data, as JSON has them: lists, no tuples."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(c).items() if k not in HERE}
@@ -71,8 +63,9 @@ def general_split(text: str) -> str:
     return "val" if crc32(text.encode()) % 50 == 0 else "pretrain"
 
 
-def documents(group: str, c: Config, split: str, rng: random.Random, people: dict) -> Iterator[tuple]:
+def documents(group: str, c: Config, split: str, rng: random.Random) -> Iterator[tuple]:
     """(kind, texts) of each document of a group: arithmetic or general, without end, or the real ones."""
+    people = world.population(c.seed)
     while group == "arithmetic":
         yield group, arithmetic.draw_document(rng, c.hard_fraction, split)
     while group == "general":
@@ -86,14 +79,14 @@ def documents(group: str, c: Config, split: str, rng: random.Random, people: dic
                 yield group, [text]
 
 
-def write_shard(path: Path, c: Config, people: dict, tokenizer: Tokenizer, dtype: str, math: float) -> dict:
+def write_shard(path: Path, c: Config, tokenizer: Tokenizer, dtype: str, math: float) -> dict:
     """Write train.bin or a validation shard, documents shuffled, the share `math` of the tokens arithmetic;
     returns kind -> {"documents", "tokens"}."""
     rng = random.Random(f"{c.seed} {path.stem.replace('_', ' ')}")
     split, option = ("pretrain", "tokens") if path.stem == "train" else ("val", "val_tokens")
     tokens = getattr(c, option)
     share = c.text_share if c.text else 0
-    sources = {group: documents(group, c, split, rng, people) for group in ("arithmetic", "real", "general")}
+    sources = {group: documents(group, c, split, rng) for group in ("arithmetic", "real", "general")}
     shard = []
     counts = Counter()                           # documents of each kind
     sizes = Counter()                            # and their tokens
@@ -118,12 +111,12 @@ def write_shard(path: Path, c: Config, people: dict, tokenizer: Tokenizer, dtype
     return {kind: {"documents": counts[kind], "tokens": sizes[kind]} for kind in sorted(counts)}
 
 
-def make_problems(seed: int, split: str, counts: dict[str, int]) -> list[dict]:
-    """Distinct problems of a split, `counts` by difficulty, in random order."""
+def make_problems(seed: int, split: str, easy: int, hard: int) -> list[dict]:
+    """So many distinct problems of a split, in random order."""
     rng = random.Random(f"{seed} problems {split}")
     lines = []
-    for difficulty, wanted in counts.items():
-        found: dict[str, dict] = {}
+    for difficulty, wanted in (("easy", easy), ("hard", hard)):
+        found = {}
         for _ in range(200 * wanted + 1000):
             if len(found) < wanted:
                 problem = arithmetic.draw_problem(rng, difficulty, split)
@@ -131,9 +124,8 @@ def make_problems(seed: int, split: str, counts: dict[str, int]) -> list[dict]:
         require(len(found) == wanted, f"{split}.jsonl: there are not {wanted} different {difficulty} ones")
         lines += found.values()
     rng.shuffle(lines)
-    for i, problem in enumerate(lines):
-        lines[i] = {"id": f"{split}-{i}", **problem, "solutions": list(problem["solutions"].values())}
-    return lines
+    return [{"id": f"{split}-{i}", **problem, "solutions": list(problem["solutions"].values())}
+            for i, problem in enumerate(lines)]
 
 
 def prepare(c: Config) -> None:
@@ -169,7 +161,7 @@ def prepare(c: Config) -> None:
     report(out, manifest, c)
 
 
-def make_tokenizer(c: Config, people: dict, generated: bool, problems: list[dict]) -> Tokenizer:
+def make_tokenizer(c: Config, generated: bool, problems: list[dict]) -> Tokenizer:
     """The one asked for, or one trained on texts like those of the shards and on real problems."""
     if c.tokenizer:
         from beyond.tokenizers import open_tokenizer
@@ -177,12 +169,12 @@ def make_tokenizer(c: Config, people: dict, generated: bool, problems: list[dict
     rng = random.Random(f"{c.seed} tokenizer")
     sample = []
     for group, n in {"arithmetic": 1_800, "general": 4_200 * generated}.items():
-        for _, texts in islice(documents(group, c, "pretrain", rng, people), n):
+        for _, texts in islice(documents(group, c, "pretrain", rng), n):
             sample += texts
     if c.problems:
         sample += ["\n".join([p["question"], *p["solutions"][:1]]) for p in problems[:2_000]]
     size = 0
-    for _, texts in documents("real", c, "pretrain", rng, people):
+    for _, texts in documents("real", c, "pretrain", rng):
         sample += texts
         size += len(texts[0])
         if size > 2_000_000:                     # characters: plenty for some thousand merges
@@ -192,9 +184,9 @@ def make_tokenizer(c: Config, people: dict, generated: bool, problems: list[dict
 
 def write_all(folder: Path, c: Config) -> dict:
     """Write every file of the data set into the folder; returns the manifest."""
-    people = world.population(c.seed)
     generated = not c.text or c.text_share < 1   # some of the general text
     rng = random.Random(f"{c.seed} benchmarks")
+    people = world.population(c.seed)
     items = world.draw_benchmark(rng, people, c.benchmark_items) if generated else []
     more = {}
     files = [*c.text, *c.problems, *[c.tokenizer] * Path(c.tokenizer).is_file()]
@@ -205,10 +197,10 @@ def write_all(folder: Path, c: Config) -> dict:
         problems, more["left_out"] = read_problems(c.problems, c.annotations)
     else:
         hard = round(c.train_problems * c.hard_fraction)
-        counts = {"train": {"easy": c.train_problems - hard, "hard": hard}}
-        counts |= dict.fromkeys(("val", "test"), {"easy": c.eval_problems, "hard": c.eval_problems})
-        problems = {split: make_problems(c.seed, split, n) for split, n in counts.items()}
-    tokenizer = make_tokenizer(c, people, generated, problems["train"])
+        problems = {"train": make_problems(c.seed, "train", c.train_problems - hard, hard)}
+        for split in ("val", "test"):
+            problems[split] = make_problems(c.seed, split, c.eval_problems, c.eval_problems)
+    tokenizer = make_tokenizer(c, generated, problems["train"])
     tokenizer.save(folder / "tokenizer.json")
     if c.problems:
         every = [p for lines in problems.values() for p in lines]
@@ -217,9 +209,8 @@ def write_all(folder: Path, c: Config) -> dict:
         more["longest"] = {"example": question + solution, "solution": solution}
     dtype = "uint16" if tokenizer.n_vocab <= 65_536 else "uint32"
     shards = {}
-    for name, share in {"train": c.math_fraction, "val_general": 0.0, "val_arithmetic": 1.0}.items():
-        path = folder / f"{name}.bin"
-        shards[path.name] = write_shard(path, c, people, tokenizer, dtype, share)
+    for name, share in (("train", c.math_fraction), ("val_general", 0.), ("val_arithmetic", 1.)):
+        shards[f"{name}.bin"] = write_shard(folder / f"{name}.bin", c, tokenizer, dtype, share)
     for name, lines in {**problems, "benchmarks": items}.items():
         if lines:
             text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -249,13 +240,13 @@ def report(out: Path, manifest: dict, c: Config) -> None:
     print("\nthree samples of each kind:")
     rng = random.Random(f"{c.seed} report")
     people = world.population(c.seed)
-    for _, texts in islice(documents("real", c, "pretrain", rng, people), 3):
+    for _, texts in islice(documents("real", c, "pretrain", rng), 3):
         print(f"  [real] {texts[0][:300]!r}")
     for kind in manifest["benchmarks"]:
         write = world.KINDS[kind][1]
         for _ in range(3):
             print(f"  [{kind}] {write(rng, people) if kind == 'recall' else write(rng)}")
-    for _, texts in islice(documents("arithmetic", c, "pretrain", rng, people), 3 if c.math_fraction else 0):
+    for _, texts in islice(documents("arithmetic", c, "pretrain", rng), 3 if c.math_fraction else 0):
         print("  [arithmetic]", " <EOS> ".join(texts).replace("\n", "\n      "))
     context = f" --context {-(-longest['example'] // 64) * 64}" if longest["example"] > 256 else ""
     print(f"\nnext: python pretrain.py --data {out}{context} --out runs/base")

@@ -1,7 +1,7 @@
 """Problem files and token shards as the other scripts read them: every file checked before it is used."""
 import json
-import typing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +17,7 @@ def open_data(folder: str) -> tuple[dict, Tokenizer, dict[str, np.ndarray]]:
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         sums = dict(manifest["sha256"])
-        names = [name for name in manifest["shards"] if name.endswith(".bin")]
+        names = list(manifest["shards"])
         dtype = np.dtype(manifest.get("dtype", "uint16"))
         tokenizer = Tokenizer.load(path / "tokenizer.json")
         made_by = manifest["tokenizer_sha256"]
@@ -70,14 +70,13 @@ def read_problem(line: bytes, where: str, solutions: bool) -> dict:
     require(isinstance(p.get("difficulty", "all"), str), f"{where}: 'difficulty' must be a text")
     if solutions:
         texts = p.get("solutions")
-        some = isinstance(texts, list) and len(texts) > 0
+        some = isinstance(texts, list) and texts
         require(some and all(isinstance(text, str) and grade(text, answer) == "right" for text in texts),
                 f"{where}: 'solutions' must be texts that end in the line '#### {answer}'")
     return p
 
 
-def training_problems(c: typing.Any, model: GPT, tokenizer: Tokenizer, solutions: bool = False
-                      ) -> tuple[list[dict], list[dict]]:
+def training_problems(c: Any, model: GPT, tokenizer: Tokenizer, solutions: bool = False) -> tuple[list, list]:
     """(training problems, validation problems) of a Config of rl.py, sft.py or merge.py. UserError if the
     problems are not for training, or do not fit into the model's context."""
     path = c.problem_file or f"{c.data}/train.jsonl"

@@ -14,7 +14,8 @@ import tiktoken
 
 # covers every string: tiktoken drops what none matches
 PATTERN = r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-EOS, PAD = "<|endoftext|>", "<|pad|>"
+EOS = "<|endoftext|>"
+PAD = "<|pad|>"
 
 
 def train_bpe(texts: list[str], vocab_size: int) -> list[list[int]]:
@@ -31,21 +32,18 @@ def train_bpe(texts: list[str], vocab_size: int) -> list[list[int]]:
 
     for word in words:
         count(word, 1)
-    merges: list[list[int]] = []
-    while 256 + len(merges) + 2 < vocab_size and pairs:
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+    merges = []
+    for new in range(256, vocab_size - 2):
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)
         if pairs[best] < 2:
             break
-        new = 256 + len(merges)
         merges.append(list(best))
         for word in found.pop(best):             # a merge touches these words only
             count(word, -1)
             ids = pieces[word]
-            i = 0
-            while i < len(ids) - 1:
-                if (ids[i], ids[i + 1]) == best:
+            for i in range(len(ids)):            # it shrinks: the last slices are shorter, or empty
+                if tuple(ids[i:i + 2]) == best:
                     ids[i:i + 2] = [new]
-                i += 1
             count(word, 1)
     return merges
 

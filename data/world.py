@@ -1,19 +1,12 @@
 """General text: a small world with exact ground truth, in seven kinds of documents with a benchmark each.
 
-The benchmarks follow the manner of well-known ones, so that "general capability" is several skills:
-
-    recall     a fixed population's facts, in a wording never used for that person   (ARC)         chance 1/4
-    tracking   where an object is after several moves                                (bAbI)        chance 1/4
-    ending     which ending fits a person's need in a story about several people     (HellaSwag)   chance 1/4
-    sequence   the next element of a list                                            (OpenBookQA)  chance 1/4
-    agreement  verb number across an attractor noun                                  (BLiMP)       chance 1/2
-    order      which of two animals is bigger, for pairs never compared in training  (PIQA)        chance 1/2
-    dialogue   the exact last word, one of two that the context names                (LAMBADA)     chance 1/2
-
+The benchmarks follow the manner of well-known ones (see KINDS): "general capability" is several skills.
 Whatever a benchmark asks is held out by construction: `held_out(key)` is a hash, and a training document that
-would state a held-out key is not drawn. A document ends where it ends; prepare.py appends EOS.
+would state a held-out key is not drawn.
 """
 import random
+from collections.abc import Callable
+from functools import partial
 from zlib import crc32
 
 from checkpoint import require
@@ -21,21 +14,17 @@ from data.arithmetic import NAMES
 
 SURNAMES = ("Bell Cole Dean Ford Gray Hill Irons Kent Lake Moss Nash Park Reed Snow Todd Vale West York Zane "
             "Abbot Birch Croft Drake Ellis Frost").split()
-ATTRIBUTES = {   # attribute -> (values, wordings; all end in the value, so that each can be asked)
+ATTRIBUTES = {   # attribute -> (values, wordings that end in the value, so that each can be asked)
     "city": (("Paris Rome Oslo Cairo Lima Delhi Tokyo Quito Bern Prague Dublin Athens Sofia Riga "
               "Seoul Accra").split(),
-             ("{n} lives in {x}.", "The home of {n} is in {x}.", "{n} has a house in {x}.",
-              "You can visit {n} in {x}.")),
+             ("{} lives in", "The home of {} is in", "{} has a house in", "You can visit {} in")),
     "job": (("baker nurse pilot farmer singer tailor judge painter miner sailor barber teacher "
              "dentist florist").split(),
-            ("{n} works as a {x}.", "The job of {n} is that of a {x}.", "{n} earns money as a {x}.",
-             "{n} wants to stay a {x}.")),
+            ("{} works as a", "The job of {} is that of a", "{} earns money as a", "{} wants to stay a")),
     "pet": ("dog cat parrot rabbit turtle hamster goat pony snake lizard duck goose".split(),
-            ("{n} has a {x}.", "The pet of {n} is a {x}.", "At home {n} keeps a {x}.",
-             "{n} often plays with a {x}.")),
+            ("{} has a", "The pet of {} is a", "At home {} keeps a", "{} often plays with a")),
     "food": ("rice soup bread fish cake beans pasta cheese salad plums honey corn stew pie".split(),
-             ("{n} likes {x}.", "The best food for {n} is {x}.", "{n} always orders {x}.",
-              "For dinner {n} makes {x}.")),
+             ("{} likes", "The best food for {} is", "{} always orders", "For dinner {} makes")),
 }
 OBJECTS = "key cup ball coin ring lamp hat pen rope doll".split()
 PLACES = "box bag drawer basket chest bucket jar cupboard".split()
@@ -48,14 +37,14 @@ SPOTS = "lake hill bridge church river forest tower mill".split()
 # from small to large: the fixed order that training pairs reveal
 SIZES = ("fly bee frog mouse rat hen cat fox lamb dog wolf pig goat deer seal lion bear horse camel bull "
          "moose rhino hippo whale").split()
-NOUNS = {"boy": "boys", "girl": "girls", "dog": "dogs", "farmer": "farmers", "teacher": "teachers",
-         "bird": "birds", "king": "kings", "doctor": "doctors", "horse": "horses", "sailor": "sailors"}
-VERBS = {"runs": "run", "sings": "sing", "waits": "wait", "smiles": "smile", "sleeps": "sleep",
-         "jumps": "jump", "listens": "listen", "falls": "fall"}
+NOUNS = "boy girl dog farmer teacher bird king doctor horse sailor".split()
+VERBS = "runs sings waits smiles sleeps jumps listens falls".split()
 LINKS = "near behind with beside".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
 COLORS = "red blue green black white pink gold gray".split()
+
+Question = tuple[str, str, list[str]]    # the context, how it goes on, and how it does not
 
 
 def held_out(key: str, share: int = 10) -> bool:
@@ -83,20 +72,21 @@ def biography(rng: random.Random, people: dict) -> str:
     for attribute in rng.sample(list(ATTRIBUTES), rng.randint(2, 4)):
         wordings = list(ATTRIBUTES[attribute][1])
         del wordings[asked_wording(person, attribute)]
-        sentences.append(rng.choice(wordings).format(n=person, x=people[person][attribute]))
+        sentences.append(f"{rng.choice(wordings).format(person)} {people[person][attribute]}.")
     return " ".join(sentences)
 
 
-def ask_recall(rng: random.Random, people: dict) -> dict:
+def ask_recall(rng: random.Random, people: dict) -> Question:
+    """A fact in a wording never used for that person, and other values of the attribute."""
     person, attribute = rng.choice(list(people)), rng.choice(list(ATTRIBUTES))
     values, wordings = ATTRIBUTES[attribute]
     right = people[person][attribute]
-    context = wordings[asked_wording(person, attribute)].format(n=person, x="\0").split(" \0")[0]
-    return item("recall", rng, context, f" {right}.", [f" {x}." for x in values if x != right], 4)
+    context = wordings[asked_wording(person, attribute)].format(person)
+    return context, right, [value for value in values if value != right]
 
 
-def moving_story(rng: random.Random, asked: bool) -> tuple[list[str], list[str], dict[str, str]]:
-    """Sentences, the places mentioned, and where each object ends up."""
+def tracking(rng: random.Random, asked: bool = True) -> Question:
+    """Moves, and where one object is after them. Wrong are places of the same story, where it has enough."""
     objects, people = rng.sample(OBJECTS, 3), rng.sample(NAMES, 2)
     where = {thing: rng.choice(PLACES) for thing in objects}
     sentences = [f"The {thing} is in the {place}." for thing, place in where.items()]
@@ -108,167 +98,115 @@ def moving_story(rng: random.Random, asked: bool) -> tuple[list[str], list[str],
         where[thing] = place
         mentioned.append(place)
     if held_out(" ".join(sentences)) != asked:
-        return moving_story(rng, asked)
-    return sentences, mentioned, where
+        return tracking(rng, asked)
+
+    *told, (thing, right) = rng.sample(list(where.items()), 1 if asked else 3)
+    sentences += [f"Now the {other} is in the {place}." for other, place in told]
+    wrong = [place for place in dict.fromkeys(mentioned + PLACES) if place != right]
+    return " ".join(sentences) + f" Now the {thing} is in the", right, wrong[:3]
 
 
-def tracking(rng: random.Random) -> str:
-    sentences, _, where = moving_story(rng, False)
-    final = [f"Now the {thing} is in the {place}." for thing, place in rng.sample(list(where.items()), 3)]
-    return " ".join(sentences + final)
-
-
-def ask_tracking(rng: random.Random) -> dict:
-    """Wrong choices are places of the same story, where it has enough of them."""
-    sentences, mentioned, where = moving_story(rng, True)
-    thing = rng.choice(list(where))
-    wrong = [f" {place}." for place in dict.fromkeys(mentioned + PLACES) if place != where[thing]]
-    context = " ".join(sentences) + f" Now the {thing} is in the"
-    return item("tracking", rng, context, f" {where[thing]}.", wrong[:3], 4)
-
-
-def need_story(rng: random.Random, asked: bool) -> tuple[list[str], list[tuple[str, str]]]:
-    """Opening sentences and (person, need) pairs in the order in which the endings tell them."""
+def ending(rng: random.Random, asked: bool = True) -> Question:
+    """People's needs, and what they do. Wrong are the two other needs of the story, and one from outside."""
     pairs = list(zip(rng.sample(NAMES, 3), rng.sample(list(NEEDS), 3)))
-    opening = [f"{name} is {need}." for name, need in pairs]
-    opening.insert(rng.randint(1, 3), rng.choice(FILLERS))
-    if held_out(" ".join(opening)) != asked:
-        return need_story(rng, asked)
+    sentences = [f"{name} is {need}." for name, need in pairs]
+    sentences.insert(rng.randint(1, 3), rng.choice(FILLERS))
+    if held_out(" ".join(sentences)) != asked:
+        return ending(rng, asked)
+
     rng.shuffle(pairs)
-    return opening, pairs
+    told = rng.randint(0, 1) if asked else 2             # endings before the last one
+    sentences += [f"So {name} {NEEDS[need]}." for name, need in pairs[:told]]
+    name, need = pairs.pop(told)
+    others = [other for _, other in pairs]
+    if asked:
+        others.append(rng.choice([other for other in NEEDS if other not in (need, *others)]))
+    return " ".join(sentences) + f" So {name}", NEEDS[need], [NEEDS[other] for other in others]
 
 
-def ending(rng: random.Random) -> str:
-    opening, pairs = need_story(rng, False)
-    return " ".join(opening + [f"So {name} {NEEDS[need]}." for name, need in pairs])
-
-
-def ask_ending(rng: random.Random) -> dict:
-    opening, pairs = need_story(rng, True)
-    told = rng.randint(0, 1)   # endings already told before the asked one
-    context = opening + [f"So {name} {NEEDS[need]}." for name, need in pairs[:told]]
-    name, need = pairs[told]
-    # wrong are the two other needs of the story, and one from outside
-    others = [n for _, n in pairs if n != need]
-    others.append(rng.choice([n for n in NEEDS if n != need and n not in others]))
-    wrong = [f" {NEEDS[n]}." for n in others]
-    return item("ending", rng, " ".join(context + [f"So {name}"]), f" {NEEDS[need]}.", wrong, 4)
-
-
-def list_of_things(rng: random.Random) -> tuple[str, list[str], list[str]]:
-    """Key (which decides whether it is held out), the elements, and words that could wrongly follow."""
+def sequence(rng: random.Random, asked: bool = True) -> Question:
+    """A list without its last element, that element, and words that could wrongly follow."""
     kind = rng.choice(("count", "days", "months", "pattern", "repeat"))
+    others = COLORS
     if kind == "count":
         step = rng.choice((-1, 1)) * rng.randint(1, 9)
         start = rng.randint(10, 99) + (45 if step < 0 else 0)
+        key = f"{start} {step}"
         elements = [str(start + step * i) for i in range(6)]
-        near = {int(elements[-1]) + d for d in (-10, -2, -1, 1, 2, 10)}
-        return f"count {start} {step}", elements, sorted(str(n) for n in near)
-    if kind in ("days", "months"):
-        names = DAYS if kind == "days" else MONTHS
-        start, step = rng.randrange(len(names)), rng.choice((1, 2, -1))
-        elements = [names[(start + step * i) % len(names)] for i in range(5)]
-        return f"{kind} {start} {step}", elements, sorted(set(names) - {elements[-1]})
-    if kind == "pattern":      # two or three colours in turn: a b a b a, or a b c a b c a
+        others = [str(start + step * 5 + d) for d in (-10, -2, -1, 1, 2, 10)]
+    elif kind in ("days", "months"):
+        others = DAYS if kind == "days" else MONTHS
+        start, step = rng.randrange(len(others)), rng.choice((1, 2, -1))
+        key = f"{start} {step}"
+        elements = [others[(start + step * i) % len(others)] for i in range(5)]
+    elif kind == "pattern":    # two or three colours in turn: a b a b a, or a b c a b c a
         unit = rng.sample(COLORS, rng.randint(2, 3))
+        key = min(unit[i:] + unit[:i] for i in range(len(unit)))         # a b a b a holds b a b a: one key
         elements = [unit[i % len(unit)] for i in range(rng.randint(5, 8))]
-        rotations = [unit[i:] + unit[:i] for i in range(len(unit))]      # a b a b a holds b a b a: one key
-        return f"pattern {min(rotations)}", elements, sorted(set(COLORS) - {elements[-1]})
-    unit = rng.sample(COLORS, rng.randint(3, 5))                         # a list, told twice in this order
-    elements = unit + ["again"] + unit
-    return f"repeat {unit}", elements, sorted(set(COLORS) - {elements[-1]})
+    else:                      # a list, told twice in this order
+        key = rng.sample(COLORS, rng.randint(3, 5))
+        elements = key + ["again"] + key
+    if held_out(f"{kind} {key}") != asked:
+        return sequence(rng, asked)
+    *before, last = elements
+    return " ".join(before), last, sorted(set(others) - {last})
 
 
-def sequence(rng: random.Random) -> str:
-    key, elements, _ = list_of_things(rng)
-    return sequence(rng) if held_out(key) else " ".join(elements) + "."
-
-
-def ask_sequence(rng: random.Random) -> dict:
-    key, elements, others = list_of_things(rng)
-    if not held_out(key):
-        return ask_sequence(rng)
-    wrong = [f" {other}." for other in others]
-    return item("sequence", rng, " ".join(elements[:-1]), f" {elements[-1]}.", wrong, 4)
-
-
-def clause(rng: random.Random, asked: bool) -> tuple[str, str, str]:
-    """'The boys near the tree', its verb in the right number, the verb in the wrong number."""
-    noun, other, link, verb = map(rng.choice, (list(NOUNS), list(NOUNS), LINKS, list(VERBS)))
+def agreement(rng: random.Random, asked: bool = True) -> Question:
+    """'The boys near the king', its verb in the right number, and in the wrong number."""
+    noun, other, link, verb = map(rng.choice, (NOUNS, NOUNS, LINKS, VERBS))
     plural, other_plural = rng.random() < .5, rng.random() < .5
     misleading = plural != other_plural                      # the nearer noun: the only case that is asked
     if noun == other or asked and not misleading or held_out(f"{noun} {other} {verb} {plural}") != asked:
-        return clause(rng, asked)
-    first = NOUNS[noun] if plural else noun
-    second = NOUNS[other] if other_plural else other
-    forms = (VERBS[verb], verb) if plural else (verb, VERBS[verb])
-    return f"The {first} {link} the {second}", *forms
+        return agreement(rng, asked)
+    subject = f"The {noun}{'s' * plural} {link} the {other}{'s' * other_plural}"
+    right, wrong = (verb[:-1], verb) if plural else (verb, verb[:-1])
+    return subject, right, [wrong]
 
 
-def agreement(rng: random.Random) -> str:
-    return " ".join("{} {}.".format(*clause(rng, False)) for _ in range(rng.randint(2, 4)))
+def comparison(rng: random.Random, asked: bool = True) -> Question:
+    """'A bee is', what is true of a bee in the fixed order of SIZES, and its contrary."""
+    i, j = sorted(rng.sample(range(len(SIZES)), 2))
+    # neighbours are never asked: no other pair would tell which of them is bigger
+    if (j - i > 1 and held_out(f"order {i} {j}", share=2)) != asked:
+        return comparison(rng, asked)
+    if rng.random() < .5:
+        return f"A {SIZES[i]} is", f"smaller than a {SIZES[j]}", [f"bigger than a {SIZES[j]}"]
+    return f"A {SIZES[j]} is", f"bigger than a {SIZES[i]}", [f"smaller than a {SIZES[i]}"]
 
 
-def ask_agreement(rng: random.Random) -> dict:
-    subject, right, wrong = clause(rng, True)
-    return item("agreement", rng, subject, f" {right}.", [f" {wrong}."], 2)
-
-
-def compared(rng: random.Random, asked: bool) -> tuple[str, str, str]:
-    """(animal, 'bigger' or 'smaller', animal), true in the fixed order of SIZES."""
-    while True:
-        i, j = sorted(rng.sample(range(len(SIZES)), 2))
-        # neighbours are never asked: no other pair would tell which of them is bigger
-        if (j - i > 1 and held_out(f"order {i} {j}", share=2)) == asked:
-            return (SIZES[i], "smaller", SIZES[j]) if rng.random() < .5 else (SIZES[j], "bigger", SIZES[i])
-
-
-def order(rng: random.Random) -> str:
-    return " ".join("A {} is {} than a {}.".format(*compared(rng, False)) for _ in range(rng.randint(2, 4)))
-
-
-def ask_order(rng: random.Random) -> dict:
-    a, relation, b = compared(rng, True)
-    wrong = {"bigger": "smaller", "smaller": "bigger"}[relation]
-    return item("order", rng, f"A {a} is", f" {relation} than a {b}.", [f" {wrong} than a {b}."], 2)
-
-
-def conversation(rng: random.Random, asked: bool) -> tuple[str, str]:
+def dialogue(rng: random.Random, asked: bool = True) -> Question:
     """Everything but the last word, and the last word."""
     (a, b), (x, y), (p, q) = rng.sample(NAMES, 2), rng.sample(SIZES, 2), rng.sample(SPOTS, 2)
     lines = [f"{a}: I saw a {x} by the {p}.", f"{b}: I saw a {y} by the {q}."]
     rng.shuffle(lines)
     if held_out(" ".join(lines)) != asked:
-        return conversation(rng, asked)
+        return dialogue(rng, asked)
     if rng.random() < .5:
         lines += [f"{a}: What was by the {p}?", f"{b}: A"]
-        return " ".join(lines), x
+        return " ".join(lines), x, []
     lines += [f"{b}: Where was the {x}?", f"{a}: By the"]
-    return " ".join(lines), p
+    return " ".join(lines), p, []
 
 
-def dialogue(rng: random.Random) -> str:
-    return "{} {}.".format(*conversation(rng, False))
+def one(ask: Callable, rng: random.Random) -> str:
+    """A document that states what `ask` could ask, were its key held out."""
+    return "{} {}.".format(*ask(rng, False))
 
 
-def ask_dialogue(rng: random.Random) -> dict:
-    context, word = conversation(rng, True)
-    return {"task": "dialogue", "context": context, "choices": [f" {word}"], "answer": 0, "chance": 0.5}
+def several(ask: Callable, rng: random.Random) -> str:
+    return " ".join(one(ask, rng) for _ in range(rng.randint(2, 4)))
 
 
-def item(task: str, rng: random.Random, context: str, right: str, wrong: list[str], n_choices: int) -> dict:
-    """A multiple-choice item; `chance` is the accuracy of guessing. The order of the choices is random."""
-    choices = rng.sample(wrong, n_choices - 1) + [right]
-    rng.shuffle(choices)
-    return {"task": task, "context": context, "choices": choices, "answer": choices.index(right),
-            "chance": 1 / n_choices}
-
-
+order = partial(several, comparison)
 # kind -> (share of general documents, how to write one, how to ask); recall alone needs the population
-KINDS = {"recall": (30, biography, ask_recall), "tracking": (20, tracking, ask_tracking),
-         "ending": (14, ending, ask_ending), "sequence": (12, sequence, ask_sequence),
-         "agreement": (10, agreement, ask_agreement), "order": (6, order, ask_order),
-         "dialogue": (14, dialogue, ask_dialogue)}
+KINDS = {"recall": (30, biography, ask_recall),                              # as ARC
+         "tracking": (20, partial(one, tracking), tracking),                 # as bAbI
+         "ending": (14, partial(one, ending), ending),                       # as HellaSwag
+         "sequence": (12, partial(one, sequence), sequence),                 # as OpenBookQA
+         "agreement": (10, partial(several, agreement), agreement),          # as BLiMP
+         "order": (6, order, comparison),                                    # as PIQA
+         "dialogue": (14, partial(one, dialogue), dialogue)}                 # as LAMBADA
 
 
 def draw_document(rng: random.Random, people: dict) -> tuple[str, str]:
@@ -278,6 +216,17 @@ def draw_document(rng: random.Random, people: dict) -> tuple[str, str]:
     return kind, write(rng, people) if kind == "recall" else write(rng)
 
 
+def item(task: str, rng: random.Random, context: str, right: str, wrong: list[str]) -> dict:
+    """An item with up to four choices, in random order; `chance` is the accuracy of guessing. Without a wrong
+    choice the exact word counts, which is one of the two that the context names."""
+    if not wrong:
+        return {"task": task, "context": context, "choices": [f" {right}"], "answer": 0, "chance": 0.5}
+    words = [*rng.sample(wrong, min(3, len(wrong))), right]
+    rng.shuffle(words)
+    return {"task": task, "context": context, "choices": [f" {word}." for word in words],
+            "answer": words.index(right), "chance": 1 / len(words)}
+
+
 def draw_benchmark(rng: random.Random, people: dict, per_task: int) -> list[dict]:
     """`per_task` different items of every task. UserError if there are fewer."""
     items = []
@@ -285,8 +234,8 @@ def draw_benchmark(rng: random.Random, people: dict, per_task: int) -> list[dict
         found = {}
         for _ in range(100 * per_task):
             if len(found) < per_task:
-                one = ask(rng, people) if task == "recall" else ask(rng)
-                found.setdefault((one["context"], one["choices"][one["answer"]]), one)
+                context, right, wrong = ask(rng, people) if task == "recall" else ask(rng)
+                found.setdefault((context, right), item(task, rng, context, right, wrong))
         require(len(found) == per_task, f"--benchmark-items {per_task}: {task} has only {len(found)}")
         items += found.values()
     return items
