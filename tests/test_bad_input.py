@@ -151,7 +151,7 @@ def test_every_field_keeps_to_its_domain(command, name, bad, tmp_path):
 @pytest.mark.parametrize("command, accepted, refused", [
     ("rl.py", dict(rollouts=2, kl=0, warmup=0), dict(rollouts=1, temperature=0, lr=0)),
     ("merge.py", dict(lr_rl=0, lr_sft=0, weight_rl=1), dict(rollouts=1, weight_rl=1.1, inner=0)),
-    ("merge.py weights", dict(weights=(2, -1), factor=-1), dict(density=0, sweep=(.5, math.nan))),
+    ("merge.py weights", dict(weights=(2, -1), factor=-1), dict(density=0, weights=(.5, math.nan))),
     ("evaluate.py", dict(shots=0), dict(temperature=0, k=(1, 0), split="train")),
     ("sample.py", dict(temperature=0), dict(temperature=-.1)),
     ("data/prepare.py", dict(vocab_size=260, math_fraction=0), dict(vocab_size=259, text_share=0)),
@@ -317,7 +317,7 @@ READ_CHECKPOINTS = [
     ("sample.py", ""), ("sample.py", "{base}"), ("evaluate.py", ""), ("evaluate.py", "{base}"),
     ("evaluate.py", "{base} --reference"), ("merge.py weights", "{base}"), ("sft.py", "--init"),
     ("merge.py weights", "{base} {base} --base"), ("rl.py", "--init"), ("merge.py", "--init")]
-READ_DATA = [*PRETRAIN, ("evaluate.py", "{base}"), ("merge.py weights", "{base} {base} --sweep 0.5")]
+READ_DATA = [*PRETRAIN, ("evaluate.py", "{base}")]
 READ_VAL = [("sample.py", "{base} {base} --n-problems 3"), *SFT, *RL, *MERGE]
 READ_PROBLEMS = [("evaluate.py", "{base} --n-problems 3"), *READ_VAL]
 
@@ -389,8 +389,7 @@ for command, pairs in {     # arguments: text that the line must contain, "" for
         "{base} {base} --base {bad}/context.pt": "context.pt", "{base} {base} --method ties": "--base",
         "{base} {base} --weights 1": "--weights", "{base} {base} --weights 1,2,3": "--weights",
         "{base} {base} --weights 1,-1": "--weights", "{base} {base} --weights 0,0": "--weights",
-        "{base} {base} {base} --sweep 0.5": "--sweep", "{base} {base} --sweep 0.5 --weights 1,1": "--sweep",
-        "{base} {base} --sweep 0.5 --out=": "--out", "{base} {base} --sweep 0.5 --data {other}": "tokenizer",
+        "{base} {base} --out=": "--out",
         "{base} {base} --out {bad}/folder": "folder", "{base} {base} --out {bad}/file/merged.pt": "file"},
     "evaluate.py": {
         "": "checkpoints", "{base} {base} {base}": "3 checkpoints", "{base} --k 3": "--n-samples 2",

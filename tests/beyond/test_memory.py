@@ -15,7 +15,7 @@ import sft
 import study
 from beyond import memory
 from checkpoint import UserError, generator, load_checkpoint, parse
-from model import GPT, Cache, ModelConfig, SharedPrompts, completion_logprobs, sample
+from model import GPT, Cache, ModelConfig, SharedPrompts, completion_logprobs, pack, sample
 
 SHAPE = ModelConfig(512, 509, 256, 64, 3, 2, 192)
 GROUPED = ModelConfig(512, 509, 256, 64, 3, 4, 192, n_kv_heads=2)        # two heads of queries share keys
@@ -246,9 +246,8 @@ def test_sampled_and_scored_logprobs_agree_in_bf16():
     prompts = [[1, 2, 3], [4, 5, 6]]
     with products():
         out = sample(model, prompts, 2, 8, 510, 511, generator(0, "u"))
-        ids = torch.cat((torch.tensor(prompts).repeat_interleave(2, 0), out.tokens), dim=1)
-        target = torch.arange(11).expand(4, 11) >= 3
-        scored = completion_logprobs(model, ids, target).detach()
+        ids, at = pack([prompts[row // 2] for row in range(4)], out.tokens.tolist(), 511)
+        scored = completion_logprobs(model, ids, at).detach()
         assert model.logits(torch.ones(2, 64)).dtype == torch.float32
     assert float((out.logprobs.flatten() - scored).abs().max()) < .05
 
