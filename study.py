@@ -219,9 +219,9 @@ def trained_cells(study: Study, runs: str, model: Cell, at: str, seed: int, data
     makers = {"base": model.makes}
     measuring = f"{data} --reference {start['base']}"
     for recipe in study.recipes:
-        command = f"{RECIPES[recipe].format(**start)} --seed {seed}"
-        command += " " + study.more.get(command.split()[0], "")
-        command += "" if " weights " in command else f" {data}"
+        command = RECIPES[recipe].format(**start)
+        if " weights " not in command:
+            command += f" --seed {seed} {data} {study.more.get(command.split()[0], '')}"
         needs = [makers[name] for name in re.findall(r"{(.+?)}", RECIPES[recipe])]
         run = new_cell(runs, model.base, at, recipe, seed, command, "final.pt", needs)
         start[recipe] = shlex.quote(str(run.makes))

@@ -38,7 +38,7 @@ QUICK = {   # command -> options with which it ends soon if it is not refused; l
     "sft.py": TRAINING + "--epochs 1",
     "rl.py": TRAINING + "--steps 1 --n-problems 2 --rollouts 2",
     "merge.py": TRAINING + "--steps 1 --n-problems 2 --rollouts 2 --batch 2",
-    "merge.py weights": "--data {data} --threads 1 --out {out}/merged.pt",
+    "merge.py weights": "--threads 1 --out {out}/merged.pt",
     "evaluate.py": "--data {data} --threads 1 --n-problems 1 --n-samples 2 --k 1 --max-new 4 --no-benchmarks",
     "sample.py": "--data {data} --threads 1 --n-problems 1 --n-samples 2 --max-new 4"}
 COPIES = {"merge.py weights": 2, "evaluate.py": 1, "sample.py": 1, "beyond/convert.py": 3}   # files named
