@@ -12,6 +12,7 @@ import math
 import typing
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from pathlib import Path
 
 import ranks  # comes before torch: it sets how idle threads wait
@@ -291,8 +292,17 @@ def bits_per_byte(model: GPT, tokenizer: Tokenizer, shard: np.ndarray, blocks: i
 
 
 # ---- a whole evaluation ----------------------------------------------------------------------------------
+def result_path(checkpoint: str | Path, c: Config) -> Path:
+    """CHECKPOINT.SPLIT.Nshot.json, with a hash of the other options that change the result and are not the
+    defaults: no evaluation replaces one with other options."""
+    aside = ("checkpoints", "split", "shots", "decode_rows", "device", "threads")
+    changed = {k: v for k, v in asdict(c).items() if k not in aside and v != getattr(Config, k)}
+    key = blake2b(json.dumps(changed, sort_keys=True).encode(), digest_size=4).hexdigest()
+    return Path(checkpoint).with_suffix(f".{c.split}.{c.shots}shot{'-' + key if changed else ''}.json")
+
+
 def evaluate(path: str, c: Config) -> dict:
-    """Measure one checkpoint and write CHECKPOINT.SPLIT.Nshot.json beside it."""
+    """Measure one checkpoint and write the result beside it."""
     device = setup(c.device, c.threads)
     model, tokenizer, lineage = load_model(path, device)
     model.decode_rows = c.decode_rows
@@ -306,9 +316,7 @@ def evaluate(path: str, c: Config) -> dict:
                 f"{c.reference}: its context is shorter than that of {path}")
     prefix = solved_examples(tokenizer, c.data, c.shots, c.seed)
 
-    config = asdict(c)
-    del config["checkpoints"]
-    result = {"checkpoint": str(path), "lineage": lineage, "config": config, "problems": {}}
+    result = {"checkpoint": str(path), "lineage": lineage, "config": asdict(c), "problems": {}}
     for difficulty, chosen in problems_of(c).items():
         measured = measure_problems(model, tokenizer, chosen, c, prefix, f"{Path(path).name} {difficulty}")
         if c.reference:
@@ -316,14 +324,14 @@ def evaluate(path: str, c: Config) -> dict:
         result["problems"][difficulty] = measured
     listed = Path(c.data, "benchmarks.jsonl")
     if c.benchmarks and listed.exists():         # not where all general text is real
-        items = [json.loads(line) for line in listed.read_text().splitlines()]
+        items = [json.loads(line) for line in listed.read_text(encoding="utf-8").splitlines()]
         result["benchmarks"] = measure_benchmarks(model, tokenizer, items)
         accuracies = [task["accuracy"] for task in result["benchmarks"].values()]
         result["general_mean"] = float(np.mean(accuracies))
     if c.benchmarks:
         result["bits_per_byte"] = bits_per_byte(model, tokenizer, shards["val_general"])
 
-    out = Path(path).with_suffix(f".{c.split}.{c.shots}shot.json")
+    out = result_path(path, c)
     print(f"\n{table(result)}")
     atomic_write(out, json.dumps(result, indent=1).encode())
     print(f"written: {out}")
@@ -355,24 +363,26 @@ def table(result: dict) -> str:
 
 def compare(a: dict, b: dict, seed: int) -> dict:
     """First minus second: pass@k per difficulty and the general mean, each with its paired 95 % interval."""
-    differences = {}
+    gaps = {}
     for difficulty, measured in a["problems"].items():
         for k in a["config"]["k"]:
-            gap = passes(measured, k) - passes(b["problems"][difficulty], k)
-            differences[f"{difficulty} pass@{k}"] = (float(gap.mean()), *interval(bootstrap_means(gap, seed)))
+            gaps[f"{difficulty} pass@{k}"] = passes(measured, k) - passes(b["problems"][difficulty], k)
     if "benchmarks" in a:
-        gaps, means = [], []
-        for i, task in enumerate(a["benchmarks"]):       # items are drawn within each task
-            gap = np.subtract(a["benchmarks"][task]["hits"], b["benchmarks"][task]["hits"])
-            gaps.append(gap.mean())
-            means.append(bootstrap_means(gap, seed + i))
-        differences["general mean"] = (float(np.mean(gaps)), *interval(np.mean(means, axis=0)))
-    return differences
+        gaps["general mean"] = general(a["benchmarks"]) - general(b["benchmarks"])
+    return {name: (float(gap.mean()), *interval(bootstrap_means(gap, seed))) for name, gap in gaps.items()}
 
 
 def passes(measured: dict, k: int) -> np.ndarray:
     """pass@k (P,) of each problem."""
     return np.array([pass_at_k(measured["samples"], right, k) for right in measured["right_per_problem"]])
+
+
+def general(benchmarks: dict) -> np.ndarray:
+    """The value (N,) of each item; their mean is the general mean. A hit counts N / (tasks · items of its
+    task), which is 1 if all tasks have as many items."""
+    hits = [np.array(list(task["hits"]), float) for task in benchmarks.values()]
+    n = sum(map(len, hits))
+    return np.concatenate([n * x / (len(hits) * len(x)) for x in hits])
 
 
 def run(c: Config) -> list[dict]:

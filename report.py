@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from checkpoint import atomic_write, number, require
-from evaluate import passes
+from evaluate import general, passes
 
 # ---- how it is judged (written before the runs) ----------------------------------------------------------
 METRICS = ("easy pass@1", "easy pass@8", "easy pass@32", "hard pass@1", "hard pass@32", "general")
@@ -83,6 +83,12 @@ COMPOSITION = ((("0.5M, 60 %", "8M"), ("1M, 30 %", "8M")), (("0.5M, 60 %", "8M")
 BRITTLE = (5, .03, 3)
 
 # ---- statistics ------------------------------------------------------------------------------------------
+def with_base(records: list[dict]) -> list[dict]:
+    """Those from checkpoints that were evaluated themselves: such a cell, too, may have failed."""
+    bases = [(r["base"], r["at"]) for r in records if r["recipe"] == "base" and not r["shots"]]
+    return [r for r in records if (r["base"], r["at"]) in bases]
+
+
 def checkpoints(records: list[dict], trained: bool = False) -> list[str]:
     """Those of the base model, or `trained`: only those from which a recipe was run, if there are any."""
     runs = [r for r in records if r["recipe"] != "base" and trained]
@@ -90,10 +96,9 @@ def checkpoints(records: list[dict], trained: bool = False) -> list[str]:
 
 
 def values(r: dict, metric: str) -> np.ndarray:
-    """(N,) in %: pass@k of each problem ('easy pass@32') or hit of each benchmark item ('general')."""
+    """(N,) in %: pass@k of each problem ('easy pass@32') or value of each benchmark item ('general')."""
     if metric == GENERAL:
-        hits = "".join(b["hits"] for b in r["benchmarks"].values())
-        return 100 * np.array(list(hits), float)
+        return 100 * general(r["benchmarks"])
     difficulty, k = metric.split(" pass@")
     return 100 * passes(r["problems"][difficulty], int(k))
 
@@ -299,8 +304,8 @@ def plot(panels: list[Panel], order: tuple[str, ...]) -> Figure:
     colors = {"base": "0.5"}
     for i, recipe in enumerate(order):                   # strong colours first
         colors[recipe] = matplotlib.colormaps["tab20"]((2 * i + i // 10) % 20)
-    columns = len(panels) if len(panels) < 4 else len(panels) // 2
-    rows = len(panels) // columns
+    rows = 1 if len(panels) < 4 else 2
+    columns = -(-len(panels) // rows)
     figure = Figure(figsize=(4.4 * columns, 3.6 * rows))
     for i, (title, unit, style, points) in enumerate(panels, 1):
         axis = figure.add_subplot(rows, columns, i, xlabel=unit)
@@ -396,6 +401,7 @@ OF_METRICS = "easy pass@1 | pass@8 | pass@32 | hard pass@1 | pass@32 | general"
 
 def report(out: Path, records: list[dict], order: tuple[str, ...] = ()) -> str:
     """Write report.md and its figures; returns the table of claims. `order`: that of the recipes' colours."""
+    records = with_base(records)
     claims = markdown(CLAIMS_HEADER, judge(records))
     ends = [r for r in records if r["base"] == records[0]["base"] and r["step"] < 0 and r["shots"] == 0]
     figures = []

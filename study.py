@@ -18,6 +18,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import evaluate
 import report
 from checkpoint import atomic_write, check_fields, main, number, parse, require
 
@@ -80,18 +82,18 @@ class Study:
     trace: dict[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
     shots: int = 2                               # the base is also evaluated with this many solved examples
     more: dict[str, str] = field(default_factory=dict)   # script -> options that its commands get besides
+    per_gpu: int = 4                             # --jobs 0: so many commands share a GPU and its memory
 
 
-def gpu(size: str, width: int, kept: tuple[str, ...], micro_tokens: int) -> Study:
+def gpu(size: str, width: int, kept: tuple[str, ...], more: str = "") -> Study:
     """For one consumer GPU, by the plan of beyond/memory.py; nobody has measured it. The learning rates are
     those of the default model, of width 96, times 96 / `width` (Yang et al. 2022), not searched."""
-    slower = 96 / width
-    sft = f"{1e-3 * slower:.1e}"
-    rl = f"{3e-4 * slower:.1e} --micro-tokens {micro_tokens}"
-    pretraining = (f"--size {size} --batch 64 --micro-batch 64 --lr {3e-3 * slower:.1e} --tokens {kept[-1]} "
+    pretrain, sft, rl = (f"{lr * 96 / width:.1e}" for lr in (3e-3, 1e-3, 3e-4))
+    pretraining = (f"--size {size} --batch 64 --lr {pretrain} --tokens {kept[-1]} "
                    f"--checkpoints-at {','.join(kept)}")
-    return Study({"base": (f"--tokens {kept[-1]}", pretraining, kept)}, PIPELINES, more={
-        "rl.py": f"--lr {rl}", "sft.py": f"--lr {sft}", "merge.py": f"--lr-sft {sft} --lr-rl {rl}"})
+    options = {"rl.py": f"--lr {rl} {more}", "sft.py": f"--lr {sft}",
+               "merge.py": f"--lr-sft {sft} --lr-rl {rl} {more}"}
+    return Study({"base": (f"--tokens {kept[-1]}", pretraining, kept)}, PIPELINES, more=options, per_gpu=1)
 
 
 PIPELINES = ("RL", "SFT", "SFT-Gold", "SFT→RL", "SFT-Gold→RL", "parallel")
@@ -115,9 +117,9 @@ STUDIES = {
                           "0.5M, 60 %": ("--math-fraction 0.6", "--checkpoints-at 8M", ("8M",)),
                           "1M, 30 %": ("", "--size 1M --checkpoints-at 3.8M,8M", ("3.8M", "8M"))},
                          ("RL on hard",)),
-    "gpu-8": gpu("10M", 320, ("100M", "200M", "400M"), 16_384),      # 8, 12 and 24 GB
-    "gpu-12": gpu("30M", 512, ("300M", "600M", "1200M"), 16_384),
-    "gpu-24": gpu("124M", 768, ("600M", "1200M", "2400M"), 8_192),
+    "gpu-8": gpu("10M", 320, ("100M", "200M", "400M")),      # 8, 12 and 24 GB
+    "gpu-12": gpu("30M", 512, ("300M", "600M", "1200M")),
+    "gpu-24": gpu("124M", 768, ("600M", "1200M", "2400M"), "--micro-tokens 8192"),
 }
 
 
@@ -126,7 +128,7 @@ class Config:
     preset: str = "quick"           # quick main long early composition rollouts controls gpu-8/12/24
     runs: str = "runs"              # where data sets and runs go
     out: str = "results"            # results.jsonl, report.md and figures go into OUT/PRESET
-    jobs: int = 0                   # >= 0: cells at once, one thread each; 0 = one per core (per GPU on CUDA)
+    jobs: int = 0                   # >= 0: cells at once, one thread each; 0 = one per core (4 per GPU)
     list: bool = False              # print commands and estimated minutes, run nothing
     wave: int = 0                   # >= 0: print this wave's commands that are not done; run nothing
     report: str = ""                # only redraw the report in this folder, or the claims of its studies
@@ -150,6 +152,7 @@ class Cell:
     minutes: float                  # estimate
     steps: int = 0                  # in its log.jsonl at the end; 0: it has no log
     step: int = -1                  # of the run that is evaluated; -1: its end
+    shots: int = 0                  # of an evaluation
     threads: int = 1
 
     @property
@@ -159,7 +162,7 @@ class Cell:
     @property
     def name(self) -> str:
         step = f" step {self.step}" if self.step >= 0 else ""
-        shots = " " + self.makes.suffixes[-2][1:] if self.evaluation else ""
+        shots = f" {self.shots}shot" if self.evaluation else ""
         return f"{self.base} {self.at} {self.recipe} seed {self.seed}{step}{shots}"
 
     def argv(self) -> list[str]:
@@ -168,12 +171,11 @@ class Cell:
 
 
 def configuration(command: list[str]) -> dict:
-    """All options of a command, defaults included, but those that do not change the result; as in JSON."""
+    """All options of a command, defaults included, but those that do not change the result."""
     script = importlib.import_module(command[0].removesuffix(".py").replace("/", "."))
     merges = command[1:2] == ["weights"]                 # merge.py weights has options of its own
     options = asdict(parse(script.WeightsConfig if merges else script.Config, command[1 + merges:]))
-    counts = {k: v for k, v in options.items() if k not in ("out", "device", "threads")}
-    return json.loads(json.dumps(counts))
+    return {k: v for k, v in options.items() if k not in ("out", "device", "threads")}
 
 
 def estimate(c: dict) -> tuple[float, int]:
@@ -208,9 +210,9 @@ def new_cell(runs: str, base: str, at: str, recipe: str, seed: int, command: str
 def evaluation(run: Cell, file: Path, options: str, shots: int = 0, step: int = -1) -> Cell:
     """The cell that evaluates a file that `run` makes."""
     argv = shlex.split(f"evaluate.py {shlex.quote(str(file))} {EVALUATION} --shots {shots} {options}")
-    made = file.with_suffix(f".test.{shots}shot.json")
-    return Cell(run.base, run.at or file.stem, run.recipe, run.seed, argv, made, [run.makes],
-                *estimate(configuration(argv)), step)
+    c = parse(evaluate.Config, argv[1:])
+    return Cell(run.base, run.at or file.stem, run.recipe, run.seed, argv, evaluate.result_path(file, c),
+                [run.makes], *estimate(asdict(c)), step, shots)
 
 
 def trained_cells(study: Study, runs: str, model: Cell, at: str, seed: int, data: str) -> Iterator[Cell]:
@@ -274,7 +276,7 @@ def print_commands(rounds: list[list[Cell]], only: int = 0) -> None:
     require(0 <= only <= len(rounds), f"--wave {only}: must be one of the study's waves, 1 to {len(rounds)}")
     if only:
         for x in rounds[only - 1]:
-            if not done(x):
+            if not x.makes.exists():
                 print(shlex.join(["python", *x.argv()]))
         return
     for i, cells in enumerate(rounds, 1):
@@ -282,16 +284,6 @@ def print_commands(rounds: list[list[Cell]], only: int = 0) -> None:
         print(f"# wave {i}: {len(cells)} cell{'s' * (len(cells) > 1)}, {minutes:.1f} min")
         for x in cells:
             print(f"{shlex.join(['python', *x.argv()])}   # {x.name}, {x.minutes:.1f} min")
-
-
-def done(x: Cell) -> bool:
-    """Its file exists; of an evaluation: with the same configuration (options younger than it: defaults)."""
-    if not x.makes.exists() or not x.evaluation:
-        return x.makes.exists()
-    stored = configuration(["evaluate.py", ""]) | json.loads(x.makes.read_text())["config"]
-    wanted = configuration(x.command)
-    del wanted["checkpoints"]
-    return stored | wanted == stored
 
 
 # ---- running it ------------------------------------------------------------------------------------------
@@ -323,12 +315,14 @@ def schedule(cells: list[Cell], left: dict[Path, float], jobs: int) -> float:
     return max(work / jobs, *chain.values())
 
 
-def start(x: Cell, slot: int, runs: Path) -> subprocess.Popen:
-    """Start a cell's process; its output is appended to its log. On GPUs, every slot has one."""
-    environment = os.environ | {"TQDM_MININTERVAL": "30"}
+def start(x: Cell, slot: int, jobs: int, runs: Path) -> subprocess.Popen:
+    """Start a cell's process; its output is appended to its log. Slots take turns on the GPUs; a process is
+    told its share of the GPU's memory (checkpoint.setup)."""
+    environment = os.environ | {"TQDM_MININTERVAL": "30", "PYTHONUTF8": "1"}
     if gpus := torch.cuda.device_count():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
-        environment["CUDA_VISIBLE_DEVICES"] = visible[slot % len(visible)]
+        environment["CUDA_VISIBLE_DEVICES"] = visible[slot % gpus]
+        environment["EARLYBIRD_GPU_SHARE"] = str(1 / len(range(slot % gpus, jobs, gpus)))
     with open(runs / "logs" / f"{slug(x.name)}.log", "ab") as log:
         return subprocess.Popen([sys.executable, *x.argv()], stdout=log, stderr=log, env=environment)
 
@@ -336,8 +330,9 @@ def start(x: Cell, slot: int, runs: Path) -> subprocess.Popen:
 def run_cells(cells: list[Cell], runs: Path, jobs: int) -> list[str]:
     """Run every cell that is not done as soon as its needs are made; returns the names that failed. The time
     left is the estimate, times the minutes spent per estimated minute of work that was done in them."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)            # as Ctrl-C
     cells = with_threads(cells, jobs)
-    waiting = [x for x in cells if not done(x)]
+    waiting = [x for x in cells if not x.makes.exists()]
     running: dict[int, tuple[subprocess.Popen, Cell]] = {}               # slot -> process
     failed: list[str] = []
     first = schedule(cells, work_left(waiting), jobs)
@@ -351,7 +346,7 @@ def run_cells(cells: list[Cell], runs: Path, jobs: int) -> list[str]:
             ready.sort(key=lambda x: x.evaluation)       # last: nothing waits for them, and they are short
             free = [slot for slot in range(jobs) if slot not in running]
             for x, slot in zip(ready, free):
-                running[slot] = (start(x, slot, runs), x)
+                running[slot] = (start(x, slot, jobs, runs), x)
                 waiting.remove(x)
             if not running:                              # the rest needs something that failed
                 break
@@ -368,7 +363,10 @@ def run_cells(cells: list[Cell], runs: Path, jobs: int) -> list[str]:
                     if process.returncode or not x.makes.exists():
                         failed.append(x.name)
                         bar.write(f"FAILED: {x.name}, see {runs / 'logs' / slug(x.name)}.log")
-    finally:                                             # after Ctrl-C, which they received too: they save
+    finally:                                             # after Ctrl-C or an error: they save and stop
+        for process, _ in running.values():
+            if os.name == "posix":                       # on Windows it would kill them
+                process.terminate()
         for process, _ in running.values():
             process.wait()
     bar.update(bar.total - schedule(cells, work_left(waiting), jobs) - bar.n)
@@ -400,10 +398,10 @@ def record(x: Cell) -> dict:
 
 
 def stored(folder: Path) -> list[dict]:
-    """The records of a study's folder."""
+    """The records of a study's folder, as far as there is a base to compare them with."""
     path = folder / "results.jsonl"
-    records = json_lines(path)
-    require(bool(records), f"{path}: not found, or without a result; run the study first, without --report")
+    records = report.with_base(json_lines(path))
+    require(bool(records), f"{path}: not found, or without a base's result; run the study, without --report")
     return records
 
 
@@ -415,18 +413,21 @@ def study(c: Config) -> None:
     several = sorted(out.glob("*/results.jsonl"))
     if c.report and several and not (out / "results.jsonl").exists():
         return report.all_claims(out, {path.parent.name: stored(path.parent) for path in several})
-    failed = []
+    failed = ""
     if not c.report:
         cells = grid(STUDIES[c.preset], c)
         if c.list or c.wave:
             return print_commands(waves(cells), c.wave)
-        failed = run_cells(cells, Path(c.runs), c.jobs or torch.cuda.device_count() or os.cpu_count() or 1)
-        lines = [json.dumps(record(x)) + "\n" for x in cells if x.evaluation and done(x)]
+        jobs = c.jobs or torch.cuda.device_count() * STUDIES[c.preset].per_gpu or os.cpu_count() or 1
+        if names := run_cells(cells, Path(c.runs), jobs):
+            failed = f"{len(names)} cells failed or could not start: {', '.join(names)}"
+        records = report.with_base([record(x) for x in cells if x.evaluation and x.makes.exists()])
+        require(bool(records), failed)                   # earlier results stay
         out.mkdir(parents=True, exist_ok=True)
-        atomic_write(out / "results.jsonl", "".join(lines).encode())
+        atomic_write(out / "results.jsonl", "".join(json.dumps(r) + "\n" for r in records).encode())
     claims = report.report(out, stored(out), tuple(RECIPES))
     print(claims, f"\nwritten: {out / 'report.md'}", sep="\n")
-    require(not failed, f"{len(failed)} cells failed or could not start: {', '.join(failed)}")
+    require(not failed, failed)
 
 
 if __name__ == "__main__":

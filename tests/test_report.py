@@ -1,6 +1,7 @@
 """The statistics behind the verdicts, and the report from stored results."""
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -94,8 +95,8 @@ def test_the_published_report_is_what_its_results_say(stored, tmp_path):
     out = tmp_path / stored.parent.name
     out.mkdir()
     claims = report.report(out, records, tuple(study.RECIPES))
-    text = (out / "report.md").read_text()
-    assert claims in text and text == stored.with_name("report.md").read_text()
+    text = (out / "report.md").read_text(encoding="utf-8")
+    assert claims in text and text == stored.with_name("report.md").read_text(encoding="utf-8")
     assert {p.name for p in out.glob("*.png")} == {p.name for p in stored.parent.glob("*.png")}
     assert all((out / f"{name}.png").stat().st_size > 5_000 for name in ("main", "parallel", "forgetting"))
 
@@ -112,10 +113,31 @@ def test_a_recipe_has_one_colour_in_all_studies():
     assert len({everything[name] for name in list(study.RECIPES)[:10]}) == 10
 
 
+@pytest.mark.parametrize("n, rows, columns", [(1, 1, 1), (3, 1, 3), (4, 2, 2), (5, 2, 3), (7, 2, 4)])
+def test_any_number_of_panels_is_drawn(n, rows, columns):
+    """Five had four places."""
+    axes = report.plot([("", "", "o", [("base", 0, [1])])] * n, ()).axes
+    assert len(axes) == n and axes[0].get_gridspec().get_geometry() == (rows, columns)
+
+
+def test_runs_from_a_base_without_evaluation_are_left_out(tmp_path, monkeypatch):
+    """If only that cell failed, the report ended in a traceback and the failed cell was not named."""
+    records = [record("base", [16]), record("RL", [32]), record("RL", [32], at="8M")]
+    cells = [SimpleNamespace(evaluation=True, makes=tmp_path, record=r) for r in records]
+    monkeypatch.setattr(study, "grid", lambda *_: cells)
+    monkeypatch.setattr(study, "run_cells", lambda *_: ["base 8M"])
+    monkeypatch.setattr(study, "record", lambda x: x.record)
+    with pytest.raises(UserError, match="failed.*base 8M"):
+        study.study(study.Config(out=str(tmp_path)))
+    report.report(tmp_path, records)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| base | 4M | RL | 1 |" in text and "8M" not in text
+
+
 def test_a_report_of_base_models_alone_is_drawn(tmp_path):
     """After a study whose recipes failed."""
     report.report(tmp_path, [record("base", [16]), record("base", [20], at="8M")])
-    assert "| base | 8M | base | 1 |" in (tmp_path / "report.md").read_text()
+    assert "| base | 8M | base | 1 |" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
 # ---- the claims of all studies in one table ---------------------------------------------------------------

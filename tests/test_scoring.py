@@ -2,6 +2,7 @@
 import itertools
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import evaluate
 import merge
+import report
 import rl
 import sft
 from checkpoint import UserError, generator
@@ -26,6 +28,7 @@ from evaluate import (
     measure_problems,
     pass_at_k,
     pick,
+    result_path,
     score_rows,
 )
 from model import sample
@@ -221,12 +224,36 @@ def test_compare_is_paired(a, b, k, expected, tolerance):
     assert ends == pytest.approx(expected[1:], rel=0, abs=tolerance)
 
 
-def test_compare_general_mean():
-    """The difference is the mean over tasks of the difference in hits; each task has the same weight."""
-    a = result([1], hits={"x": [1, 1, 1, 0], "y": [1, 1]})
-    b = result([1], hits={"x": [0, 0, 1, 0], "y": [1, 1]})
+@pytest.mark.parametrize("x, y, expected", [
+    ([1, 1, 0, 0], [0, 0], .25), ([1, 0, 0, 0], [1, 1], .625), ([1] * 50, [0] * 50, .5)])
+def test_the_general_mean_is_compared_item_by_item(x, y, expected):
+    """Each task has the same weight. Items were once drawn within each task here, and from all tasks in the
+    report: of a gain at every item of one of two tasks, an interval without width, and one of ±1.96·.5/√N.
+    Now both take the same values of the items, equal to the hits if all tasks have as many."""
+    a = result([1], hits={"x": x, "y": y})
+    b = result([1], hits={"x": [0] * len(x), "y": [0] * len(y)})
     mean, low, high = compare(a, b, 0)["general mean"]
-    assert abs(mean - .25) < 1e-12 and low <= .25 <= high and 0 <= low < high <= .5
+    assert mean == pytest.approx(expected)
+    each = report.values(a, "general") / 100
+    assert each.mean() == pytest.approx(expected)
+    if len(x) == len(y):
+        assert each.tolist() == x + y
+        assert (high - low) / 2 == pytest.approx(1.96 * .5 / 10, rel=.1)
+
+
+CHANGES = [{}, {"temperature": 1.0}, {"seed": 1}, {"n_samples": 32}, {"n_problems": 9}, {"k": (1,)},
+           {"problem_file": "my.jsonl"}, {"data": "d"}, {"reference": "r.pt"}, {"benchmarks": False},
+           {"max_new": 9}, {"split": "test"}, {"shots": 2}, {"shots": 2, "seed": 1}]
+
+
+def test_every_configuration_has_a_file_of_its_own():
+    """An evaluation at another temperature, seed, ... once replaced the one before. With the defaults the
+    name is the plain one; how and beside which other checkpoint it is computed does not count."""
+    names = [result_path("runs/a/3.8M.pt", evaluate.Config(("x.pt",), **changes)) for changes in CHANGES]
+    assert len(set(names)) == len(names)
+    assert names[0] == Path("runs/a/3.8M.val.0shot.json") and names[-3].name == "3.8M.test.0shot.json"
+    other = evaluate.Config(("x.pt", "y.pt"), decode_rows=1, device="cpu", threads=3)
+    assert result_path("runs/a/3.8M.pt", other) == names[0]
 
 
 # ---- a whole set of problems --------------------------------------------------------------------------

@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import worlds
@@ -44,7 +46,8 @@ study.main(study.study, study.Config)
 def start(folder: Path) -> subprocess.Popen:
     """The miniature study in a process group of its own, as a terminal would start it."""
     command = [sys.executable, "-c", MINI, "--preset", "mini", "--jobs", "2"]
-    return subprocess.Popen(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}
+    return subprocess.Popen(command, cwd=folder, env=environment, encoding="utf-8",
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
                             # a shell's background job ignores Ctrl-C, and its children would inherit that
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
@@ -74,7 +77,7 @@ def test_a_miniature_study_interrupted_and_continued_gives_the_same_results(tmp_
     for process in [start(folder) for folder in (broken, whole)]:
         output = process.communicate()[0]
         assert process.returncode == 0, output
-    assert "SFT→RL" in (broken / "results/mini/report.md").read_text()
+    assert "SFT→RL" in (broken / "results/mini/report.md").read_text(encoding="utf-8")
     a, b = (study.stored(folder / "results/mini") for folder in (broken, whole))
     assert len(a) == len(STARTS) * (1 + len(RECIPES)) + 1
     assert worlds.same(a, b)
@@ -96,6 +99,78 @@ def test_failures_are_named_and_do_not_stop_the_others(tmp_path):
     failed = study.run_cells(cells, tmp_path, jobs=2)
     assert (tmp_path / "there").read_text() == "old" and (tmp_path / "fresh").read_text() == "x"
     assert len(failed) == 2 and not (tmp_path / "orphan").exists()
+
+
+def test_earlier_results_stay_if_everything_fails(tmp_path, monkeypatch):
+    """They were replaced by an empty file, and the message asked to run the study first."""
+    there = tmp_path / "quick/results.jsonl"
+    there.parent.mkdir()
+    there.write_text("old")
+    monkeypatch.setattr(study, "grid", lambda *_: [cell(tmp_path, "made", "raise SystemExit(3)")])
+    with pytest.raises(UserError, match="1 cells failed"):
+        study.study(study.Config(runs=str(tmp_path), out=str(tmp_path)))
+    assert there.read_text() == "old"
+
+
+STUBBORN = """
+import os, signal, time
+def stop(sign, frame):
+    time.sleep(.3)
+    open({out!r}, "w").write(signal.Signals(sign).name)
+    raise SystemExit
+signal.signal(signal.SIGTERM, stop)
+open({out!r}, "w")
+time.sleep(20)
+"""
+
+
+@pytest.mark.parametrize("base, error", [("b", KeyboardInterrupt), ("full", OSError)])
+def test_no_process_is_left_running(tmp_path, base, error):
+    """The children of a study that got SIGTERM alone ran on, as did those of one whose disk was full: here
+    the log of the second cell cannot be opened. They are told to save and stop, and waited for."""
+    (tmp_path / "logs/full-data-seed-0.log").mkdir(parents=True)
+    second = cell(tmp_path, "next", "import os; os.kill(os.getppid(), 15)", "busy")
+    with worlds.captured(), pytest.raises(error):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)            # so that a failure does not end this process
+        study.run_cells([cell(tmp_path, "busy", STUBBORN), replace(second, base=base)], tmp_path, jobs=2)
+    assert (tmp_path / "busy").read_text() == "SIGTERM"
+
+
+def test_a_command_prints_in_utf_8(tmp_path, monkeypatch):
+    """Where the locale has no arrow, as on Windows, a command that printed SFT→RL into its log failed."""
+    monkeypatch.delenv("PYTHONIOENCODING", raising=False)
+    for name, value in {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}.items():
+        monkeypatch.setenv(name, value)
+    arrow = cell(tmp_path, "made", "print(chr(0x2192)); open({out!r}, 'w')")
+    assert study.run_cells([arrow], tmp_path, jobs=1) == []
+    assert (tmp_path / "logs/b-data-seed-0.log").read_text(encoding="utf-8") == "→\n"
+
+
+@pytest.mark.parametrize("preset, jobs, gpus, visible, expected", [
+    ("quick", 0, 2, None, ["0 0.25", "1 0.25"] * 4), ("quick", 0, 2, "3,5", ["3 0.25", "5 0.25"] * 4),
+    ("quick", 3, 2, None, ["0 0.5", "1 1.0", "0 0.5"]), ("quick", 1, 2, "GPU-a,GPU-b", ["GPU-a 1.0"]),
+    ("gpu-24", 0, 2, None, ["0 1.0", "1 1.0"]), ("quick", 0, 0, None, ["None None"] * 5)])
+def test_commands_share_the_gpus(tmp_path, monkeypatch, preset, jobs, gpus, visible, expected):
+    """By default four at once on each GPU, each told a quarter of its memory; one if the model is large, and
+    one on each of 5 cores without a GPU. Here are ten cells, which fail."""
+    started = []
+    at_once = []
+
+    def popen(argv: list[str], env: dict, **_) -> SimpleNamespace:
+        started.append(f"{env.get('CUDA_VISIBLE_DEVICES')} {env.get('EARLYBIRD_GPU_SHARE')}")
+        return SimpleNamespace(poll=lambda: at_once.append(len(started)) or 1, returncode=1)
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(study.torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(study.os, "cpu_count", lambda: 5)
+    monkeypatch.setattr(study.subprocess, "Popen", popen)
+    monkeypatch.setattr(study.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(study, "grid", lambda *_: [cell(tmp_path, str(i)) for i in range(10)])
+    with pytest.raises(UserError):
+        study.study(study.Config(preset=preset, jobs=jobs, runs=str(tmp_path)))
+    assert started[:at_once[0]] == expected
 
 
 # ---- waves, for a cluster's queue -----------------------------------------------------------------------
@@ -147,7 +222,7 @@ def test_waves_from_a_shell_make_the_files_that_the_study_makes(tiny, tmp_path, 
         assert shlex.split(line) == ["python", *x.argv()]
         if x in run:
             subprocess.run(["sh", "-c", line], check=True, capture_output=True)
-            assert commands(wave) == [] and study.done(x)
+            assert commands(wave) == [] and x.makes.exists()
 
     data, base, evaluation = ([tmp_path / name / x.makes for name in ("study", "queue")] for x in cells)
     assert data[0].read_bytes() == data[1].read_bytes()
@@ -168,21 +243,6 @@ def test_the_list_has_a_heading_per_wave(tiny, capsys):
     for wave in (-1, 4):
         with pytest.raises(UserError, match=f"--wave {wave}: must be"):
             study.study(study.Config(preset="tiny", wave=wave))
-
-
-@pytest.mark.parametrize("recipe, changed, expected", [
-    ("base", {}, True), ("base", {"n_samples": 32}, False), ("base", {"seed": 1}, False),
-    ("base", {"reference": "other.pt"}, False), ("base", {"reference": None}, True),
-    ("RL", {"reference": None}, False)])
-def test_an_evaluation_with_other_options_is_not_done(tmp_path, recipe, changed, expected):
-    """The file beside a checkpoint has the same name whatever the options were. An option that is younger
-    than the file (None: it is not there) had its default: --reference has none for the base, only there."""
-    cells = study.grid(study.STUDIES["quick"], study.Config(runs=str(tmp_path)))
-    x = next(x for x in cells if x.evaluation and x.recipe == recipe)
-    config = study.configuration(x.command) | changed
-    x.makes.parent.mkdir()
-    x.makes.write_text(json.dumps({"config": {k: v for k, v in config.items() if v is not None}}))
-    assert study.done(x) == expected
 
 
 def folders() -> dict[str, Path]:
