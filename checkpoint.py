@@ -16,6 +16,7 @@ import platform
 import re
 import signal
 import sys
+import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -49,11 +50,17 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def printable(text: str) -> str:
+    """A text from a file or a model with its control characters, which a terminal would obey, spelled out."""
+    return "".join(x if x.isprintable() or x == "\n" else ascii(x)[1:-1] for x in text)
+
+
 # ---- randomness ------------------------------------------------------------------------------------------
 def generator(seed: int, stream: str, step: int = 0) -> torch.Generator:
-    """A CPU generator for one stream ('data', 'rollouts', ...) at one step: none disturbs another."""
+    """A CPU generator for one stream ('data', 'rollouts', ...) at one step: none disturbs another. PyTorch
+    seeds it with 32 bits, so two of n streams coincide with probability n² / 2³³: 0.05 % of 2,000."""
     digest = hashlib.blake2b(f"{seed} {stream} {step}".encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+    return torch.Generator().manual_seed(int.from_bytes(digest[-4:], "big"))
 
 
 @functools.lru_cache(maxsize=4)
@@ -111,14 +118,18 @@ def save_checkpoint(path: Path, model: GPT, tokenizer: Tokenizer, lineage: list[
 
 def load_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint on the CPU; never runs code from it. UserError names the file and the fault."""
-    known = {"script", "config", "tokens", "updates", "flops", "seconds"}
     require(Path(path).is_file(), f"{path}: no such checkpoint file")
     try:
         with zipfile.ZipFile(path) as z:
             require(z.testzip() is None, "a checksum differs")           # every record's CRC-32
         content = torch.load(path, map_location="cpu", weights_only=True)
         require(content["format"] == FORMAT, f"its format is not {FORMAT!r}")
-        require(all(known <= stage.keys() for stage in content["lineage"]), "its lineage is not whole")
+        require(isinstance(content["lineage"], list), "its lineage is no list")
+        for stage in content["lineage"]:         # can be written as JSON, compared and shown
+            json.dumps(stage, sort_keys=True)
+            "".join([stage["script"], stage.get("parent") or "", *stage.get("merged", ())])     # are texts
+            finite = all(math.isfinite(stage[name]) for name in ("tokens", "updates", "flops", "seconds"))
+            require(finite and isinstance(stage["config"], dict), "its lineage is not whole")
     except Exception as error:                   # zipfile and torch raise a dozen types for foreign files
         fault = error if isinstance(error, UserError) else type(error).__name__
         raise UserError(f"{path}: damaged or not a checkpoint of this project ({fault})") from None
@@ -160,16 +171,16 @@ HERE = ("device", "threads", "out")              # options that do not change th
 
 class Run(ExitStack):
     """A run folder and its books: config.json, log.jsonl (a line per step), samples.txt, last.pt to resume
-    from, `final` at the end. Use: `with Run(c, steps, lineage of the start) as run:`, run.restore, for every
-    update run.usable, count, log_step and end_step, and run.finish.
+    from, `final` at the end. Use: `with Run(c, steps, lineage of --init, data) as run:`, run.restore, for
+    every update run.usable, count, log_step and end_step, and run.finish.
 
-    `start` is the origin of the run (file or folder -> sha256; without it, --init). After Ctrl-C or SIGTERM
+    `data` is all that the run learns from, --init aside: file or folder -> sha256. After Ctrl-C or SIGTERM
     end_step saves and stops; a second Ctrl-C stops at once. Of several ranks, the first one writes. The end
     of `with` unlocks the folder and gives the signal handlers back. UserError if another process works in the
-    folder, if it holds a run of another configuration, or if the origin has changed."""
+    folder, if it holds a run of another configuration, or if --init or the data have changed."""
 
-    def __init__(self, config: Any, steps: int, parents: list[dict], final: str = "final.pt",
-                 start: dict[str, Any] | None = None):
+    def __init__(self, config: Any, steps: int, parents: list[dict], data: dict[str, Any],
+                 final: str = "final.pt"):
         super().__init__()
         self.out = Path(config.out)
         self.final = self.out / final
@@ -177,11 +188,11 @@ class Run(ExitStack):
         self.parents = parents
         self.script = Path(inspect.getfile(type(config))).name
         self.config = json.loads(json.dumps(asdict(config)))             # tuples become lists, as in the file
-        if start is None:
-            start = {config.init: file_sha256(config.init)}
+        self.start = self.data = data
+        if "init" in self.config:
+            self.start = {config.init: file_sha256(config.init)} | data
             late = [step for step in config.checkpoints_at if step > steps]
             require(not late, f"--checkpoints-at {late}: not within the run's {steps} steps")
-        self.start = start
         self.shown = {}                          # name -> the last such number, as text
         self.signals = set()                     # received so far
         self.bad_in_a_row = Counter()            # optimizer -> gradients that are not finite
@@ -202,9 +213,10 @@ class Run(ExitStack):
         self.counts = self.last["counts"]
         self.sizes = self.last["bytes"]
         self.skipped = self.last["skipped"][0]   # updates left out because of a gradient that is not finite
-        if ranks.rank() == 0:
-            for litter in (*self.out.glob(".*.pt.*"), *self.out.glob(".config.json.*")):
-                litter.unlink()                  # temporary files that a kill during a write left behind
+        for litter in (*self.out.glob(".*.pt.*"), *self.out.glob(".config.json.*")):
+            with suppress(FileNotFoundError):    # a kill during a write left it behind, if it is old
+                if ranks.rank() == 0 and litter.stat().st_mtime < time.time() - 3600:
+                    litter.unlink()
         atomic_write(self.out / "config.json", json.dumps(self.config, indent=1).encode())
         for sign in (signal.SIGINT, signal.SIGTERM):
             with suppress(ValueError):           # not in the main thread: the caller listens
@@ -219,8 +231,8 @@ class Run(ExitStack):
         self.last = load_checkpoint(last) if last.exists() else new
         path = self.out / "config.json"
         try:
-            there = dict(json.loads(path.read_text())) if path.exists() else self.config
-        except (ValueError, TypeError):
+            there = dict(json.loads(path.read_bytes())) if path.exists() else self.config
+        except (ValueError, TypeError, RecursionError):
             raise UserError(f"{path}: damaged; choose another --out") from None
         changed = [f"{k}: {there.get(k)!r} there, {v!r} asked" for k, v in self.config.items()
                    if k not in HERE and there.get(k) != v]
@@ -228,8 +240,8 @@ class Run(ExitStack):
         require(new.keys() <= self.last.keys(), f"{last}: not the state of a run; choose another --out")
         steps = ranks.gather([self.last["step"]])
         require(len(set(steps)) == 1, f"{self.out}: not one folder for all processes (steps {steps})")
-        for name, digest in self.start.items():
-            require(self.last["start"].get(name) == digest,
+        for name, digest in self.start.items():  # of what the state knows: an older one knows --init only
+            require(self.last["start"].get(name, digest) == digest,
                     f"{name}: changed since the run in {self.out} started from it; choose another --out")
 
     def _interrupt(self, sign: int, frame: Any) -> None:
@@ -253,11 +265,11 @@ class Run(ExitStack):
             if ranks.rank() == 0:
                 with writing(self.out / name), open(self.out / name, "ab") as f:
                     f.truncate(size)             # cut off the lines logged after it
-        step = self.step = self.last["step"]
+        last, self.last = self.last, {}          # which holds weights and moments: free them
+        step = self.step = last["step"]
         if step:
-            model.load_state_dict(self.last["model"])
-            bad = self.last["skipped"][1:]
-            for optimizer, state, n in zip(optimizers, self.last["optimizers"], bad, strict=True):
+            model.load_state_dict(last["model"])
+            for optimizer, state, n in zip(optimizers, last["optimizers"], last["skipped"][1:], strict=True):
                 optimizer.load_state_dict(state)
                 self.bad_in_a_row[optimizer] = n
         bar = tqdm(total=self.steps, initial=step, unit="step", desc=Path(self.script).stem)
@@ -298,15 +310,12 @@ class Run(ExitStack):
         """Append to a file of the run; samples.txt is for people to read."""
         if ranks.rank() == 0:
             with writing(self.out / name), open(self.out / name, "ab") as f:
-                f.write((text + "\n").encode())
+                f.write((printable(text) + "\n").encode())
 
     def lineage(self) -> list[dict]:
-        """The parents and this stage: script, options, sha256 of its origin (--init or --data), totals."""
-        parent = self.start.get(self.config.get("init"))
-        stage = {"script": self.script, "config": self.config, **self.counts, "parent": parent}
-        if "init" not in self.config:
-            stage["data"] = self.start[self.config["data"]]
-        return [*self.parents, stage]
+        """The parents and this stage: script, options, totals, sha256 of --init and of the data."""
+        return [*self.parents, {"script": self.script, "config": self.config, **self.counts,
+                                "parent": self.start.get(self.config.get("init")), "data": self.data}]
 
     def keep(self, name: str, model: GPT, tokenizer: Tokenizer) -> None:
         """Write a checkpoint of this moment into the folder."""
@@ -437,7 +446,7 @@ def main(function: Callable, cls: type) -> None:
     except (UserError, OSError) as error:
         named = getattr(error, "filename", None)
         text = f"{named}: {error.strerror}" if named else str(error)
-        line = f"{Path(sys.argv[0]).name}: error: {' '.join(text.split())}"
+        line = printable(f"{Path(sys.argv[0]).name}: error: {' '.join(text.split())}")
         status = 2
     except KeyboardInterrupt:
         line = "interrupted"
@@ -465,9 +474,11 @@ def setup(device: str, threads: int) -> torch.device:
     try:
         found = torch.empty(1, device=device)
         found.item()                             # the meta device, for one, has no values
-    except (RuntimeError, AssertionError, ImportError) as error:
+        if found.is_cuda:
+            torch.cuda.set_device(found.device)
+            if share := os.environ.get("EARLYBIRD_GPU_SHARE"):           # study.py has others on this GPU
+                torch.cuda.set_per_process_memory_fraction(float(share))
+    except (RuntimeError, AssertionError, ImportError, ValueError) as error:
         raise UserError(f"--device {device}: not available ({str(error).splitlines()[0]})") from None
-    if found.is_cuda:
-        torch.cuda.set_device(found.device)
     ranks.join()
     return found.device

@@ -155,7 +155,7 @@ def train(c: Config) -> Path:
     device = setup(c.device, c.threads)
     model, tokenizer, parents = load_model(c.init, device)
     model.set_memory(c)
-    problems, validation = training_problems(c, model, tokenizer, solutions=True)
+    problems, validation, files = training_problems(c, model, tokenizer, solutions=True)
     examples = sft.make_examples(tokenizer, problems, c.gold, c.seed)
     sft.require_fit(examples, model.config.context)
     reference = copy.deepcopy(model).requires_grad_(False) if c.reference else None
@@ -189,7 +189,7 @@ def train(c: Config) -> Path:
         add_sft(h)
         update("sft")
 
-    with Run(c, steps, parents) as run:
+    with Run(c, steps, parents, files) as run:
         if run.finished():
             return run.final
         step = run.restore(model, *optimizers.values())
@@ -281,8 +281,8 @@ def merge_tensors(method: str, tensors: list[Tensor], weights: list[float], base
 def ancestors(digest: str, lineage: list[dict]) -> set[str]:
     """sha256 of a checkpoint's file (`digest`) and of all that it was trained or merged from; and the options
     of its pretraining: two checkpoints of one pretraining run share its initial weights."""
-    first = {k: v for k, v in lineage[0].items() if k in ("script", "config")}
-    found = {digest, json.dumps(first, sort_keys=True)}
+    first = [json.dumps([stage["script"], stage["config"]], sort_keys=True) for stage in lineage[:1]]
+    found = {digest, *first}
     for stage in lineage:
         found.update([stage.get("parent"), *stage.get("merged", ())])
     return found - {None}

@@ -146,7 +146,7 @@ def train(c: Config) -> Path:
     kept = c.checkpoints_at or [c.tokens * eighths // 8 for eighths in (1, 2, 3, 4, 6)]
 
     final = f"{c.tokens / 1e6:g}M.pt"
-    with Run(c, steps, parents=[], final=final, start={c.data: manifest["sha256"]}) as run:
+    with Run(c, steps, parents=[], data={c.data: manifest["sha256"]}, final=final) as run:
         if run.finished():
             return run.final
         step = run.restore(model, optimizer)

@@ -306,12 +306,12 @@ def train(c: Config) -> Path:
     device = setup(c.device, c.threads)
     model, tokenizer, parents = load_model(c.init, device)
     model.set_memory(c)
-    problems, validation = training_problems(c, model, tokenizer)
+    problems, validation, files = training_problems(c, model, tokenizer)
     reference = copy.deepcopy(model).requires_grad_(False) if c.reference else None
     steps = c.steps
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=c.weight_decay, fused=True)
 
-    with Run(c, steps, parents) as run:
+    with Run(c, steps, parents, files) as run:
         if run.finished():
             return run.final
         step = run.restore(model, optimizer)

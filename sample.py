@@ -42,8 +42,9 @@ def describe(path: str, model: GPT, lineage: list[dict]) -> None:
           f"  {m.n_layers} layers, width {m.d_model}, {m.n_heads} heads ({m.n_kv_heads} of keys and values), "
           f"feed-forward {m.d_ff}, context {m.context}, vocabulary {m.n_vocab}\n  lineage:")
     for stage in lineage:
-        print(f"    {stage['script']}: {stage['tokens']:,} tokens, {stage['updates']} updates, "
-              f"{stage['flops']:.2e} FLOPs, {stage['seconds'] / 60:.1f} min, seed {stage['config']['seed']}")
+        print(f"    {stage['script']!r}: {stage['tokens']:,} tokens, {stage['updates']} updates, "
+              f"{stage['flops']:.2e} FLOPs, {stage['seconds'] / 60:.1f} min, "
+              f"seed {stage['config'].get('seed', '-')!r}")
 
 
 def talk(path: str, c: Config) -> None:

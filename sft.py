@@ -110,13 +110,13 @@ def train(c: Config) -> Path:
     device = setup(c.device, c.threads)
     model, tokenizer, parents = load_model(c.init, device)
     model.set_memory(c)
-    problems, validation = training_problems(c, model, tokenizer, solutions=True)
+    problems, validation, files = training_problems(c, model, tokenizer, solutions=True)
     examples = make_examples(tokenizer, problems, c.gold, c.seed)
     require_fit(examples, model.config.context)
     steps = math.ceil(c.epochs * len(examples) / c.batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=c.weight_decay, fused=True)
 
-    with Run(c, steps, parents) as run:
+    with Run(c, steps, parents, files) as run:
         if run.finished():
             return run.final
         step = run.restore(model, optimizer)

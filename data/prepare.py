@@ -12,9 +12,10 @@ tokenizer, and a manifest with the options, counts and sha256 of every file: dat
 The same options and files write the same bytes. The texts are those of arithmetic.py and world.py.
 """
 import json
+import os
 import random
-import shutil
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -137,27 +138,26 @@ def prepare(c: Config) -> None:
     path = out / "manifest.json"
     if path.exists():
         try:
-            manifest = json.loads(path.read_text())
+            manifest = json.loads(path.read_bytes())
             there = options(Config()) | manifest["config"]
-            inputs = dict(manifest.get("inputs", {}))
-        except (ValueError, KeyError, TypeError):
+            inputs = manifest.get("inputs", {}).items()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{path}: damaged; delete the folder and make the data again") from None
         changed = [k for k, v in options(c).items() if there[k] != v]
         require(not changed, f"{out}: made with other options ({', '.join(changed)}); choose another --out")
-        for name, digest in inputs.items():
+        for name, digest in inputs:
             require(not Path(name).is_file() or file_sha256(name) == digest,
                     f"{name}: changed since {out} was made of it; choose another --out")
         print(f"{out} is complete already; nothing to do.")
         return
     require(not out.exists(), f"{out} exists and is not a data set of ours; choose another --out")
-    partial = out.with_name(out.name + ".partial")       # appears under its real name when it is whole
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        manifest = write_all(partial, c)
-        partial.replace(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+        whole = Path(temporary, "whole")         # the folder appears under its real name when it is whole
+        whole.mkdir()
+        manifest = write_all(whole, c)
+        require(not out.exists(), f"{out}: another process has made it meanwhile; its data set stays")
+        os.rename(whole, out)
     report(out, manifest, c)
 
 

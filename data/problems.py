@@ -15,22 +15,23 @@ def open_data(folder: str) -> tuple[dict, Tokenizer, dict[str, np.ndarray]]:
     """(manifest, tokenizer, shard name -> memory-mapped tokens), every file checked by its sha256."""
     path = Path(folder)
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        sums = dict(manifest["sha256"])
-        names = list(manifest["shards"])
-        dtype = np.dtype(manifest.get("dtype", "uint16"))
+        manifest = json.loads((path / "manifest.json").read_bytes())
         tokenizer = Tokenizer.load(path / "tokenizer.json")
-        made_by = manifest["tokenizer_sha256"]
+        require(manifest["tokenizer_sha256"] == tokenizer.sha256,
+                f"{path / 'tokenizer.json'}: not that of the shards")
+        require({"train.bin", "val_general.bin", "val_arithmetic.bin"} <= manifest["shards"].keys(),
+                f"{path / 'manifest.json'}: lists not all of the shards; make the data again")
+        for name, digest in manifest["sha256"].items():
+            require((path / name).is_file(), f"{path / name}: not found, although the manifest lists it")
+            require(file_sha256(path / name) == digest, f"{path / name}: changed; make the data again")
+        dtype = {"uint16": np.uint16, "uint32": np.uint32}[manifest.get("dtype", "uint16")]
+        shards = {Path(name).stem: np.memmap(path / name, dtype, "r") for name in manifest["shards"]}
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: not found; run python data/prepare.py --out {folder}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (UserError, OSError):
+        raise
+    except Exception as error:                   # anything that a foreign manifest may raise
         raise UserError(f"{folder}: manifest.json or tokenizer.json is damaged ({error!r})") from None
-    require("train.bin" in names, f"{path / 'manifest.json'}: lists no train.bin; make the data again")
-    require(made_by == tokenizer.sha256, f"{path / 'tokenizer.json'}: not that of the shards")
-    for name, digest in sums.items():
-        require((path / name).is_file(), f"{path / name}: not found, although the manifest lists it")
-        require(file_sha256(path / name) == digest, f"{path / name}: changed; make the data again")
-    shards = {name.removesuffix(".bin"): np.memmap(path / name, dtype=dtype, mode="r") for name in names}
     return manifest, tokenizer, shards
 
 
@@ -41,9 +42,9 @@ def load_problems(path: str | Path, difficulty: str = "all", solutions: bool = F
     manifest = path.parent / "manifest.json"
     if manifest.exists():                        # a file of ours: it must be the one that was made
         try:
-            known = json.loads(manifest.read_text()).get("sha256", {}).get(path.name)
-        except (ValueError, AttributeError):
-            raise UserError(f"{manifest}: damaged; make the data again") from None
+            known = json.loads(manifest.read_bytes()).get("sha256", {}).get(path.name)
+        except (ValueError, AttributeError, RecursionError):
+            raise UserError(f"{manifest}: damaged, or foreign: make the data again, or move it") from None
         require(known in (None, file_sha256(path)), f"{path}: checksum differs from manifest.json")
     problems = []
     for i, line in enumerate(path.read_bytes().split(b"\n"), 1):
@@ -76,18 +77,20 @@ def read_problem(line: bytes, where: str, solutions: bool) -> dict:
     return p
 
 
-def training_problems(c: Any, model: GPT, tokenizer: Tokenizer, solutions: bool = False) -> tuple[list, list]:
-    """(training problems, validation problems) of a Config of rl.py, sft.py or merge.py. UserError if the
-    problems are not for training, or do not fit into the model's context."""
+def training_problems(c: Any, model: GPT, tokenizer: Tokenizer,
+                      solutions: bool = False) -> tuple[list, list, dict[str, str]]:
+    """(training problems, validation problems, file -> sha256) of a Config of rl.py, sft.py or merge.py.
+    UserError if the problems are not for training, or do not fit into the model's context."""
     path = c.problem_file or f"{c.data}/train.jsonl"
+    val = f"{c.data}/val.jsonl"
     problems = load_problems(path, c.difficulty, solutions)[:c.n_train or None]
     require(all(p.get("split") not in ("val", "test") for p in problems),
             f"{path}: holds validation or test problems; training on them would make every number void")
-    validation = load_problems(f"{c.data}/val.jsonl", c.difficulty)[:c.eval_problems]
+    validation = load_problems(val, c.difficulty)[:c.eval_problems]
     longest = max(len(prompt_ids(tokenizer, p)) for p in problems + validation)
     require(longest + c.max_new <= model.config.context, f"the longest prompt has {longest} tokens: with "
             f"--max-new {c.max_new} that exceeds the model's context of {model.config.context}")
-    return problems, validation
+    return problems, validation, {path: file_sha256(path), val: file_sha256(val)}
 
 
 def prompt_ids(tokenizer: Tokenizer, problem: dict) -> list[int]:
@@ -95,8 +98,13 @@ def prompt_ids(tokenizer: Tokenizer, problem: dict) -> list[int]:
     return [tokenizer.eos, *tokenizer.encode(problem["question"] + "\n")]
 
 
-def few_shot_prefix(tokenizer: Tokenizer, examples: list[dict], shots: int, seed: int) -> list[int]:
-    """Ids of `shots` solved examples in one style, as in documents of several questions."""
+def solved_examples(tokenizer: Tokenizer, data: str, shots: int, seed: int) -> list[int]:
+    """The ids that --shots puts before every question: solved examples in one style, as in documents of
+    several questions."""
+    if shots == 0:
+        return []
+    examples = load_problems(f"{data}/train.jsonl", "easy", solutions=True)
+    require(shots <= len(examples), f"--shots {shots}: there are only {len(examples)} examples")
     rng = np.random.default_rng(seed)
     style = rng.integers(4)
     ids = []
@@ -105,12 +113,3 @@ def few_shot_prefix(tokenizer: Tokenizer, examples: list[dict], shots: int, seed
         ids += prompt_ids(tokenizer, examples[i])
         ids += tokenizer.encode(solutions[style % len(solutions)])
     return ids
-
-
-def solved_examples(tokenizer: Tokenizer, data: str, shots: int, seed: int) -> list[int]:
-    """The ids that --shots puts before every question."""
-    if shots == 0:
-        return []
-    examples = load_problems(f"{data}/train.jsonl", "easy", solutions=True)
-    require(shots <= len(examples), f"--shots {shots}: there are only {len(examples)} examples")
-    return few_shot_prefix(tokenizer, examples, shots, seed)

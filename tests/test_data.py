@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import worlds
 
+from checkpoint import UserError
 from data import arithmetic, prepare, world
-from data.problems import few_shot_prefix, prompt_ids
+from data.problems import prompt_ids, solved_examples
 from data.tokenizer import EOS, Tokenizer
 
 # ---- reading back ------------------------------------------------------------------------------------------
@@ -192,6 +193,25 @@ def test_an_interrupted_call_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_second_of_two_calls_at_once_destroys_nothing(tmp_path):
+    """Both wrote into OUT.partial, which they deleted first: each other's work, or a folder of the user's.
+    Now the one that ends second says so; the first one's data set stays, as readable as any folder."""
+    out, mine = tmp_path / "d", tmp_path / "d.partial" / "thesis"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    write_all, is_first = prepare.write_all, iter((True, False))
+
+    def write(*args) -> dict:
+        if next(is_first):
+            make(out, seed=5)
+        return write_all(*args)
+    with mock.patch.object(prepare, "write_all", write), pytest.raises(UserError, match="another process"):
+        make(out, seed=6)
+    assert worlds.snapshot(out) == worlds.snapshot(worlds.other_data())
+    assert out.stat().st_mode == mine.parent.stat().st_mode
+    assert {path.name for path in tmp_path.iterdir()} == {"d", "d.partial"} and mine.exists()
+
+
 # ---- held-out problems -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("a, b", [pair for pair in itertools.combinations(
@@ -341,7 +361,7 @@ def test_a_few_shot_prompt_looks_like_pretraining():
     several questions, although prompt and solution are encoded apart. The examples share a style."""
     problem, styles = problems("val")[0], set()
     for seed in range(8):
-        ids = few_shot_prefix(tokenizer(), problems("train"), 3, seed) + prompt_ids(tokenizer(), problem)
+        ids = solved_examples(tokenizer(), str(worlds.data()), 3, seed) + prompt_ids(tokenizer(), problem)
         assert ids[0] == tokenizer().eos and ids.count(tokenizer().eos) == 4
         *examples, question = tokenizer().decode(ids).split(EOS)[1:]
         assert question == problem["question"] + "\n"

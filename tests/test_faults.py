@@ -4,11 +4,13 @@ are in test_bad_input.py, exceptions inside a write in test_checkpoint.py.
 
 EARLYBIRD_LONG=1 kills each trainer 25 times instead of twice."""
 import functools
+import itertools
 import json
 import math
 import multiprocessing.forkserver
 import os
 import random
+import re
 import runpy
 import shutil
 import signal
@@ -61,6 +63,12 @@ def start(tmp_path):
             time.sleep(.005)                     # until the bar is there
         return process
     return begin
+
+
+def grow_old(folder: Path) -> None:
+    """Make every temporary file in a folder older than an hour: only then it is nobody's any more."""
+    for path in folder.glob(".*.*"):
+        os.utime(path, (0, 0))
 
 
 def finish(process: multiprocessing.Process) -> int:
@@ -132,6 +140,7 @@ def test_a_killed_run_ends_in_the_same_bits(script, start, tmp_path):
         for path in out.glob("*.pt"):
             load_checkpoint(path)
         json.loads((out / "config.json").read_text())
+    grow_old(out)
     assert finish(start(script, argv)) == 0
     assert kills >= KILLS // 2
     worlds.assert_same_run(out, reference)
@@ -173,26 +182,42 @@ def test_a_second_ctrl_c_stops_at_once(start, tmp_path):
 @pytest.mark.parametrize("script", TRAINERS)
 def test_a_run_killed_while_it_writes_is_completed(script, tmp_path):
     """All steps are done, but the final checkpoint was not written: the next call writes it, and the log has
-    its last lines once. A temporary file of the kill is removed; other hidden files are not ours to touch."""
+    its last lines once. A temporary file of the kill is removed; other hidden files are not ours to touch,
+    nor is one of this minute: `merge.py weights -o RUN/x.pt`, writing at that moment, lost its file to it."""
     reference, out = uninterrupted(script), tmp_path / "run"
     shutil.copytree(reference, out)
     (out / final_of(script)).unlink()
-    (out / ".last.pt.x7_kd93a").write_bytes(b"half")
-    (out / ".mine").write_text("keep")
+    (out / ".last.pt.12345").write_bytes(b"half")
+    grow_old(out)
+    keep = {out / ".mine", out / ".x.pt.12346"}
+    for path in keep:
+        path.write_text("keep")
     train(script, config_of(script, out))
-    (out / ".mine").unlink()
+    for path in keep:
+        path.unlink()
     worlds.assert_same_run(out, reference)
 
 
-@pytest.mark.parametrize("script, option, before, after", [
-    ("pretrain.py", "data", worlds.data, worlds.other_data),
-    ("sft.py", "init", worlds.base, worlds.parrot),
-    ("rl.py", "init", worlds.base, worlds.parrot),
-    ("merge.py", "init", worlds.base, worlds.parrot)])
-def test_resuming_from_a_changed_start_is_refused(script, option, before, after, tmp_path):
-    """An --init or --data overwritten since is another start: reference and lineage would be those of a
-    model, or data, that this run never saw. The line names what changed; nothing in the run's folder does."""
+def eights() -> Path:
+    """The problems of `sevens`, each with another answer."""
+    path = worlds.folder() / "eights.jsonl"
+    path.write_text(worlds.sevens().read_text().replace('"7"', '"8"').replace("#### 7", "#### 8"))
+    return path
+
+
+STARTS = {      # option -> what is there first, what it is changed to, the file that is named
+    "init": (worlds.base, worlds.parrot, ""), "problem_file": (worlds.sevens, eights, ""),
+    "data": (worlds.data, worlds.other_data, "/val.jsonl")}
+
+
+@pytest.mark.parametrize("script, option", [
+    ("pretrain.py", "data"), *itertools.product(("sft.py", "rl.py", "merge.py"), STARTS)])
+def test_resuming_from_a_changed_start_is_refused(script, option, tmp_path):
+    """A file overwritten since is another start: reference and lineage would be those of a model, or data,
+    that this run never saw. Only --init was pinned: with every answer changed a run went on in silence. The
+    line names the file; nothing in the run's folder changes."""
     out, start = tmp_path / "run", tmp_path / "start"
+    before, after, file = STARTS[option]
     config = replace(config_of(script, out), **{option: str(start)})
     put = functools.partial(shutil.copytree, dirs_exist_ok=True) if option == "data" else shutil.copy
     put(before(), start)
@@ -200,7 +225,8 @@ def test_resuming_from_a_changed_start_is_refused(script, option, before, after,
     (out / final_of(script)).unlink()
     put(after(), start)
     there = worlds.snapshot(out)
-    with pytest.raises(UserError, match=f"{start}: changed since"):
+    named = str(start) + ("" if script == "pretrain.py" else file)
+    with pytest.raises(UserError, match=re.escape(f"{named}: changed since")):
         train(script, config)
     assert worlds.snapshot(out) == there
 

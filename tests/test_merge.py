@@ -547,12 +547,16 @@ def test_the_lineage_of_a_merge(family, tmp_path):
 @pytest.mark.parametrize("names, base, related", [
     ("a b", "", True), ("a b", "base", True), ("a c", "", True), ("base c", "", True), ("b c", "base", True),
     ("a b c", "", True), ("earlier c", "", True), ("once c", "", True),
-    ("a stranger", "", False), ("a b stranger", "", False), ("a b", "stranger", False)])
-def test_strangers_are_merged_with_a_warning(family, tmp_path, capsys, names, base, related):
+    ("a stranger", "", False), ("a foundling", "", False), ("a b stranger", "", False),
+    ("a b", "stranger", False)])
+def test_strangers_are_merged_with_a_warning(family, make_gpt, tmp_path, capsys, names, base, related):
     """Relatives have a common ancestor, be it the initial weights of one pretraining, or a merge's models.
-    Where there is none (of the base too), one line says so and the merge is done."""
+    Where there is none (of the base too), one line says so and the merge is done. Without any lineage the
+    origin is unknown: it was a traceback."""
     if "once" in names:
         family["once"] = merged(family, "a b", tmp_path, out=str(tmp_path / "once.pt"))
+    family["foundling"] = tmp_path / "foundling.pt"
+    save_checkpoint(family["foundling"], make_gpt(5, **SHAPE), TOKENIZER, [])
     path = merged(family, names, tmp_path, base=base)
     said = capsys.readouterr().err.splitlines()
     assert path.exists() and len(said) == (not related)

@@ -96,7 +96,9 @@ def test_the_lineage_names_every_stage():
         assert stage["config"]["seed"] == 0
     assert [stage["parent"] for stage in lineage] == [None, *map(sha256, paths[:-1])]
     for name in ("train.bin", "tokenizer.json", "val_general.bin"):
-        assert lineage[0]["data"][name] == sha256(worlds.data() / name)
+        assert lineage[0]["data"][str(worlds.data())][name] == sha256(worlds.data() / name)
+    read = {str(path): sha256(path) for path in (worlds.sevens(), worlds.data() / "val.jsonl")}
+    assert [stage["data"] for stage in lineage[1:]] == [read] * 4
     assert lineage[0]["tokens"] == 2_048 and lineage[0]["updates"] == 4
 
 
@@ -190,7 +192,7 @@ def test_validations_can_be_read(stage, steps):
     """After 0, 2, ... steps and at the end, each once, a line in the log and a transcript: the same problems,
     right answers, two attempts at each, grades; in all scripts."""
     assert [line["step"] for line in log_of(stage, "val_pass@1")] == [*steps]
-    text = (chain()[stage].parent / "samples.txt").read_text()
+    text = (chain()[stage].parent / "samples.txt").read_text(encoding="utf-8")
     parts = re.split(r"^======== step (\d+)\n", text, flags=re.M)[1:]
     assert parts[::2] == list(map(str, steps))
     problems = load_problems(worlds.data() / "val.jsonl", "easy")[:2]

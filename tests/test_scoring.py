@@ -493,7 +493,7 @@ def test_training_takes_the_first_problems(gpt, byte_tokenizer, tmp_path, n_trai
     write(tmp_path / "val.jsonl", GOOD | {"split": "val"})
     for script in (rl, sft, merge):
         c = script.Config(data=str(tmp_path), max_new=9, n_train=n_train)
-        found, _ = training_problems(c, gpt, byte_tokenizer, solutions=script is not rl)
+        found, _, _ = training_problems(c, gpt, byte_tokenizer, solutions=script is not rl)
         assert "".join(p["question"] for p in found) == chosen
 
 
