@@ -117,7 +117,7 @@ STUDIES = {
                           "0.5M, 60 %": ("--math-fraction 0.6", "--checkpoints-at 8M", ("8M",)),
                           "1M, 30 %": ("", "--size 1M --checkpoints-at 3.8M,8M", ("3.8M", "8M"))},
                          ("RL on hard",)),
-    "gpu-8": gpu("10M", 320, ("100M", "200M", "400M")),      # 8, 12 and 24 GB
+    "gpu-8": gpu("10M", 320, ("100M", "200M", "400M"), "--micro-tokens 8192"),       # 8, 12 and 24 GB
     "gpu-12": gpu("30M", 512, ("300M", "600M", "1200M")),
     "gpu-24": gpu("124M", 768, ("600M", "1200M", "2400M"), "--micro-tokens 8192"),
 }

@@ -11,15 +11,18 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # so that this file also runs as a script
 
 from checkpoint import check_fields, load_checkpoint, main, parse, require  # noqa: E402
-from model import SIZES, ModelConfig  # noqa: E402
+from model import SIZES, ModelConfig, tokens_at_once  # noqa: E402
 
 MODELS = {name: ModelConfig(512, 512, 256, *shape) for name, shape in SIZES.items()} | {
     "olmo-1b": ModelConfig(100_352, 100_278, 4096, 2048, 16, 16, 8192, 5e5)}
-SAVINGS = (("decode_rows", 128), ("decode_rows", 64), ("micro_tokens", 512), ("recompute", True),
-           ("reference", False), ("freeze_embeddings", True))    # time first, then no KL, then other training
+GPU = torch.device("cuda")
+SAVINGS = (("micro_tokens", 2048), ("decode_rows", 128), ("decode_rows", 64), ("micro_tokens", 512),
+           ("recompute", True), ("reference", False), ("freeze_embeddings", True))       # cheapest first
 CUDA_CONTEXT = 1.0      # assumed: GiB for CUDA itself
 SPARE = 1.1             # assumed: a tenth is lost between the tensors that come and go
 CARD = .97              # assumed: what a card has of the GiB that it is sold with
@@ -35,9 +38,10 @@ class Config:
 
 
 def plan(m: ModelConfig, c: Any, prompt: int) -> dict[str, dict[str, int]]:
-    """Phase -> name -> bytes, of everything large, with products in bf16; c is the Config of rl.py, sft.py or
-    merge.py. Exact: parameters, moments, reference, gradients, keys and values. The others count what
-    autograd keeps with unfused RMSNorm and fused attention, and large temporaries."""
+    """Phase -> name -> bytes, of everything large; c is the Config of rl.py, sft.py or merge.py. Exact:
+    parameters, moments, reference, gradients, keys and values. The others count what autograd keeps with
+    unfused RMSNorm and fused attention, and large temporaries."""
+    size = 2 if m.d_model >= 512 else 4          # of a number in products: bf16, fp32 (model.precision)
     mode = getattr(c, "mode", "")                # of merge.py
     sampled = c.n_problems * c.rollouts if hasattr(c, "rollouts") else 0         # answers per step
     reference = bool(sampled and c.reference)
@@ -46,39 +50,40 @@ def plan(m: ModelConfig, c: Any, prompt: int) -> dict[str, dict[str, int]]:
     weights = embeddings + matrices + m.n_layers * (3 * m.d_model + m.kv_width) + m.d_model
     trained = weights - c.freeze_embeddings * embeddings
 
-    rows = c.eval_samples * min(c.eval_problems, max(1, c.decode_rows // c.eval_samples))
-    if sampled:                                  # rl.probe takes 2 G answers of each problem
-        rows = max(rows, 2 * c.rollouts * min(c.n_problems, max(1, c.decode_rows // (2 * c.rollouts))))
-    columns = max(16, prompt)                    # of the cache, which grows by 16 columns
-    columns += 16 * -(-max(0, prompt + c.max_new - 1 - columns) // 16)
-    cache = rows * columns * m.n_layers * m.kv_width * 2     # keys; once more while they grow
-    longest = c.max_new * m.n_vocab              # logits of one answer in rl.kl_to_reference, without a cache
-    scoring = 12 * min(64 * longest, max(2 ** 27, longest)) * reference
+    groups = [(c.eval_samples, c.eval_problems)]         # answers to a problem, problems: of a validation
+    if sampled:                                          # of rl.collect, of rl.probe
+        groups += [(c.rollouts, c.n_problems), (2 * c.rollouts, c.n_problems)]
+    rows = max(group * min(problems, max(1, c.decode_rows // group)) for group, problems in groups)
+    columns = 16 * -(-(prompt + c.max_new) // 16)        # of the cache, which a GPU allocates once
+    keys = rows * columns * m.n_layers * m.kv_width * size
+    copied = int(max(.8, 1 / c.eval_samples) * keys)     # by Cache.select: the rows that stay; the prompts
 
     # update: if answers are a quarter as long as allowed, four times the rows have a copy of a prompt's keys
-    tokens = max(c.micro_tokens, prompt + c.max_new)
-    prompts = keys = 0
+    micro_tokens = tokens_at_once(c.micro_tokens, GPU)
+    tokens = max(micro_tokens, prompt + c.max_new)
+    prompts = attended = 0
     if sampled:
-        tokens = min(max(c.micro_tokens, c.max_new), sampled * c.max_new)
-        prompts = prompt * min(max(1, c.micro_tokens // prompt), c.n_problems)
-        keys = 4 * m.d_model * prompt * min(max(1, 4 * tokens // c.max_new), sampled)
-    kept = 50 * m.d_model + 8 * m.d_ff + 4 * m.n_heads + 16      # by a layer, a token
-    activations = m.n_layers * ((tokens + prompts) * kept + keys)
+        tokens = min(max(micro_tokens, c.max_new), sampled * c.max_new)
+        prompts = prompt * min(max(1, micro_tokens // prompt), c.n_problems)
+        attended = 2 * size * m.d_model * prompt * min(max(1, 4 * tokens // c.max_new), sampled)
+    kept = (42 + 4 * size) * m.d_model + 4 * size * m.d_ff + 4 * m.n_heads + 16      # by a layer, a token
+    activations = m.n_layers * ((tokens + prompts) * kept + attended)
     backward = max(tokens, prompts) * kept       # temporaries of a layer
     if c.recompute:                              # every block's input; one layer computed again
         activations = m.n_layers * 4 * m.d_model * (tokens + prompts)
-        backward = 2 * backward + keys
-    shared = 12 * m.n_layers * m.kv_width * prompts      # keys, values, gradients of SharedPrompts
+        backward = 2 * backward + attended
+    shared = 6 * size * m.n_layers * m.kv_width * prompts    # keys, values, gradients of SharedPrompts
+    converted = 2 * matrices * (size == 2)
     largest = max(2 * m.d_model * m.d_ff, 0 if c.freeze_embeddings else m.vocab_size * m.d_model)
     return {
         "always": {"parameters": 4 * weights, "reference": 4 * weights * reference,
                    "moments": 8 * trained * (2 if mode in ("parallel", "alternating") else 1),
                    "snapshots": 8 * trained * (mode == "parallel")},
-        "sampling": {"weights in bf16": 2 * matrices, "keys and values": 2 * cache, "growing": cache,
-                     "distributions": max(20 * m.n_vocab * rows, scoring - 3 * cache)},
+        "sampling": {"weights in bf16": converted, "keys and values": 2 * keys, "copied": copied,
+                     "distributions": 2 * 20 * m.n_vocab * rows},         # one of them in the CUDA graph
         "update": {"gradients": 4 * trained, "newest gradient": 8 * largest,     # as it comes, and converted
-                   "weights in bf16": 2 * matrices,       # and in the graph of the prompts once more
-                   "for the prompts": 2 * matrices * (sampled > 0 and not c.recompute),
+                   "weights in bf16": converted,          # and in the graph of the prompts once more
+                   "for the prompts": converted * (sampled > 0 and not c.recompute),
                    "activations": activations + shared,
                    "logits": max(12 * m.n_vocab * tokens, backward)}}    # gone before a layer's temporaries
 
@@ -107,7 +112,7 @@ def show(c: Config) -> None:
     for name, m in models.items():
         for card in [c.memory] if c.memory else [8, 12, 24]:
             room = CARD * card
-            x = given
+            x = replace(given, micro_tokens=tokens_at_once(given.micro_tokens, GPU))
             for option, value in SAVINGS:        # smaller numbers stay; sft.py has no reference
                 if hasattr(x, option) and total(plan(m, x, c.prompt))[0] > room:
                     less = value if isinstance(value, bool) else min(value, getattr(x, option))

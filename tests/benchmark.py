@@ -191,7 +191,7 @@ def pretraining(c: Config, size: str, compiled: bool = False) -> list[Row]:
 
     def work(updates: int = 3) -> None:
         for _ in range(updates):
-            for part in ranks.my_part(sequences).split(p.micro_batch):
+            for part in ranks.my_part(sequences).split(pretrain.at_once(p, model.device)):
                 (pretrain.next_token_loss(forward, part) * (len(part) / p.batch)).backward()
             update(model, optimizer)
     work(1)

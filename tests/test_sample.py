@@ -54,7 +54,7 @@ def test_a_lineage_does_not_command_the_terminal(make_gpt, byte_tokenizer, tmp_p
     stage = dict(script="\x1b[31mred", config={}, tokens=0, updates=0, flops=0, seconds=0.0)
     save_checkpoint(tmp_path / "a.pt", make_gpt(vocab_size=320, n_vocab=258), byte_tokenizer, [stage])
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
-    sample.run(sample.Config((str(tmp_path / "a.pt"),), device="cpu", threads=1))
+    sample.run(sample.Config((str(tmp_path / "a.pt"),), max_new=9, device="cpu", threads=1))
     printed = capsys.readouterr().out
     assert "x1b[31mred" in printed and "\x1b" not in printed and "seed '-'" in printed
 
