@@ -180,7 +180,7 @@ def measure_problems(model: GPT, tokenizer: Tokenizer, problems: list[dict], c: 
     }
 
 
-@torch.inference_mode()
+@torch.no_grad()        # as in model.decode_all
 def kl_divergence(model: GPT, reference: GPT, tokenizer: Tokenizer, problems: list[dict], c: Config,
                   prefix: list[int]) -> float:
     """KL(model || reference) of the next token at temperature 1, in nats, the mean over every token of one

@@ -475,9 +475,9 @@ def decode(model: GPT, prompts: Ids, u: Tensor,
         stretch = min(1 if on_cpu else 16, max_new - known)
         if on_cpu:
             cache.grow(longest + known)
-        for _ in range(stretch):
+        for i in range(stretch):
             repeat()
-            if repeat is step and device.type == "cuda":
+            if repeat is step and device.type == "cuda" and i + 1 < stretch:
                 repeat = recorded(step)                                  # after a first run, which allocates
         new = tokens[alive, known:known + stretch]
         running = running & (new != eos).all(1)

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count, zip_longest
 
-from checkpoint import check_fields, generator, load_model, main, require, setup
+from checkpoint import check_fields, generator, load_model, main, printable, require, setup
 from data.tokenizer import EOS
 from evaluate import Attempts, attempt, problems_of
 from model import GPT, sample
@@ -42,7 +42,7 @@ def describe(path: str, model: GPT, lineage: list[dict]) -> None:
           f"  {m.n_layers} layers, width {m.d_model}, {m.n_heads} heads ({m.n_kv_heads} of keys and values), "
           f"feed-forward {m.d_ff}, context {m.context}, vocabulary {m.n_vocab}\n  lineage:")
     for stage in lineage:
-        print(f"    {stage['script']!r}: {stage['tokens']:,} tokens, {stage['updates']} updates, "
+        print(f"    {printable(stage['script'])}: {stage['tokens']:,} tokens, {stage['updates']} updates, "
               f"{stage['flops']:.2e} FLOPs, {stage['seconds'] / 60:.1f} min, "
               f"seed {stage['config'].get('seed', '-')!r}")
 

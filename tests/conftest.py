@@ -1,11 +1,15 @@
 """Small models whose behaviour is known, and an independent way to compute log-probabilities.
 
 `make_gpt` is a random tiny model made lively enough that mistakes show: gains differ from 1 and logits spread
-over about one nat. `bigram` is a GPT whose next-token distribution is a table given by the test.
+over about one nat. `bigram` is a GPT whose next-token distribution is a table given by the test. They are on
+the CPU, or in a test marked @on_every_device on each device in turn.
 """
+import copy
 import math
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import generator
 from data.tokenizer import PATTERN, Tokenizer
 from model import GPT, ModelConfig
+from simulated_cuda import simulated_cuda
 
 torch.set_num_threads(1)
 
@@ -26,8 +31,25 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return os.cpu_count() if any(Path(arg).is_dir() for arg in config.args) else 0
 
 
+REAL = ["gpu"] * torch.cuda.is_available()
+on_every_device = pytest.mark.parametrize("device", ["cpu", "simulated", *REAL], indirect=True)
+
+
 @pytest.fixture
-def make_gpt():
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """The device of the test's models."""
+    kind = getattr(request, "param", "cpu")
+    with simulated_cuda() if kind == "simulated" else nullcontext():
+        yield torch.device("cpu" if kind == "cpu" else "cuda:0")
+
+
+def on_cpu(model: GPT) -> GPT:
+    """A copy on the CPU, to compare with."""
+    return copy.deepcopy(model).cpu()
+
+
+@pytest.fixture
+def make_gpt(device):
     """make_gpt(seed=0, **config) -> GPT of 2 layers, width 32, context 64; 61 of 64 vocabulary rows used."""
     def make(seed: int = 0, **changes) -> GPT:
         config = dict(vocab_size=64, n_vocab=61, context=64, d_model=32, n_layers=2, n_heads=2, d_ff=64)
@@ -40,7 +62,7 @@ def make_gpt():
                     p.copy_(.5 + torch.rand(p.shape, generator=gen))
             model.head.weight.mul_(10)
             model.embed.weight.mul_(25)              # else its gradient is 50 times that of the others
-        return model
+        return model.to(device)
     return make
 
 
@@ -56,7 +78,7 @@ def small_gpt(make_gpt) -> GPT:
 
 
 @pytest.fixture
-def bigram():
+def bigram(device):
     """bigram({a: {b: p}}, n_vocab) -> GPT with P(b follows a) = p; unlisted pairs have exactly 0.
 
     Attention and MLP have zero weights, so x stays the embedding: one axis per listed token, which the final
@@ -74,7 +96,7 @@ def bigram():
                 model.head.weight[:, axis] = -200 / d ** .5
                 for b, p in follows.items():
                     model.head.weight[b, axis] = (math.log(p) if p else -200) / d ** .5
-        return model
+        return model.to(device)
     return make
 
 
@@ -106,7 +128,7 @@ def answering(bigram, answer_tokenizer):
 def logprobs_of():
     """logprobs_of(model, prompt, completion, T) -> (length,) with a graph: one row, no padding, no cache."""
     def compute(model: GPT, prompt: list, completion: list, temperature: float = 1.) -> torch.Tensor:
-        logits = model(torch.tensor([prompt + completion]))[0] / temperature
+        logits = model(torch.tensor([prompt + completion], device=model.device))[0] / temperature
         logp = logits - logits.exp().sum(-1, keepdim=True).log()
         return torch.stack([logp[len(prompt) + i - 1, token] for i, token in enumerate(completion)])
     return compute

@@ -9,21 +9,23 @@ through GPU.run, below autograd and autocast, and there CUDA's rules are kept: o
 one device (but for CPU scalars, copies, and CPU indices into a tensor of the GPU); random numbers come from a
 generator of the same device; numpy takes no tensor of the GPU. Two books are kept: kernels launched, and
 waits, the moments at which Python needs a value or a shape that only the GPU knows. A CUDA graph records its
-kernels, refuses waits meanwhile, and repeats them on the same memory whatever Python has done since.
+kernels (in a book of its own: a replay is one launch), refuses waits meanwhile, and repeats them on the same
+memory whatever Python has done since; if Python gave that back, an error says so.
 
 RMSNorm counts as one kernel, as in PyTorch from 2.9 on; its backward pass counts as its parts. Left out: the
-numerics of CUDA's kernels and their choice among attention kernels, memory, streams, torch.compile.
+numerics of CUDA's kernels and their choice among attention kernels, the amount of memory, streams,
+torch.compile, gradients through a copy to the CPU, and "cuda" without a number as the device of a copy.
 """
 import sys
+import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 CUDA = torch.device("cuda:0")
@@ -31,7 +33,7 @@ COPIES = (aten._to_copy.default, aten.copy_.default)
 READS_INDEX = (aten.index.Tensor,)
 WRITES_INDEX = (aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
 NEEDS_VALUES = (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default,
-                aten.equal.default, aten.repeat_interleave.Tensor)
+                aten.equal.default, aten.allclose.default, aten.bincount.default, aten._unique2.default)
 NO_KERNEL = ("detach", "_unsafe_view", "_reshape_alias", "lift_fresh", "empty", "empty_like", "new_empty",
              "empty_strided")
 PLUMBING = ("simulated_cuda.py", "_ops.py", "_compile.py", "eval_frame.py", "mock.py", "contextlib.py")
@@ -98,7 +100,8 @@ class GPU(TorchDispatchMode):
         super().__init__()
         self.kernels = Counter()
         self.waits = Counter()
-        self.generators = set()                  # those that were made for this device
+        self.generators = {}                     # those that were made for this device, kept: ids are reused
+        self.graphs = []                         # recorded so far
         self.leaving = False                     # the next copy goes to the CPU
         self.graph = None                        # being recorded
         self.inside = False                      # a fused kernel, counted already
@@ -110,7 +113,7 @@ class GPU(TorchDispatchMode):
         if func._can_decompose():                # without gradients, composite operations arrive whole
             with self:
                 return func.decompose(*args, **kwargs)
-        leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        leaves = tensors((args, kwargs))
         ours = {id(x.held): x for x in leaves if isinstance(x, OnGPU)}
         others = [x for x in leaves if not isinstance(x, OnGPU)]
         leaving = self.leaving and func is aten._to_copy.default
@@ -118,6 +121,7 @@ class GPU(TorchDispatchMode):
         wanted = kwargs.get("device")
         made_here = wanted is not None and wanted.type == "cuda"
 
+        self.refuse_foreign_generators(func, args, kwargs, ours or made_here)
         if not ours and not made_here:
             result = func(*args, **kwargs)
             # autograd puts zeros in the place of a gradient that is missing, on the device of its tensor
@@ -125,61 +129,85 @@ class GPU(TorchDispatchMode):
             return OnGPU(result) if missing else result
 
         self.refuse_mixtures(func, args, ours, others)
-        self.refuse_foreign_generators(func, args, kwargs)
         self.book(func, args, kwargs, others, leaving)
 
-        inner_args, inner_kwargs = tree_map(lambda x: getattr(x, "held", x), (args, kwargs))
+        inner_args, inner_kwargs = mapped(lambda x: getattr(x, "held", x), (args, kwargs))
         if made_here:
             inner_kwargs["device"] = torch.device("cpu")
         if self.graph is not None:
-            result = self.graph.add(func, inner_args, inner_kwargs)
+            result = self.graph.add(func, inner_args, inner_kwargs, ours)
         else:
             result = func(*inner_args, **inner_kwargs)
         foreign = {id(x) for x in others}
 
         def wrapped(x):
-            if not isinstance(x, torch.Tensor) or leaving or id(x) in foreign:
+            if leaving or id(x) in foreign:
                 return x
             return ours.get(id(x)) if id(x) in ours else OnGPU(x)
-        return tree_map(wrapped, result)
+        return mapped(wrapped, result)
 
     def refuse_mixtures(self, func, args, ours, others):
         wrong = [] if func in COPIES else [x for x in others if x.dim() > 0]
         if func in READS_INDEX + WRITES_INDEX and isinstance(args[0], OnGPU):
             values = args[2:3]                   # CPU indices are moved, CPU values are not
             wrong = [x for x in wrong if any(x is value for value in values)]
-        if ours and writes(func) and func not in COPIES and not isinstance(args[0], OnGPU):
-            wrong.append(args[0])                # not even a CPU scalar can take a value of the GPU
+        if writes(func) and func not in COPIES:  # not even a CPU scalar can take a value of the GPU
+            wrong += [x for x in tensors(args[0]) if not isinstance(x, OnGPU)]
         if ours and wrong:
             shapes = [tuple(x.shape) for x in wrong]
             raise RuntimeError(f"{func}: Expected all tensors to be on the same device, but found at least "
                                f"two devices, cuda:0 and cpu! (shapes {shapes})")
 
-    def refuse_foreign_generators(self, func, args, kwargs):
+    def refuse_foreign_generators(self, func, args, kwargs, here):
         for x in (*args, *kwargs.values()):
-            if isinstance(x, torch._C.Generator) and x._cdata not in self.generators:
-                raise RuntimeError(f"{func}: Expected a 'cuda' device type for generator but found 'cpu'")
+            if isinstance(x, torch._C.Generator) and (x._cdata in self.generators) != bool(here):
+                raise RuntimeError(f"{func}: Expected a generator of the same device, found another")
 
     def book(self, func, args, kwargs, others, leaving):
         if self.inside or not leaving and (func.is_view or func.overloadpacket.__name__ in NO_KERNEL):
             return
         moved = func in COPIES and others and not kwargs.get("non_blocking")
-        place = "{1}:{2}".format(*where(outside_torch=True))
-        self.kernels[str(func), place] += 1
-        if leaving or moved or func in NEEDS_VALUES or indexing_waits(func, args, others):
+        place = self.launch(str(func))
+        unknown_size = func is aten.repeat_interleave.Tensor and kwargs.get("output_size") is None
+        if leaving or moved or unknown_size or func in NEEDS_VALUES or indexing_waits(func, args, others):
             self.waits[str(func), place] += 1
             if self.graph is not None:
                 raise RuntimeError(f"{func} at {place}: operation not permitted when stream is capturing")
 
+    def launch(self, name) -> str:
+        """Book a kernel, with the place in the code, which is returned."""
+        place = "{1}:{2}".format(*where(outside_torch=True))
+        book = self.kernels if self.graph is None else self.graph.kernels
+        book[name, place] += 1
+        return place
+
     @contextmanager
     def one_kernel(self, name):
         if not self.inside:
-            self.kernels[name, "{1}:{2}".format(*where(outside_torch=True))] += 1
+            self.launch(name)
         before, self.inside = self.inside, True
         try:
             yield
         finally:
             self.inside = before
+
+
+def mapped(function: Callable, x, kind: type = torch.Tensor):
+    """Nested lists, tuples and dicts with function(tensor) in the place of each tensor."""
+    if isinstance(x, kind):
+        return function(x)
+    if isinstance(x, (list, tuple)):
+        return type(x)(mapped(function, part, kind) for part in x)
+    if isinstance(x, dict):
+        return {name: mapped(function, part, kind) for name, part in x.items()}
+    return x
+
+
+def tensors(x) -> list[torch.Tensor]:
+    """All tensors in nested lists, tuples and dicts."""
+    found = []
+    mapped(found.append, x)
+    return found
 
 
 def writes(func) -> bool:
@@ -209,43 +237,61 @@ def where(outside_torch: bool = False) -> tuple[str, str, int]:
 
 
 class Graph:
-    """torch.cuda.CUDAGraph: recording leaves no trace in memory, replaying does what was recorded."""
+    """torch.cuda.CUDAGraph: recording computes nothing, replaying does what was recorded. What a graph made
+    lives as long as it does; other memory it does not keep."""
 
     def __init__(self):
         self.calls = []                          # (operation, arguments, result)
-        self.before = []                         # (tensor, its values before it was written)
+        self.made = {}                           # id -> tensor
+        self.kernels = Counter()
 
-    def add(self, func, args, kwargs):
-        if writes(func):
-            self.before.append((args[0], args[0].clone()))
-        result = func(*args, **kwargs)
-        self.calls.append((func, args, kwargs, result))
-        return result
+    def add(self, func, args, kwargs, ours):
+        """Record an operation; its result is memory without values, but that of a view has its tensor's."""
+        def kept(x):
+            if id(x) in self.made:
+                return x
+            return weakref.ref(x) if id(x) in ours else x.clone()        # scalars of the CPU go by value
 
-    def end(self):
-        for tensor, values in reversed(self.before):
-            tensor.copy_(values)
+        result = None
+        if func.is_view:
+            result = func(*args, **kwargs)
+        elif not writes(func):
+            meta_args, meta_kwargs = mapped(like("meta"), (args, kwargs))
+            result = mapped(like("cpu"), func(*meta_args, **meta_kwargs))
+        self.calls.append((func, *mapped(kept, (args, kwargs)), result))
+        self.made |= {id(x): x for x in tensors(result)}
+        return args[0] if writes(func) else result
+
+    def there(self, x: weakref.ref) -> torch.Tensor:
+        if x() is None:
+            raise RuntimeError("a graph was replayed after memory that it uses was given back")
+        return x()
 
     @torch.no_grad()
     def replay(self):
         with torch.utils._python_dispatch._disable_current_modes():
             for func, args, kwargs, result in self.calls:
+                args, kwargs = mapped(self.there, (args, kwargs), weakref.ref)
                 again = func(*args, **kwargs)
                 if not writes(func) and not func.is_view:
-                    for old, new in zip(tree_leaves(result), tree_leaves(again)):
-                        if isinstance(old, torch.Tensor):
-                            old.copy_(new)
-        GPU.now.kernels["replay", "{1}:{2}".format(*where())] += 1
+                    for old, new in zip(tensors(result), tensors(again)):
+                        old.copy_(new)
+        GPU.now.launch("replay")
+
+
+def like(device: str) -> Callable:
+    """From a tensor to memory of its shape on a device."""
+    return lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
 
 
 @contextmanager
 def recording(graph: Graph) -> Iterator[None]:
     GPU.now.graph = graph
+    GPU.now.graphs.append(graph)
     try:
         yield
     finally:
         GPU.now.graph = None
-        graph.end()
 
 
 class Generator(torch.Generator):
@@ -254,7 +300,7 @@ class Generator(torch.Generator):
     def __new__(cls, device="cpu"):
         made = super().__new__(cls, "cpu")
         if torch.device(device).type == "cuda":
-            GPU.now.generators.add(made._cdata)
+            GPU.now.generators[made._cdata] = made
         return made
 
     def __init__(self, device="cpu"):

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import worlds
+from conftest import on_cpu, on_every_device
 
 import ranks
 import rl
@@ -42,7 +43,8 @@ def make_batch(row_logprobs):
     def make(model, prompts=SIX["prompts"], completions=SIX["completions"], temperature=1., shift=0.):
         B, P = len(completions), len(prompts)
         batch = rl.Batch(prompts, completions, [], ["wrong"] * B, [""] * B, torch.zeros(P, B // P), 0., 0.)
-        batch.logprobs = [logp.detach() - shift for logp in row_logprobs(model, batch, temperature)]
+        alone = row_logprobs(on_cpu(model), batch, temperature)
+        batch.logprobs = [logp.detach() - shift for logp in alone]
         return batch
     return make
 
@@ -51,7 +53,7 @@ def make_batch(row_logprobs):
 def weighted(row_logprobs):
     """weighted(model, batch, weights, T) -> gradient of sum(weight · logp), weights by row or token."""
     def compute(model, batch, weights, temperature=1.) -> torch.Tensor:
-        model.zero_grad()
+        model = on_cpu(model)
         for logp, weight in zip(row_logprobs(model, batch, temperature), weights):
             (logp * weight).sum().backward()
         return gradient_of(model)
@@ -59,8 +61,8 @@ def weighted(row_logprobs):
 
 
 def gradient_of(model) -> torch.Tensor:
-    """All gradients in one vector."""
-    return torch.nn.utils.parameters_to_vector(p.grad for p in model.parameters())
+    """All gradients in one vector, on the CPU."""
+    return torch.nn.utils.parameters_to_vector(p.grad for p in model.parameters()).cpu()
 
 
 def gradient(model, batch, advantage, c, reference=None, rows=None) -> tuple[dict, torch.Tensor]:
@@ -76,7 +78,7 @@ def moved(model):
     other, gen = copy.deepcopy(model), generator(1, "moved")
     with torch.no_grad():
         for p in other.parameters():
-            p.add_(.15 * p.std().nan_to_num(1.) * torch.randn(p.shape, generator=gen))
+            p.add_(.15 * p.std().nan_to_num(1.) * torch.randn(p.shape, generator=gen).to(p.device))
     return other.requires_grad_(False)
 
 
@@ -204,6 +206,7 @@ def test_every_token_counts_the_same(gpt, make_batch, weighted, of, advantage, r
     assert abs(metrics["loss"] - loss) < 1e-6
 
 
+@on_every_device
 def test_gradients_add_up(gpt, make_batch):
     """Gradients are added to .grad by policy_gradient, so that two calls give the sum."""
     batch, c = make_batch(gpt), rl.Config()
@@ -214,6 +217,7 @@ def test_gradients_add_up(gpt, make_batch):
 
 # ---- several updates per batch ------------------------------------------------------------------------
 
+@on_every_device
 @pytest.mark.parametrize("shift, low, high, clipped, share", [
     (.1, .2, .2, (), 0),
     (.3, .2, .2, (0, 3, 5), 12 / 27), (-.3, .2, .2, (1, 2, 4), 15 / 27),
@@ -230,6 +234,7 @@ def test_the_ratio_weighs_and_clips(gpt, make_batch, weighted, shift, low, high,
     assert metrics["ratio"] == pytest.approx(math.exp(shift), abs=1e-5)
 
 
+@on_every_device
 @pytest.mark.parametrize("advantage, shift, kl, expected", [
     pytest.param([1., 0, 0, 0, 0, 0], .3, 0., dict(clip_fraction=3 / 27, loss=-1.2 * 3 / 27), id="clipped"),
     pytest.param([1., 0, 0, 0, 0, 0], .1, 0., dict(ratio=1 + 3 * math.expm1(.1) / 27), id="ratio of one row"),
@@ -245,19 +250,21 @@ def test_metrics_are_means_over_all_tokens(gpt, make_batch, advantage, shift, kl
         assert abs(metrics[name] - value) < 1e-5, name
 
 
+@on_every_device
 def test_the_second_update_is_off_policy(gpt, make_batch, row_logprobs):
     """After an optimizer step the ratio to the recorded log-probabilities is no longer 1."""
     batch, c = make_batch(gpt), rl.Config(updates=2)
     first, _ = gradient(gpt, batch, ADVANTAGE, c, rows=range(0, 4))
     torch.optim.SGD(gpt.parameters(), lr=.1).step()
     second, _ = gradient(gpt, batch, ADVANTAGE, c, rows=range(4, 6))
-    change = torch.cat(row_logprobs(gpt, batch)[4:]) - torch.cat(batch.logprobs[4:])
+    change = torch.cat(row_logprobs(on_cpu(gpt), batch)[4:]) - torch.cat(batch.logprobs[4:])
     ratio = change.exp().mean().item()
     assert abs(first["ratio"] - 1) < 1e-5 and abs(ratio - 1) > .01 and abs(second["ratio"] - ratio) < 1e-5
 
 
 # ---- a prompt is computed once for its group ----------------------------------------------------------
 
+@on_every_device
 @pytest.mark.parametrize("micro_tokens", [1, 6, 12, 25, 1_000])
 @pytest.mark.parametrize("changes", [{}, {"kl": .3, "temperature": .6},
                                      {"updates": 3, "temperature": .6, "clip_low": .05},
@@ -270,18 +277,19 @@ def test_shared_prompts_give_the_plain_gradient(gpt, make_batch, row_logprobs, c
     metrics, ours = gradient(gpt, batch, GROUPED_ADVANTAGE, c, reference)
     whole, _ = gradient(gpt, batch, GROUPED_ADVANTAGE, rl.Config(**changes), reference)
 
-    gpt.zero_grad()
-    logp = torch.cat(row_logprobs(gpt, batch, c.temperature))
+    alone = on_cpu(gpt)
+    logp = torch.cat(row_logprobs(alone, batch, c.temperature))
     old = logp.detach() if c.updates == 1 else torch.cat(batch.logprobs)
     each = GROUPED_ADVANTAGE.repeat_interleave(torch.tensor([len(x) for x in batch.completions]))
-    penalty = rl.kl_k3(logp, torch.cat(row_logprobs(reference, batch, c.temperature)))
+    penalty = rl.kl_k3(logp, torch.cat(row_logprobs(on_cpu(reference), batch, c.temperature)))
     loss = (rl.policy_loss(logp, old, each, c.clip_low, c.clip_high) + c.kl * penalty).mean()
     loss.backward()
-    assert_close(ours, gradient_of(gpt), 1e-5)
+    assert_close(ours, gradient_of(alone), 1e-5)
     assert abs(metrics["loss"] - float(loss.detach())) < 1e-5
     assert metrics == pytest.approx(whole, abs=1e-5)
 
 
+@on_every_device
 @pytest.mark.parametrize("micro_tokens, chunks", [(1_000, 1), (2, 2), (1, 3)])
 def test_a_prompt_is_computed_once(gpt, make_batch, micro_tokens, chunks):
     """Of 12 rows in 4 groups one group is silent: three prompts and nine completions run through the model,
@@ -299,19 +307,21 @@ def test_a_prompt_is_computed_once(gpt, make_batch, micro_tokens, chunks):
 
 # ---- the KL penalty -----------------------------------------------------------------------------------
 
+@on_every_device
 def test_kl_penalty_reaches_all_rows(gpt, make_batch, row_logprobs, weighted):
     """With kl > 0 silent rows are computed too; each token adds kl·(1 - exp(reference - logp))/N."""
     reference, batch = moved(gpt), make_batch(gpt, temperature=.6)
     advantage = torch.tensor([1., -1., 0., 0., 0., 0.])
     metrics, ours = gradient(gpt, batch, advantage, rl.Config(kl=.5, temperature=.6), reference)
     assert all(p.grad is None for p in reference.parameters())
-    differences = [new - old for new, old in zip(row_logprobs(reference, batch, .6), batch.logprobs)]
+    differences = [new - old for new, old in zip(row_logprobs(on_cpu(reference), batch, .6), batch.logprobs)]
     weights = [(-a + .5 * (1 - d.exp())) / 27 for a, d in zip(advantage, differences)]
     assert_close(ours, weighted(gpt, batch, weights, .6))
     d = torch.cat(differences).double()
     assert abs(metrics["kl_penalty"] - float((d.exp() - d - 1).mean())) < 1e-5
 
 
+@on_every_device
 def test_kl_penalty_alone_is_a_signal(gpt, make_batch):
     """Without any advantage the penalty still pulls back to the reference, where it is 0."""
     batch, c = make_batch(gpt), rl.Config(kl=.1)
@@ -321,10 +331,11 @@ def test_kl_penalty_alone_is_a_signal(gpt, make_batch):
     assert abs(metrics["kl_penalty"]) < 1e-9 and pull.abs().max() < 1e-6
 
 
+@on_every_device
 def test_kl_to_reference_compares_with_the_recorded_logprobs(gpt, make_batch, row_logprobs):
     """The logged KL is the k3 mean per token of recorded against the reference's log-probabilities, at T."""
     batch, reference, c = make_batch(gpt, temperature=.6), moved(gpt), rl.Config(temperature=.6)
-    d = (torch.cat(row_logprobs(reference, batch, .6)) - torch.cat(batch.logprobs)).double()
+    d = (torch.cat(row_logprobs(on_cpu(reference), batch, .6)) - torch.cat(batch.logprobs)).double()
     exact = float((d.exp() - d - 1).mean())
     assert exact > .01 and abs(rl.kl_to_reference(reference, batch, c, PAD) / exact - 1) < 1e-4
     assert rl.kl_to_reference(gpt, batch, c, PAD) < 1e-9
@@ -351,6 +362,7 @@ def test_gradient_does_not_depend_on_the_order_of_rows(gpt, make_batch):
         assert_close(ours, expected)
 
 
+@on_every_device
 def test_a_duplicated_problem_stays_two_groups(answer_tokenizer, answering):
     """The same question with another answer: row p·G + g is graded against problem p's answer."""
     problems = [{"question": "x", "answer": a} for a in ("8", "7", "7", "8")]
@@ -362,6 +374,7 @@ def test_a_duplicated_problem_stays_two_groups(answer_tokenizer, answering):
     assert batch.texts == ["#### 7"] * 12 and batch.prompts == [prompt] * 4
 
 
+@on_every_device
 @pytest.mark.parametrize("temperature, wrong, p", [(1., .5, 1 / 2), (.5, .2, 16 / 17)])
 def test_collect_records_what_was_sampled(answer_tokenizer, answering, temperature, wrong, p):
     """T=.5 turns .8/.2 into 16/17 and 1/17. So it is in the draws, completions with EOS, log-probabilities of
@@ -429,6 +442,7 @@ def test_the_probe_before_training(answer_tokenizer, answering, monkeypatch, cap
 
 # ---- steps --------------------------------------------------------------------------------------------
 
+@on_every_device
 @pytest.mark.parametrize("rows", [range(6), range(4, 6)])
 def test_no_signal_leaves_no_gradient(gpt, make_batch, rows):
     """With all advantages of an update 0 the result is None, and every .grad is None, not zero."""

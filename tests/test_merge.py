@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 import worlds
+from conftest import on_every_device
 
 import merge
 import ranks
@@ -23,13 +24,13 @@ from model import completion_logprobs, pack
 # ---- two optimizers over the same tensors -----------------------------------------------------------------
 
 
-def mlp() -> torch.nn.Module:
+def mlp(device="cpu") -> torch.nn.Module:
     """The same random network of 4, 8 and 3 units every time, in fp32."""
     layers, gen = [torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)], generator(0, "mlp")
     model = torch.nn.Sequential(*layers)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=.3, generator=gen)
-    return model
+    return model.to(device)
 
 
 X, Y = (torch.randn(16, n, generator=generator(n, "toy")) for n in (4, 3))
@@ -37,11 +38,13 @@ CLASSES = torch.randint(3, (16,), generator=generator(0, "classes"))
 
 
 def rl_loss(model):
-    return ((model(X) - Y) ** 2).mean()
+    device = model[0].weight.device
+    return ((model(X.to(device)) - Y.to(device)) ** 2).mean()
 
 
 def sft_loss(model):
-    return torch.nn.functional.cross_entropy(model(X.flip(0)), CLASSES)
+    device = model[0].weight.device
+    return torch.nn.functional.cross_entropy(model(X.flip(0).to(device)), CLASSES.to(device))
 
 
 def arm(model, loss, lr=.01, decay=0., clip=1e9, kind=torch.optim.AdamW):
@@ -58,21 +61,21 @@ def arm(model, loss, lr=.01, decay=0., clip=1e9, kind=torch.optim.AdamW):
 
 def values(model) -> torch.Tensor:
     """All weights in one vector."""
-    return torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    return torch.nn.utils.parameters_to_vector(model.parameters()).detach().cpu()
 
 
-def alone(n, *options, **kind) -> torch.Tensor:
+def alone(n, *options, device="cpu", **kind) -> torch.Tensor:
     """The weights after n updates of one arm, without averaging."""
-    model = mlp()
+    model = mlp(device)
     update = arm(model, *options, **kind)
     for h in range(n):
         update(h)
     return values(model)
 
 
-def averaged(n, *arms, inner=1, **kind) -> torch.Tensor:
+def averaged(n, *arms, inner=1, device="cpu", **kind) -> torch.Tensor:
     """The weights after n rounds of arms, each of which has a loss and maybe the other options of `arm`."""
-    model = mlp()
+    model = mlp(device)
     updates = [arm(model, *options, **kind) for options in arms]
     for _ in range(n):
         parallel_round(model, updates, [.5, .5], inner)
@@ -86,12 +89,13 @@ def distance(a, b) -> float:
 START = values(mlp())
 
 
+@on_every_device
 @pytest.mark.parametrize("decay, clip", [(0., 1e9), (.1, 1e9), (0., .3), (.1, .3)])
-def test_identical_arms_are_one_adamw(decay, clip):
+def test_identical_arms_are_one_adamw(decay, clip, device):
     """With the same objective, lr, decay and clip both arms are, bitwise, a single AdamW over 20 steps."""
     options = rl_loss, .01, decay, clip
-    both = averaged(20, options, options)
-    assert distance(both, alone(20, *options)) == 0 < distance(both, START)
+    both = averaged(20, options, options, device=device)
+    assert distance(both, alone(20, *options, device=device)) == 0 < distance(both, START)
 
 
 @pytest.mark.parametrize("n, tolerance, way", [(1, 1e-7, .004), (50, 1e-6, .1)])
@@ -146,11 +150,12 @@ def test_the_scale_of_a_loss_is_irrelevant():
     assert distance(*shared) > .01
 
 
+@on_every_device
 @pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt()])
 @pytest.mark.parametrize("at", [0, 1, 2, 3])
-def test_an_exception_leaves_the_snapshot(error, at):
+def test_an_exception_leaves_the_snapshot(error, at, device):
     """Whatever is raised in either arm, in any update: the snapshot is back, and no gradient is left."""
-    model, done = mlp(), []
+    model, done = mlp(device), []
     real = arm(model, rl_loss, .1)
 
     def fragile(h):
@@ -178,16 +183,17 @@ def test_no_gradient_leaks_between_the_arms():
     assert all(p.grad is None for p in model.parameters()) and distance(values(model), START) == 0
 
 
+@on_every_device
 @pytest.mark.parametrize("inner, weight", [(1, .5), (2, .5), (5, .5), (1, 1.), (1, .25), (1, 0.), (3, .25)])
-def test_inner_updates_before_averaging(inner, weight):
+def test_inner_updates_before_averaging(inner, weight, device):
     """A round is H updates of each arm from the snapshot, numbered 0 to H-1, then the mean: the average of
     two models that were trained apart for H steps; weight 1 is that arm alone, bitwise."""
-    model, numbers, losses = mlp(), [], (rl_loss, sft_loss)
+    model, numbers, losses = mlp(device), [], (rl_loss, sft_loss)
     arms = [arm(model, loss, .1) for loss in losses]
     counted = [lambda h, a=a: (numbers.append(h), a(h)) for a in arms]
     parallel_round(model, counted, [weight, 1 - weight], inner)
     assert numbers == 2 * list(range(inner))
-    a, b = (alone(inner, loss, .1) for loss in losses)
+    a, b = (alone(inner, loss, .1, device=device) for loss in losses)
     assert distance(values(model), weight * a + (1 - weight) * b) <= (0 if weight in (0, 1) else 1e-7)
 
 

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from conftest import on_cpu, on_every_device
 
 from checkpoint import generator
 from model import GPT, SIZES, ModelConfig, rms_norm, rotate
@@ -54,29 +55,32 @@ def naive_logits(model, ids):
     return torch.stack([model.head.weight[:c.n_vocab] @ naive_rms(x, model.norm) for x in xs])
 
 
+@on_every_device
 @pytest.mark.parametrize("changes", [{}, {"n_heads": 1, "rope_theta": 100.}, {"d_ff": 24, "n_layers": 1},
                                      {"n_heads": 4, "n_kv_heads": 2}, {"n_heads": 2, "n_kv_heads": 1}])
 def test_logits_equal_the_equations(make_gpt, changes):
     """OLMo-2: the vectorised fp32 model equals the equations computed with loops in float64."""
     model = make_gpt(1, d_model=16, **changes)
     ids = [5, 60, 0, 5, 17, 33, 33, 2]
-    logits = model(torch.tensor([ids]))[0]
-    assert torch.allclose(logits, naive_logits(model.double(), ids).float(), atol=1e-5)
+    logits = model(torch.tensor([ids], device=model.device))[0].cpu()
+    assert torch.allclose(logits, naive_logits(on_cpu(model).double(), ids).float(), atol=1e-5)
 
 
+@on_every_device
 def test_the_future_does_not_matter(gpt):
     """OLMo-2: attention is causal; changing token t leaves all logits before t as they are."""
     ids = torch.randint(0, 61, (3, 12), generator=generator(0, "test"))
     changed = ids.clone()
     changed[:, 7] = (changed[:, 7] + 1) % 61
-    a, b = gpt(ids), gpt(changed)
+    a, b = gpt(ids.to(gpt.device)), gpt(changed.to(gpt.device))
     assert torch.allclose(a[:, :7], b[:, :7], atol=1e-6)
     assert (a - b)[:, 7:].abs().amax(-1).min() > 1e-3
 
 
+@on_every_device
 def test_unused_rows_get_no_logit(gpt):
     """Rows above n_vocab exist for alignment only; they neither get a logit nor change any other."""
-    ids = torch.tensor([[1, 2, 3]])
+    ids = torch.tensor([[1, 2, 3]], device=gpt.device)
     before = gpt(ids)
     with torch.no_grad():
         gpt.head.weight[61:] = 1e6

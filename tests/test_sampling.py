@@ -1,6 +1,7 @@
 """Sampling with a cache, padding and compaction, against full forward passes over one row at a time."""
 import pytest
 import torch
+from conftest import on_cpu, on_every_device
 
 from checkpoint import generator
 from model import (
@@ -32,7 +33,8 @@ def assert_same(a, b):
 @torch.inference_mode()
 def draw(model, prompts, u, temperature=1.0, compact=True, eos=EOS):
     """Rollouts from uniform numbers u (rows, max_new) that the test chose."""
-    return decode(model, prompts, u.unflatten(0, (len(prompts), -1)), eos, PAD, temperature, compact)
+    u = u.unflatten(0, (len(prompts), -1)).to(model.device)
+    return decode(model, prompts, u, eos, PAD, temperature, compact)
 
 
 @torch.inference_mode()
@@ -83,37 +85,41 @@ def test_prefill_in_chunks_equals_the_full_forward(make_gpt, chunk, n_kv_heads):
         assert torch.allclose(logits[real], alone, atol=1e-4)
 
 
+@on_every_device
 @pytest.mark.parametrize("temperature", [1.0, .6, 0])
 def test_decoding_in_a_padded_batch_equals_the_full_forward(small_gpt, temperature):
     """Prompts of all lengths in one batch have the tokens, log-probabilities and entropies they have alone:
     those of softmax(logits / T) over the tokens in use, in nats; at T = 0 the argmax at every step."""
-    prompts = prompts_of_all_lengths()
+    prompts, alone = prompts_of_all_lengths(), on_cpu(small_gpt)
     u = uniforms(24, 15)
     out = draw(small_gpt, prompts, u, temperature)
     assert 0 < int(out.finished.sum()) < 24
     for row, completion in enumerate(out.completions()):
-        tokens, logprobs, entropies = draw_alone(small_gpt, prompts[row // 2], u[row], temperature)
+        tokens, logprobs, entropies = draw_alone(alone, prompts[row // 2], u[row], temperature)
         n = len(tokens)
         assert completion == tokens
         assert torch.allclose(out.logprobs[row, :n], logprobs, atol=1e-4)
         assert torch.allclose(out.entropy[row, :n], entropies, atol=1e-4)
 
 
+@on_every_device
 @torch.inference_mode()
 def test_cached_keys_of_other_rows_stay_apart(gpt):
     """Cache.select repeats and reorders whole rows: keys, values and the number of padding columns."""
-    prompts = [[1, 2, 3, 4, 5, 6], [7, 8], [9, 10, 11]]
+    prompts, alone = [[1, 2, 3, 4, 5, 6], [7, 8], [9, 10, 11]], on_cpu(gpt)
     ids, padding = pad_left(prompts, 6, 0, gpt.device)
     cache = Cache(gpt.config, padding, capacity=8)
     gpt.hidden(ids, cache)
-    cache.select(torch.tensor([2, 0, 0, 1]))
-    decoded = gpt.logits(gpt.hidden(torch.tensor([[4], [5], [6], [7]]), cache))[:, 0]
+    cache.select(torch.tensor([2, 0, 0, 1], device=gpt.device))
+    new = torch.tensor([[4], [5], [6], [7]], device=gpt.device)
+    decoded = gpt.logits(gpt.hidden(new, cache))[:, 0].cpu()
     for row, (p, last) in enumerate(((2, 4), (0, 5), (0, 6), (1, 7))):
-        assert torch.allclose(decoded[row], gpt(torch.tensor([prompts[p] + [last]]))[0, -1], atol=1e-4)
+        assert torch.allclose(decoded[row], alone(torch.tensor([prompts[p] + [last]]))[0, -1], atol=1e-4)
 
 
 # ---- one prefill per prompt ---------------------------------------------------------------------------
 
+@on_every_device
 def test_a_prompt_is_computed_once_for_its_group(small_gpt):
     """The first pass has one row per prompt; yet each row of the group draws its own first token."""
     prompts = prompts_of_all_lengths(4)
@@ -124,6 +130,7 @@ def test_a_prompt_is_computed_once_for_its_group(small_gpt):
         assert len(firsts.unique()) >= 5
 
 
+@on_every_device
 @pytest.mark.parametrize("temperature", [1.0, .6])
 def test_recorded_logprobs_are_the_trainers(small_gpt, temperature):
     """The sampler's log-probabilities equal those of the trainer, computed from logits / T, to 1e-5. Row
@@ -131,8 +138,8 @@ def test_recorded_logprobs_are_the_trainers(small_gpt, temperature):
     prompts = [prompts_of_all_lengths(8)[i] for i in (2, 4, 0, 1, 7, 3, 6, 5)]       # not its own inverse
     small_gpt.decode_rows = 10
     out = rollouts(small_gpt, prompts, 5, 12, temperature)
-    ids, at = pack([p for p in prompts for _ in range(5)], out.completions(), PAD)
-    trainer = completion_logprobs(small_gpt, ids, at, temperature)
+    ids, at = pack([p for p in prompts for _ in range(5)], out.completions(), PAD, small_gpt.device)
+    trainer = completion_logprobs(small_gpt, ids, at, temperature).cpu()
     recorded = torch.cat([row[:n] for row, n in zip(out.logprobs, out.lengths)])
     assert len(trainer) == len(recorded)
     assert (recorded - trainer).abs().max() < 1e-5
@@ -140,6 +147,7 @@ def test_recorded_logprobs_are_the_trainers(small_gpt, temperature):
 
 # ---- compaction, order, frequencies -------------------------------------------------------------------
 
+@on_every_device
 @pytest.mark.parametrize("temperature", [1.0, .6])
 def test_compaction_changes_nothing(small_gpt, temperature):
     """Dropping finished rows gives the same tokens, since each row has its own uniform numbers."""
@@ -171,6 +179,7 @@ def test_sampling_stops_when_all_rows_are_finished(bigram, max_new, finished):
     assert len(shapes) == 1 + finished
 
 
+@on_every_device
 def test_order_of_rows_is_irrelevant(small_gpt):
     """Prompts in another order, with their uniform numbers, give the same completions in that order."""
     prompts, u = prompts_of_all_lengths(8), uniforms(8, 12)
@@ -180,6 +189,7 @@ def test_order_of_rows_is_irrelevant(small_gpt):
     assert_same(Rollouts(*(x[order] for x in a)), b)
 
 
+@on_every_device
 @pytest.mark.parametrize("rows", [1, 4, 9, 30])
 def test_the_number_of_rows_decoded_at_once_is_irrelevant(small_gpt, rows):
     """The number of rows decoded at a time changes no token, log-probability or entropy."""
@@ -191,6 +201,7 @@ def test_the_number_of_rows_decoded_at_once_is_irrelevant(small_gpt, rows):
     assert max(n for n, _ in shapes) <= max(rows, 4)
 
 
+@on_every_device
 def test_a_row_does_not_depend_on_its_neighbours(small_gpt):
     """A longer prompt beside a row changes its padding and its place in the batch, not its tokens."""
     a, b = (rollouts(small_gpt, [[1, 2, 3], other, [4]], 10, 8) for other in ([5, 6], [7] * 9))
@@ -198,6 +209,7 @@ def test_a_row_does_not_depend_on_its_neighbours(small_gpt):
         assert_same(*(Rollouts(*(x[rows] for x in out)) for out in (a, b)))
 
 
+@on_every_device
 def test_only_the_given_generator_is_used(small_gpt):
     """One seed gives the same rollouts whatever the global generator did, and leaves that one alone."""
     first = rollouts(small_gpt, [[1, 2]], 20, 8)
@@ -225,6 +237,7 @@ def test_frequencies_match_softmax(small_gpt, temperature):
     assert first.max() / first.min() > 3                                 # far from uniform
 
 
+@on_every_device
 def test_the_inverse_cdf_hits_each_tokens_interval(bigram):
     """With probabilities .2, .3, .5 a u below .2 draws the first, below .5 the second, above the third."""
     model = bigram({0: {1: .2, 3: .3, 4: .5}}, n_vocab=6)
@@ -233,6 +246,7 @@ def test_the_inverse_cdf_hits_each_tokens_interval(bigram):
     assert out.tokens[:, 0].tolist() == [1, 1, 1, 3, 3, 3, 4, 4, 4]
 
 
+@on_every_device
 @pytest.mark.parametrize("u, expected", [(0., 2), (LAST_UNIFORM, 3)])
 def test_a_token_of_probability_zero_is_never_drawn(bigram, u, expected):
     """At both ends of [0,1) the draw skips tokens whose probability is exactly 0 in float32."""
@@ -254,6 +268,7 @@ def test_pack_goes_by_lengths():
     assert at.dtype == ids.dtype == torch.int64
 
 
+@on_every_device
 @pytest.mark.parametrize("temperature, n_kv_heads", [(1., 2), (.6, 2), (.6, 1)])
 @pytest.mark.parametrize("prompts, rows, completions", [
     pytest.param([[1], [2, 3, 4, 5, 6, 7], [8, 9], [0, 0, 0], [10]], [1, 0, 4, 4, 2, 3, 1, 0],
@@ -267,12 +282,13 @@ def test_packed_and_shared_prompts_give_the_logprobs_of_single_rows(
     gpt = make_gpt(n_kv_heads=n_kv_heads)
     before = [prompts[p] for p in rows]
     alone = torch.cat([logprobs_of(gpt, a, b, temperature) for a, b in zip(before, completions)])
-    packed = completion_logprobs(gpt, *pack(before, completions, 0), temperature)
+    packed = completion_logprobs(gpt, *pack(before, completions, 0, gpt.device), temperature)
     shared = shared_logprobs(gpt, SharedPrompts(gpt, prompts, 0), rows, completions, 0, temperature)
     assert torch.allclose(packed, alone, atol=1e-5)
     assert torch.allclose(shared, alone, atol=1e-5)
 
 
+@on_every_device
 def test_sampled_rows_end_with_their_first_eos(small_gpt):
     """A finished row's last token is its only EOS, counted in its length; the rest is padding. A row without
     EOS within max_new is not finished and keeps max_new tokens."""
@@ -287,14 +303,16 @@ def test_sampled_rows_end_with_their_first_eos(small_gpt):
         assert (out.logprobs[row, :n] < 0).all() and (out.entropy[row, :n] > 0).all()
 
 
+@on_every_device
 def test_banned_rows_are_neither_sampled_nor_scored(gpt):
     """Unused rows of the head, which would win every draw if they took part, change nothing."""
     before = rollouts(gpt, [[1, 2]], 300, 3)
     with torch.no_grad():
-        gpt.head.weight[61:] = 100 * gpt.hidden(torch.tensor([[1, 2]]))[0, -1]
+        gpt.head.weight[61:] = 100 * gpt.hidden(torch.tensor([[1, 2]], device=gpt.device))[0, -1]
     after = rollouts(gpt, [[1, 2]], 300, 3)
     assert int(after.tokens.max()) < 61 and torch.equal(after.tokens, before.tokens)
-    p = completion_logprobs(gpt, *pack([[1, 2]] * 61, [[token] for token in range(61)], 0)).exp()
+    rows = pack([[1, 2]] * 61, [[token] for token in range(61)], 0, gpt.device)
+    p = completion_logprobs(gpt, *rows).exp()
     assert abs(p.sum().item() - 1) < 1e-5                                # the tokens in use share all of it
 
 
