@@ -7,7 +7,7 @@ A class of your own takes the place of GPT (define it at the end of this file, t
     GPT(config, generator=None) an nn.Module, its initial weights drawn from the generator
     config, device              its ModelConfig (context and n_vocab are read by others), its device
     hidden(ids, cache=None)     final states (B, T, d) of ids (B, T), which follow the tokens in the cache
-    logits(hidden)              (..., d) -> (..., n_vocab) in fp32; forward(ids) is both in a row
+    logits(hidden)              (..., d) -> (..., n_vocab), in fp32 under autocast too; forward(ids): both
     flops_per_token(length)     forward FLOPs of a token in a sequence of that length, for the log
     decode_rows, set_memory(c)  rows sampled at once; takes the options of a run about memory
     given a cache: T new positions stand in its columns cache.columns(T), rows being padded on the left by
@@ -345,7 +345,11 @@ def uniform(model: GPT, shape: tuple[int, ...], generator: torch.Generator) -> T
     return torch.rand(shape, generator=generator, dtype=torch.float64 if fine else torch.float32)
 
 
-@torch.no_grad()        # not inference_mode: autocast would convert the weights anew at every token
+def without_gradients(device: torch.device) -> typing.ContextManager:
+    """inference_mode is faster for few rows; but in it autocast converts all weights anew at every token."""
+    return torch.no_grad() if device.type == "cuda" else torch.inference_mode()
+
+
 def decode_all(model: GPT, prompts: Ids, u: Tensor,
                eos: int, pad: int,
                temperature: float, compact: bool = True) -> Rollouts:
@@ -365,7 +369,7 @@ def decode_all(model: GPT, prompts: Ids, u: Tensor,
         chosen = order[i:i + at_once]
         uniform = u[chosen].to(model.device)
         some = [prompts[p] for p in chosen]
-        with precision(model):                   # keeps the converted weights until its end
+        with without_gradients(model.device), precision(model):
             parts.append(decode(model, some, uniform, eos, pad, temperature, compact))
     return together(parts, order)
 
@@ -389,19 +393,23 @@ def inverse_cdf(p: Tensor, u: Tensor) -> Tensor:
     return token.clamp_(max=p.shape[-1] - 1)     # should rounding lift u · total to the total
 
 
+def moved(x: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the CPU on a device, without waiting for a GPU (Apple's may read it when it is gone)."""
+    return x.to(device, non_blocking=torch.device(device).type == "cuda")
+
+
 def pad_left(prompts: Ids, width: int, pad: int,
              device: torch.device) -> tuple[Tensor, Tensor]:
     """(ids (P, width), number of padding columns (P,)) of prompts of up to `width` tokens."""
     padding = [width - len(prompt) for prompt in prompts]
     rows = [[pad] * n + prompt for n, prompt in zip(padding, prompts)]
-    ids = torch.tensor(rows).to(device, non_blocking=True)
-    return ids, torch.tensor(padding).to(device, non_blocking=True)
+    return moved(torch.tensor(rows), device), moved(torch.tensor(padding), device)
 
 
-def recorded(step: Callable[[], None]) -> Callable[[], None]:
+def recorded(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """`step` as a CUDA graph: all its kernels in one launch, on the memory that they had while recorded."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.device(device), torch.cuda.graph(graph):
         step()
     return graph.replay
 
@@ -478,7 +486,7 @@ def decode(model: GPT, prompts: Ids, u: Tensor,
         for i in range(stretch):
             repeat()
             if repeat is step and device.type == "cuda" and i + 1 < stretch:
-                repeat = recorded(step)                                  # after a first run, which allocates
+                repeat = recorded(step, device)                          # after a first run, which allocates
         new = tokens[alive, known:known + stretch]
         running = running & (new != eos).all(1)
         known += stretch
@@ -517,7 +525,7 @@ def pack(prompts: Ids, completions: Ids, pad: int,
     column = torch.arange(1, width)
     target = (column >= start[:, None]) & (column < end[:, None])
     at = target.flatten().nonzero().squeeze(1)                           # on the CPU, where it costs no wait
-    return ids.to(device, non_blocking=True), at.to(device, non_blocking=True)
+    return moved(ids, device), moved(at, device)
 
 
 def target_logits(model: GPT, ids: Tensor, at: Tensor,
@@ -541,7 +549,7 @@ def completion_logprobs(model: GPT, ids: Tensor, at: Tensor,
 
 def tokens_at_once(asked: int, device: torch.device) -> int:
     """Tokens of a micro-batch: `asked`, or (0) as many as fit into a CPU's caches, or keep a GPU busy."""
-    return asked or (2_048 if device.type == "cpu" else 16_384)
+    return asked or (16_384 if device.type == "cuda" else 2_048)
 
 
 def micro_batches(lengths: list[int], tokens: int,
@@ -591,7 +599,7 @@ class SharedPrompts:
     def of(self, prompt_of_row: list[int]) -> "SharedPrompts":
         """The cache of a batch whose row i follows prompt number prompt_of_row[i]."""
         view = copy.copy(self)
-        view.prompt_of_row = torch.tensor(prompt_of_row).to(self.padding.device, non_blocking=True)
+        view.prompt_of_row = moved(torch.tensor(prompt_of_row), self.padding.device)
         view.padding = self.padding[view.prompt_of_row]
         return view
 

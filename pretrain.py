@@ -23,7 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 from checkpoint import Run, UserError, batch_indices, check_fields, generator, main, require, setup
 from data.problems import open_data
 from data.tokenizer import Tokenizer
-from model import GPT, SIZES, ModelConfig, tokens_at_once
+from model import GPT, SIZES, ModelConfig, moved, tokens_at_once
 
 
 @dataclass
@@ -76,7 +76,7 @@ def validation_loss(model: GPT, shard: np.ndarray, c: Config, device: torch.devi
     n = min(128, (len(shard) - 1) // c.context)
     total = 0.0
     for part in blocks(shard, range(n), c.context).split(at_once(c, device)):
-        part = part.to(device, non_blocking=True)
+        part = moved(part, device)
         total += next_token_loss(model, part) * len(part)
     return float(total / n)
 
@@ -175,7 +175,7 @@ def train(c: Config) -> Path:
             # ---- update
             total = torch.zeros((), device=device)
             for part in sequences.split(at_once(c, device)):
-                part = part.to(device, non_blocking=True)
+                part = moved(part, device)
                 loss = next_token_loss(trained, part) * (len(part) / c.batch)
                 loss.backward()
                 total += loss.detach()

@@ -8,6 +8,7 @@ No reference solution is ever seen. Left out: a value network (GRPO does without
 reward is exact), length penalties, top-k and top-p sampling (sampled and scored distribution must be equal).
 """
 import copy
+import functools
 import math
 import time
 from collections import Counter
@@ -155,9 +156,10 @@ def policy_gradient(model: GPT, reference: GPT | None, batch: Batch, advantage: 
         return None                                                      # no signal, no step
     metrics = Metrics()
     for micro, logp in scored(model, batch, useful, c, pad):             # logp (N,): all tokens of these rows
-        A = per_token(advantage, batch, micro, logp.device)              # (N,)
+        to = functools.partial(Tensor.to, device=logp.device, non_blocking=logp.is_cuda)
+        A = to(per_token(advantage, batch, micro))                       # (N,)
         # one update per batch is exactly on-policy: the ratio is 1, its gradient that of REINFORCE
-        old = logp.detach() if c.updates == 1 else recorded(batch, micro, logp.device)            # (N,)
+        old = logp.detach() if c.updates == 1 else to(recorded(batch, micro))                     # (N,)
         loss = policy_loss(logp, old, A, c.clip_low, c.clip_high)
         if c.kl > 0:
             penalty = kl_k3(logp, reference_logprobs(reference, batch, micro, c, pad))
@@ -192,15 +194,15 @@ def scored(model: GPT, batch: Batch, rows: list[int], c: Config, pad: int
         shared.backward()
 
 
-def per_token(values: Tensor, batch: Batch, rows: list[int], device: torch.device) -> Tensor:
+def per_token(values: Tensor, batch: Batch, rows: list[int]) -> Tensor:
     """A value of each row (B,), repeated for every token of these rows (N,)."""
     lengths = torch.tensor([len(batch.completions[r]) for r in rows])
-    return values[rows].repeat_interleave(lengths).to(device, non_blocking=True)
+    return values[rows].repeat_interleave(lengths)
 
 
-def recorded(batch: Batch, rows: list[int], device: torch.device | str = "cpu") -> Tensor:
+def recorded(batch: Batch, rows: list[int]) -> Tensor:
     """Log-probabilities (N,) of these rows' tokens at the time of sampling."""
-    return torch.cat([batch.logprobs[r] for r in rows]).to(device, non_blocking=True)
+    return torch.cat([batch.logprobs[r] for r in rows])
 
 
 @torch.no_grad()

@@ -322,7 +322,9 @@ def start(x: Cell, slot: int, jobs: int, runs: Path) -> subprocess.Popen:
     if gpus := torch.cuda.device_count():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
         environment["CUDA_VISIBLE_DEVICES"] = visible[slot % gpus]
-        environment["EARLYBIRD_GPU_SHARE"] = str(1 / len(range(slot % gpus, jobs, gpus)))
+        sharing = len(range(slot % gpus, jobs, gpus))
+        if sharing > 1:                          # CUDA itself needs some for every process
+            environment["EARLYBIRD_GPU_SHARE"] = f"{.9 / sharing:.3f}"
     with open(runs / "logs" / f"{slug(x.name)}.log", "ab") as log:
         return subprocess.Popen([sys.executable, *x.argv()], stdout=log, stderr=log, env=environment)
 

@@ -20,7 +20,7 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from unittest import mock
 
 import torch
@@ -328,6 +328,7 @@ def simulated_cuda(gib: float = 24.0) -> Iterator[GPU]:
     cuda = dict(is_available=lambda: True, device_count=lambda: 1, _lazy_init=lambda: None,
                 set_device=lambda device: None, mem_get_info=lambda device=None: memory,
                 is_bf16_supported=lambda *a: True, CUDAGraph=Graph, graph=recording,
+                device=lambda device: nullcontext(),
                 set_per_process_memory_fraction=lambda share, device=None: None,
                 get_device_name=lambda device=None: "a simulated GPU")
     gpu = GPU()

@@ -147,11 +147,11 @@ def test_a_command_prints_in_utf_8(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("preset, jobs, gpus, visible, expected", [
-    ("quick", 0, 2, None, ["0 0.25", "1 0.25"] * 4), ("quick", 0, 2, "3,5", ["3 0.25", "5 0.25"] * 4),
-    ("quick", 3, 2, None, ["0 0.5", "1 1.0", "0 0.5"]), ("quick", 1, 2, "GPU-a,GPU-b", ["GPU-a 1.0"]),
-    ("gpu-24", 0, 2, None, ["0 1.0", "1 1.0"]), ("quick", 0, 0, None, ["None None"] * 5)])
+    ("quick", 0, 2, None, ["0 0.225", "1 0.225"] * 4), ("quick", 0, 2, "3,5", ["3 0.225", "5 0.225"] * 4),
+    ("quick", 3, 2, None, ["0 0.450", "1 None", "0 0.450"]), ("quick", 1, 2, "GPU-a,GPU-b", ["GPU-a None"]),
+    ("gpu-24", 0, 2, None, ["0 None", "1 None"]), ("quick", 0, 0, None, ["None None"] * 5)])
 def test_commands_share_the_gpus(tmp_path, monkeypatch, preset, jobs, gpus, visible, expected):
-    """By default four at once on each GPU, each told a quarter of its memory; one if the model is large, and
+    """By default four at once on each GPU, each told its share of the memory; one if the model is large, and
     one on each of 5 cores without a GPU. Here are ten cells, which fail."""
     started = []
     at_once = []
