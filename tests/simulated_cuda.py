@@ -21,6 +21,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -344,3 +345,32 @@ def simulated_cuda(gib: float = 24.0) -> Iterator[GPU]:
         finally:
             torch._C._set_only_lift_cpu_tensors(False)
             torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
+def count() -> None:
+    """Print the kernels, launches and waits of the default model: per decoded token, per micro-batch."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import rl
+    from model import GPT, ModelConfig, sample
+
+    with simulated_cuda() as gpu:
+        model = GPT(ModelConfig()).to(CUDA)
+        books = {}
+        for max_new in (17, 49):                 # two stretches of 16 tokens more
+            before = (gpu.kernels.total(), gpu.waits.total())
+            sample(model, [[1, 2, 3], [4, 5]], 4, max_new, -1, 0, torch.Generator())
+            books[max_new] = (gpu.kernels.total() - before[0], gpu.waits.total() - before[1])
+        launches, waits = ((long - short) / 32 for short, long in zip(books[17], books[49]))
+        print(f"a decoded token: {gpu.graphs[-1].kernels.total()} kernels, {launches:.2f} launches with "
+              f"graphs, {waits:.3f} waits")
+        for kl in (0., .1):
+            before = gpu.waits.total()
+            batch = rl.Batch([[1, 2], [3]], [[4] * 10] * 8, [torch.zeros(10)] * 8, [], [],
+                             torch.zeros(2, 4), 0., 0.)
+            c = rl.Config(kl=kl, micro_tokens=20)
+            rl.policy_gradient(model, model, batch, torch.tensor([1., -1.] * 4), range(8), c, 0)
+            print(f"an update of 4 micro-batches, KL {kl:g}: {gpu.waits.total() - before} waits")
+
+
+if __name__ == "__main__":
+    count()
