@@ -29,7 +29,7 @@ PROMPT = 24
 @pytest.fixture
 def gpu(monkeypatch) -> Iterator[str]:
     """A simulated GPU. It does not record steps of decoding: its recordings would keep every number."""
-    monkeypatch.setattr(model_module, "recorded", lambda step: step)
+    monkeypatch.setattr(model_module, "recorded", lambda step, device: step)
     with simulated_cuda():
         yield "cuda:0"
 
