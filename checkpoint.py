@@ -189,8 +189,9 @@ class Run(ExitStack):
         self.script = Path(inspect.getfile(type(config))).name
         self.config = json.loads(json.dumps(asdict(config)))             # tuples become lists, as in the file
         self.start = self.data = data
-        if "init" in self.config:
+        if config.init:
             self.start = {config.init: file_sha256(config.init)} | data
+        if self.script != "pretrain.py":         # which counts in tokens
             late = [step for step in config.checkpoints_at if step > steps]
             require(not late, f"--checkpoints-at {late}: not within the run's {steps} steps")
         self.shown = {}                          # name -> the last such number, as text

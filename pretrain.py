@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from checkpoint import Run, UserError, batch_indices, check_fields, generator, main, require, setup
+from checkpoint import (
+    Run, UserError, batch_indices, check_fields, file_sha256, generator, load_model, main, require, setup)
 from data.problems import open_data
 from data.tokenizer import Tokenizer
 from model import GPT, SIZES, ModelConfig, moved, tokens_at_once
@@ -29,6 +30,7 @@ from model import GPT, SIZES, ModelConfig, moved, tokens_at_once
 @dataclass
 class Config:
     data: str = "data/tiny"         # folder made by data/prepare.py
+    init: str = ""                  # checkpoint to continue from, on the texts that follow; none: a new model
     out: str = "runs/base"          # run folder; the same call again resumes an unfinished run
     size: str = "0.5M"              # one of 0.3M, 0.5M, 1M, 3M, 10M, 30M, 124M: parameters, at 512 token ids
     context: int = 256              # > 0: tokens per sequence
@@ -137,7 +139,13 @@ def train(c: Config) -> Path:
     for name, shard in shards.items():
         require(len(shard) > c.context,
                 f"{c.data}/{name}.bin: has {len(shard)} tokens, --context {c.context} needs more")
+    parents = []
     model = new_model(c, tokenizer).to(device)
+    if c.init:
+        model, own, parents = load_model(c.init, device)
+        require(own.sha256 == tokenizer.sha256, f"{c.init}: made with another tokenizer than {c.data} holds")
+        require(model.config.context == c.context,
+                f"--context {c.context}: {c.init} has {model.config.context}")
     optimizer = new_optimizer(model, c)
     trained = compiled(model, c) if c.compile else model
     tokens_per_step = c.batch * c.context
@@ -145,8 +153,8 @@ def train(c: Config) -> Path:
     steps = math.ceil(c.tokens / tokens_per_step)
     kept = c.checkpoints_at or [c.tokens * eighths // 8 for eighths in (1, 2, 3, 4, 6)]
 
-    final = f"{c.tokens / 1e6:g}M.pt"
-    with Run(c, steps, parents=[], data={c.data: manifest["sha256"]}, final=final) as run:
+    before = sum(stage["tokens"] for stage in parents if stage["script"] == "pretrain.py") // tokens_per_step
+    with Run(c, steps, parents, {c.data: manifest["sha256"]}, f"{c.tokens / 1e6:g}M.pt") as run:
         if run.finished():
             return run.final
         step = run.restore(model, optimizer)
@@ -169,7 +177,7 @@ def train(c: Config) -> Path:
             # ---- collect
             started = time.perf_counter()
             n_blocks = (len(shards["train"]) - 1) // c.context
-            numbers = batch_indices(n_blocks, c.batch, step, c.seed, "text")         # none twice in an epoch
+            numbers = batch_indices(n_blocks, c.batch, before + step, c.seed, "text")   # none twice an epoch
             sequences = blocks(shards["train"], ranks.my_part(numbers), c.context)   # (B, T+1)
 
             # ---- update

@@ -25,7 +25,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from checkpoint import Run, batch_indices, check_fields, generator, load_model, main, require, setup
-from data.arithmetic import read_answer
+from data.arithmetic import read_answer, sound
 from data.problems import prompt_ids, training_problems
 from data.tokenizer import Tokenizer
 from evaluate import validate
@@ -51,6 +51,7 @@ class Config:
     std: bool = True                # divide the advantage by the group's standard deviation
     clip_low: float = 0.2           # >= 0: lower clip of the ratio, 1 - clip_low; no effect with --updates 1
     clip_high: float = 0.2          # >= 0: upper clip, 1 + clip_high (DAPO: 0.28); no effect with --updates 1
+    reward: str = "answer"          # one of answer, steps, random: of right ones, sound ones, any (control)
     kl: float = 0.0                 # >= 0: weight of the KL penalty to the initial policy; 0 = none
     reference: bool = True          # keep the initial policy, to log the KL to it; off: less memory
     temperature: float = 1.0        # > 0: of the rollouts
@@ -114,6 +115,7 @@ class Batch:
     completions: list[list[int]]    # B, EOS included where generated
     logprobs: list[Tensor]          # B of (length,): under the distribution they were sampled from
     grades: list[str]               # B: right, wrong, unparsed
+    sound: list[bool]               # B: right, and every step of the derivation too
     texts: list[str]                # B
     rewards: Tensor                 # (P, G)
     entropy: float                  # nats per sampled token
@@ -122,24 +124,29 @@ class Batch:
 
 def collect(model: GPT, tokenizer: Tokenizer, problems: list[dict], group: int, c: Config,
             gen: torch.Generator) -> Batch:
-    """Sample `group` answers to every problem at the training temperature, grade and reward them."""
+    """Sample `group` answers to every problem at the training temperature, grade and reward them. The control
+    --reward random gives as many rewards as answers were right, to anyone."""
     prompts = [prompt_ids(tokenizer, p) for p in problems]
     out = ranks.sample_together(model, prompts, group, c.max_new, tokenizer.eos, tokenizer.pad, gen,
                                 c.temperature)
 
     completions = out.completions()
     finished = out.finished.tolist()
-    texts, grades, rewards = [], [], []
+    texts, grades, derived, rewards = [], [], [], []
     for row, ids in enumerate(completions):
         problem = problems[row // group]
         text, grade = read_answer(tokenizer, ids, finished[row], problem["answer"])
         texts.append(text)
         grades.append(grade)
-        rewards.append(float(reward(problem, text, grade)))
+        derived.append(sound(problem, text))
+        rewards.append(float(derived[-1] if c.reward == "steps" else reward(problem, text, grade)))
+    rewards = torch.tensor(rewards)
+    if c.reward == "random":
+        rewards = torch.full_like(rewards, float(rewards.mean())).bernoulli(generator=gen)
 
     logprobs = [row[:len(ids)] for row, ids in zip(out.logprobs, completions)]
-    return Batch(prompts, completions, logprobs, grades, texts,
-                 rewards=torch.tensor(rewards).view(len(problems), group),
+    return Batch(prompts, completions, logprobs, grades, derived, texts,
+                 rewards=rewards.view(len(problems), group),
                  entropy=float(out.entropy.sum() / out.lengths.sum()),
                  truncated=1 - sum(finished) / len(finished))
 
@@ -291,7 +298,8 @@ def probe(model: GPT, tokenizer: Tokenizer, problems: list[dict], c: Config) -> 
 def rollout_metrics(batch: Batch, advantage: Tensor) -> dict[str, float]:
     """Metrics of a batch, before its update."""
     B = len(batch.completions)
-    return {"reward": float(batch.rewards.mean()), "signal": float((advantage != 0).float().mean()),
+    return {"reward": float(batch.rewards.mean()), "right": batch.grades.count("right") / B,
+            "sound": sum(batch.sound) / B, "signal": float((advantage != 0).float().mean()),
             "unparsed": batch.grades.count("unparsed") / B, "truncated": batch.truncated,
             "length": sum(map(len, batch.completions)) / B, "entropy": batch.entropy}
 

@@ -16,11 +16,12 @@ import ranks  # comes before torch: it sets how idle threads wait
 import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
 
-from checkpoint import Run, batch_indices, check_fields, load_model, main, require, setup
+from checkpoint import Run, batch_indices, check_fields, generator, load_model, main, require, setup
 from data.problems import prompt_ids, training_problems
 from data.tokenizer import Tokenizer
-from evaluate import validate
+from evaluate import attempt, validate
 from model import GPT, completion_logprobs, packed
 
 
@@ -28,7 +29,9 @@ from model import GPT, completion_logprobs, packed
 class Config:
     init: str = ""                  # checkpoint to start from
     data: str = "data/tiny"         # folder made by data/prepare.py
-    problem_file: str = ""          # problem file to train on instead of DATA/train.jsonl
+    teacher: str = "spoken"         # one of native, wrapped, spoken, prose: language of the solutions
+    own: int = 0                    # >= 0: instead, the right ones of this many own answers (self-SFT)
+    problem_file: str = ""          # problem file to train on instead of one in DATA
     out: str = "runs/sft"           # run folder; the same call again resumes an unfinished run
     difficulty: str = "easy"        # one of easy, hard, all: which problems to train and validate on
     n_train: int = 2000             # >= 0: number of problems to train on, 0 = all
@@ -71,6 +74,32 @@ def make_examples(tokenizer: Tokenizer, problems: list[dict], gold: bool, seed: 
     return examples
 
 
+def own_solutions(model: GPT, tokenizer: Tokenizer, problems: list[dict],
+                  c: Config) -> tuple[list[dict], int]:
+    """(the problems that the model solves, with its own right answers as their solutions; number of tokens
+    sampled): rejection sampling, `own` answers of each problem (Yuan et al. 2023). UserError if it solves
+    none."""
+    attempts = attempt(model, tokenizer, problems, c.own, 1.0, c.max_new, generator(c.seed, "own"))
+    solved = []
+    for i, problem in enumerate(problems):
+        rows = range(i * c.own, (i + 1) * c.own)
+        right = {attempts.texts[row] for row in rows if attempts.grades[row] == "right"}
+        if right:
+            solved.append(problem | {"solutions": sorted(right)})
+    require(bool(solved), f"--own {c.own}: {c.init} solves none of the problems")
+    return solved, sum(len(tokenizer.encode(text)) + 1 for text in attempts.texts)
+
+
+@torch.no_grad()
+def surprise(model: GPT, examples: list[Example], c: Config, pad: int) -> float:
+    """Mean negative log-likelihood of the solutions under the model, nats per token: how foreign they are."""
+    prompts = [prompt for prompt, _ in examples]
+    solutions = [solution for _, solution in examples]
+    parts = packed(prompts, solutions, pad, c.micro_tokens, model.device)
+    sums = [completion_logprobs(model, ids, at).sum() for _, ids, at in parts]
+    return -float(torch.stack(sums).sum()) / sum(map(len, solutions))
+
+
 def require_fit(examples: list[Example], context: int) -> None:
     """UserError if an example is longer than the model's context, tokens."""
     longest = max(len(prompt) + len(solution) for prompt, solution in examples)
@@ -111,6 +140,9 @@ def train(c: Config) -> Path:
     model, tokenizer, parents = load_model(c.init, device)
     model.set_memory(c)
     problems, validation, files = training_problems(c, model, tokenizer, solutions=True)
+    sampled = 0
+    if c.own:
+        problems, sampled = own_solutions(model, tokenizer, problems, c)
     examples = make_examples(tokenizer, problems, c.gold, c.seed)
     require_fit(examples, model.config.context)
     steps = math.ceil(c.epochs * len(examples) / c.batch)
@@ -119,7 +151,12 @@ def train(c: Config) -> Path:
     with Run(c, steps, parents, files) as run:
         if run.finished():
             return run.final
+        nll = surprise(model, examples[:512], c, tokenizer.pad)
         step = run.restore(model, optimizer)
+        if step == 0:
+            run.count(tokens=sampled, flops=sampled * model.flops_per_token(c.max_new))
+            run.log(0, demonstration_nll=nll)
+            tqdm.write(f"{len(examples)} demonstrations, {nll:.3f} nats per token under {c.init}")
         while True:
             # ---- learning rate
             for group in optimizer.param_groups:

@@ -11,10 +11,12 @@ hash of its canonical form, so that no list has to be kept and anyone can check 
 """
 import random
 import re
+from collections import Counter
 from functools import cache
 from itertools import accumulate
 from zlib import crc32
 
+from data.teacher import WORDINGS, Wording
 from data.tokenizer import EOS, Tokenizer
 
 NAMES = ("Nora Tom Ann Ben Lena Omar Mia Sam Ivy Max Eva Leo Zoe Jack Ruth Paul Lily Hugo Rosa Dan Ella Finn "
@@ -82,6 +84,16 @@ def solve(numbers: list[int]) -> dict[str, str]:
     return {style: f"{body}\n#### {answer}" for style, body in bodies.items()}
 
 
+def teach(numbers: list[int], wording: Wording) -> str:
+    """The solution in a teacher's wording, steps from left to right."""
+    steps = []
+    for a, n, c in chain(numbers):
+        step = wording.gain if n > 0 else wording.loss
+        steps.append(step.format(a=a, b=abs(n), c=c))
+    text = wording.opening.format(a=numbers[0]) + wording.between.join(steps) + wording.closing
+    return f"{text}\n#### {sum(numbers)}"
+
+
 def style_of(completion: str) -> str:
     """Which of STYLES (or 'other') a completion is written in: the inverse of `solve`."""
     first = completion.split("\n")[0]
@@ -114,6 +126,89 @@ def read_answer(tokenizer: Tokenizer, ids: list[int], finished: bool, answer: st
     """(text, grade) of sampled ids. EOS spelled out in ordinary bytes ends nothing: that is no answer."""
     text = tokenizer.decode(ids[:-1] if finished else ids)
     return text, "unparsed" if EOS in text else grade(text, answer, finished)
+
+
+# ---- soundness -------------------------------------------------------------------------------------------
+# a step in any style: from a by b to c; tens may name a middle m. Without a, it goes on from the last result
+NATIVE = (("{a}+{b}={c}", 1), ("{a}-{b}={c}", -1), ("{a} plus {b} is {c}", 1), ("{a} minus {b} is {c}", -1),
+          ("{a}+{b}: {m}, {c}", 1), ("{a}-{b}: {m}, {c}", -1), ("{a}+{b}: {c}", 1), ("{a}-{b}: {c}", -1))
+
+
+@cache
+def step_forms() -> list[tuple[re.Pattern, int]]:
+    """(pattern with groups a, b, c, sign) of every form of a step, native ones and a teacher's."""
+    taught = [(step, sign) for wordings in WORDINGS.values() for w in wordings
+              for step, sign in ((w.gain, 1), (w.loss, -1))]
+    forms = []
+    for step, sign in dict.fromkeys([*NATIVE, *taught]):
+        pattern = re.sub(r"\\{(.)\\}", r"(?P<\1>(?<![0-9])[0-9]+(?![0-9]))", re.escape(step))
+        forms.append((re.compile(pattern), sign))
+    return forms
+
+
+def read_steps(text: str) -> tuple[list[tuple[int | None, int, int]], list[int]]:
+    """(steps (a, b with its sign, c) of a text in their order, numbers that stand outside of all steps).
+    Where two forms fit, the one that begins first and is longest counts. A step whose middle is not on the
+    way from a to c has no a, b, c that anything could equal: (-1, 0, -1)."""
+    found = []
+    for pattern, sign in step_forms():
+        for match in pattern.finditer(text):
+            found.append((match.start(), -match.end(), sign, match.groupdict()))
+    steps = []
+    others = ""
+    end = 0
+    for start, stop, sign, groups in sorted(found, key=lambda x: x[:2]):
+        if start < end:
+            continue
+        others += text[end:start] + " "
+        end = -stop
+        a, b, c, middle = (int(groups[name]) if groups.get(name) else None for name in "abcm")
+        on_the_way = middle is None or middle in (a + sign * (b // 10 * 10), a + sign * (b % 10))
+        steps.append((a, sign * b, c) if on_the_way else (-1, 0, -1))
+    numbers = [int(n) for n in re.findall("[0-9]+", others + text[end:])]
+    return steps, numbers
+
+
+def numbers_of(question: str) -> list[int]:
+    """The signed numbers of a question of ours, [37, 48, -20]; none of another question."""
+    signs = dict.fromkeys(["has", *GAINS], 1) | dict.fromkeys(LOSSES, -1)
+    found = re.findall(r" (\w+) ([0-9]+)", question)
+    return [signs[verb] * int(n) for verb, n in found] if all(verb in signs for verb, _ in found) else []
+
+
+def leads(terms: list[int], steps: list[tuple[int | None, int, int]], last: int | None, answer: int) -> bool:
+    """Whether the steps, in this order, make the answer of the signed terms: each takes two terms away and
+    puts its result in their place. Losses may be added up too: 12 and 8 lost are 20 lost."""
+    if not steps:
+        return terms == [answer]
+    (a, b, c), *rest = steps
+    if a is None:
+        a = last
+    if a is None or a + b != c:
+        return False
+    ways = [(a, b, c), (-a, -b, -c)] if b > 0 else [(a, b, c)]
+    for x, y, result in ways:
+        left = Counter(terms)
+        left.subtract((x, y))
+        if min(left.values()) >= 0 and leads([*left.elements(), result], rest, c, answer):
+            return True
+    return False
+
+
+def sound(problem: dict, text: str) -> bool:
+    """Whether an answer is right *and* derived: every step of the text is true, takes numbers of the question
+    (each once, with its sign) or earlier results, and the last one makes the answer; no other number is
+    mentioned. In any style and any valid order. False for a bare answer, and for problems of other kinds."""
+    if grade(text, problem["answer"]) != "right":
+        return False
+    terms = numbers_of(problem["question"])
+    for sign, n in re.findall("(plus|minus): ([0-9]+)(?![0-9+])", text):  # regrouped, with nothing to add up
+        if (int(n) if sign == "plus" else -int(n)) not in terms:
+            return False
+    steps, others = read_steps(text.rpartition("####")[0])
+    first = terms[0] if terms and terms[0] in others else None           # "start with 15"
+    known = {abs(n) for n in terms} | {c for _, _, c in steps}
+    return len(steps) > 0 and known.issuperset(others) and leads(terms, steps, first, int(problem["answer"]))
 
 
 # ---- random problems and documents ------------------------------------------------------------------------

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # so that this
 
 from checkpoint import HERE, UserError, atomic_write, check_fields, file_sha256, main, require  # noqa: E402
 from data import arithmetic, world  # noqa: E402
+from data.teacher import WORDINGS  # noqa: E402
 from data.tokenizer import Tokenizer, train_tokenizer  # noqa: E402
 
 
@@ -42,7 +43,7 @@ class Config:
     hard_fraction: float = 0.3      # >= 0, <= 1: share of hard problems (3-4 operations) among arithmetic
     vocab_size: int = 512           # >= 260, <= 65536: tokens: 256 bytes, 2 special ones, the rest merges
     val_tokens: int = 100_000       # > 0: in each of the two validation shards
-    train_problems: int = 6_000     # > 0: for SFT and RL, easy and hard together
+    train_problems: int = 20_000    # > 0: for SFT and RL, easy and hard together
     eval_problems: int = 400        # > 0: easy, and as many hard, in each of val.jsonl and test.jsonl
     benchmark_items: int = 250      # > 0: of each of the seven general benchmarks
     text: tuple[str, ...] = ()      # real text for the generated one: files .txt or .jsonl
@@ -129,6 +130,12 @@ def make_problems(seed: int, split: str, easy: int, hard: int) -> list[dict]:
             for i, problem in enumerate(lines)]
 
 
+def taught(problem: dict, setting: str) -> dict:
+    """The same problem, solved by a teacher."""
+    numbers = arithmetic.numbers_of(problem["question"])
+    return problem | {"solutions": [arithmetic.teach(numbers, wording) for wording in WORDINGS[setting]]}
+
+
 def prepare(c: Config) -> None:
     """Write the data set of this configuration. Raises UserError if the folder holds another one."""
     check_fields(c)
@@ -200,6 +207,8 @@ def write_all(folder: Path, c: Config) -> dict:
         problems = {"train": make_problems(c.seed, "train", c.train_problems - hard, hard)}
         for split in ("val", "test"):
             problems[split] = make_problems(c.seed, split, c.eval_problems, c.eval_problems)
+        for setting in WORDINGS:
+            problems[f"train-{setting}"] = [taught(problem, setting) for problem in problems["train"]]
     tokenizer = make_tokenizer(c, generated, problems["train"])
     tokenizer.save(folder / "tokenizer.json")
     if c.problems:

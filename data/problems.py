@@ -81,7 +81,9 @@ def training_problems(c: Any, model: GPT, tokenizer: Tokenizer,
                       solutions: bool = False) -> tuple[list, list, dict[str, str]]:
     """(training problems, validation problems, file -> sha256) of a Config of rl.py, sft.py or merge.py.
     UserError if the problems are not for training, or do not fit into the model's context."""
-    path = c.problem_file or f"{c.data}/train.jsonl"
+    teacher = getattr(c, "teacher", "native")
+    name = "train" if teacher == "native" else f"train-{teacher}"
+    path = c.problem_file or f"{c.data}/{name}.jsonl"
     val = f"{c.data}/val.jsonl"
     problems = load_problems(path, c.difficulty, solutions)[:c.n_train or None]
     require(all(p.get("split") not in ("val", "test") for p in problems),
