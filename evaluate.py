@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import atomic_write, check_fields, generator, load_model, main, require, setup
-from data.arithmetic import read_answer, style_of
+from data.arithmetic import numbers_of, read_answer, sound, style_of
 from data.problems import load_problems, open_data, prompt_ids, solved_examples
 from data.tokenizer import Tokenizer
 from model import GPT, Ids, packed, target_logits, targets
@@ -94,6 +94,7 @@ class Attempts:
     n: int
     texts: list[str]
     grades: list[str]
+    sound: list[bool]               # right, and derived
     truncated: int
 
     @property
@@ -101,10 +102,9 @@ class Attempts:
         """pass@1."""
         return self.grades.count("right") / len(self.grades)
 
-    def right(self) -> np.ndarray:
-        """Number of right attempts (P,) of n each."""
-        right = np.array(self.grades) == "right"
-        return right.reshape(-1, self.n).sum(1)
+    def per_problem(self, flags: list[bool]) -> list[int]:
+        """Number of attempts (P,) of n each that have the flag."""
+        return np.array(flags).reshape(-1, self.n).sum(1).tolist()
 
     def transcript(self, problems: list[dict]) -> str:
         """Up to two answers to each of the first three problems, with their grades."""
@@ -112,14 +112,15 @@ class Attempts:
         for p, problem in enumerate(problems[:3]):
             lines.append(f"{problem['question']}   (answer {problem['answer']})")
             for row in range(p * self.n, (p + 1) * self.n)[:2]:
-                lines.append(f"  [{self.grades[row]}] {self.texts[row]!r}")
+                grade = "sound" if self.sound[row] else self.grades[row]
+                lines.append(f"  [{grade}] {self.texts[row]!r}")
         return "\n".join(lines)
 
 
 def attempt(model: GPT, tokenizer: Tokenizer, problems: list[dict], n: int, temperature: float, max_new: int,
             gen: torch.Generator, prefix: list[int] = (), bar: tqdm | None = None) -> Attempts:
     """Sample n completions of each problem and grade them."""
-    attempts = Attempts(n, [], [], 0)
+    attempts = Attempts(n, [], [], [], 0)
     per_call = max(1, 2048 // n)                                         # so that the progress bar moves
     for i in range(0, len(problems), per_call):
         part = problems[i:i + per_call]
@@ -132,9 +133,11 @@ def attempt(model: GPT, tokenizer: Tokenizer, problems: list[dict], n: int, temp
         out = ranks.sample_together(model, prompts, n, max_new, tokenizer.eos, tokenizer.pad, gen,
                                     temperature)
         for row, (ids, finished) in enumerate(zip(out.completions(), out.finished.tolist())):
-            text, grade = read_answer(tokenizer, ids, finished, part[row // n]["answer"])
+            problem = part[row // n]
+            text, grade = read_answer(tokenizer, ids, finished, problem["answer"])
             attempts.texts.append(text)
             attempts.grades.append(grade)
+            attempts.sound.append(sound(problem, text))
             attempts.truncated += not finished
         if bar is not None:
             bar.update(len(part))
@@ -156,12 +159,17 @@ def measure_problems(model: GPT, tokenizer: Tokenizer, problems: list[dict], c: 
         greedy = attempt(model, tokenizer, problems, 1, 0.0, c.max_new,
                          generator(c.seed, "evaluation"), prefix, bar)
 
-    right = sampled.right().tolist()
-    result = {"problems": len(problems), "samples": c.n_samples, "right_per_problem": right}
+    right = [grade == "right" for grade in sampled.grades]
+    result = {"problems": len(problems), "samples": c.n_samples,
+              "operations": [len(numbers_of(p["question"])) - 1 for p in problems],
+              "right_per_problem": sampled.per_problem(right),
+              "sound_per_problem": sampled.per_problem(sampled.sound)}
     for k in c.k:
-        each = passes(result, k)
-        means = bootstrap_means(each, c.seed)
-        result[f"pass@{k}"] = {"mean": float(each.mean()), "interval": interval(means)}
+        result[f"guess@{k}"] = guess_level(problems, k)
+        for kind, name in (("right", "pass"), ("sound", "sound")):
+            each = passes(result, k, kind)
+            means = bootstrap_means(each, c.seed)
+            result[f"{name}@{k}"] = {"mean": float(each.mean()), "interval": interval(means)}
 
     total = len(sampled.grades)
     styles = Counter(map(style_of, sampled.texts))
@@ -197,6 +205,12 @@ def kl_divergence(model: GPT, reference: GPT, tokenizer: Tokenizer, problems: li
         other = target_logits(reference, ids, at).log_softmax(-1)
         total += float(F.kl_div(other, logp, log_target=True, reduction="sum"))
     return total / sum(map(len, answers))
+
+
+def guess_level(problems: list[dict], k: int) -> float:
+    """pass@k of answers drawn by their frequency among these problems: what knows no question reaches."""
+    answers = Counter(p["answer"] for p in problems)
+    return sum(n * (1 - (1 - n / len(problems)) ** k) for n in answers.values()) / len(problems)
 
 
 def entropy(values: list[str]) -> float:
@@ -345,8 +359,9 @@ def table(result: dict) -> str:
     for name, d in result["problems"].items():
         for k in c["k"]:
             m = d[f"pass@{k}"]
-            lines.append(f"  {name:8s}pass@{k:<4d}{m['mean']:7.1%}   "
-                         f"[{m['interval'][0]:.1%}, {m['interval'][1]:.1%}]")
+            lines.append(f"  {name:8s}pass@{k:<4d}{m['mean']:7.1%}   [{m['interval'][0]:.1%}, "
+                         f"{m['interval'][1]:.1%}], sound {d[f'sound@{k}']['mean']:.1%}, "
+                         f"guessing {d[f'guess@{k}']:.1%}")
         lines.append(f"  {name:8s}greedy {d['greedy']:.1%}, unparsed {d['unparsed']:.1%}, "
                      f"truncated {d['truncated']:.1%}, answer entropy {d['answer_entropy']:.2f} nats, "
                      f"{d['distinct_completions']:.1f} distinct of {d['samples']}")
@@ -366,15 +381,17 @@ def compare(a: dict, b: dict, seed: int) -> dict:
     gaps = {}
     for difficulty, measured in a["problems"].items():
         for k in a["config"]["k"]:
-            gaps[f"{difficulty} pass@{k}"] = passes(measured, k) - passes(b["problems"][difficulty], k)
+            for kind, name in (("right", "pass"), ("sound", "sound")):
+                gap = passes(measured, k, kind) - passes(b["problems"][difficulty], k, kind)
+                gaps[f"{difficulty} {name}@{k}"] = gap
     if "benchmarks" in a:
         gaps["general mean"] = general(a["benchmarks"]) - general(b["benchmarks"])
     return {name: (float(gap.mean()), *interval(bootstrap_means(gap, seed))) for name, gap in gaps.items()}
 
 
-def passes(measured: dict, k: int) -> np.ndarray:
-    """pass@k (P,) of each problem."""
-    return np.array([pass_at_k(measured["samples"], right, k) for right in measured["right_per_problem"]])
+def passes(measured: dict, k: int, kind: str = "right") -> np.ndarray:
+    """pass@k (P,) of each problem; with `sound`, of answers that are derived."""
+    return np.array([pass_at_k(measured["samples"], n, k) for n in measured[f"{kind}_per_problem"]])
 
 
 def general(benchmarks: dict) -> np.ndarray:
