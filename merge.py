@@ -39,7 +39,7 @@ from model import GPT
 class Config:
     init: str = ""                  # checkpoint to start from
     data: str = "data/tiny"         # folder made by data/prepare.py
-    teacher: str = "spoken"         # one of native, wrapped, spoken, prose: language of the solutions
+    teacher: str = "native"         # one of native, wrapped, spoken, prose: language of the solutions
     problem_file: str = ""          # problem file to train on instead of one in DATA
     out: str = "runs/merge"         # run folder; the same call again resumes an unfinished run
     difficulty: str = "easy"        # one of easy, hard, all: which problems to train and validate on

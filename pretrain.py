@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from checkpoint import (
-    Run, UserError, batch_indices, check_fields, file_sha256, generator, load_model, main, require, setup)
+    Run, UserError, batch_indices, check_fields, generator, load_model, main, require, setup)
 from data.problems import open_data
 from data.tokenizer import Tokenizer
 from model import GPT, SIZES, ModelConfig, moved, tokens_at_once

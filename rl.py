@@ -12,7 +12,7 @@ import functools
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,11 +115,11 @@ class Batch:
     completions: list[list[int]]    # B, EOS included where generated
     logprobs: list[Tensor]          # B of (length,): under the distribution they were sampled from
     grades: list[str]               # B: right, wrong, unparsed
-    sound: list[bool]               # B: right, and every step of the derivation too
     texts: list[str]                # B
     rewards: Tensor                 # (P, G)
     entropy: float                  # nats per sampled token
     truncated: float                # share of rollouts without EOS
+    sound: Sequence[bool] = ()      # B: right, and every step of the derivation too
 
 
 def collect(model: GPT, tokenizer: Tokenizer, problems: list[dict], group: int, c: Config,
@@ -145,10 +145,11 @@ def collect(model: GPT, tokenizer: Tokenizer, problems: list[dict], group: int, 
         rewards = torch.full_like(rewards, float(rewards.mean())).bernoulli(generator=gen)
 
     logprobs = [row[:len(ids)] for row, ids in zip(out.logprobs, completions)]
-    return Batch(prompts, completions, logprobs, grades, derived, texts,
+    return Batch(prompts, completions, logprobs, grades, texts,
                  rewards=rewards.view(len(problems), group),
                  entropy=float(out.entropy.sum() / out.lengths.sum()),
-                 truncated=1 - sum(finished) / len(finished))
+                 truncated=1 - sum(finished) / len(finished),
+                 sound=derived)
 
 
 def policy_gradient(model: GPT, reference: GPT | None, batch: Batch, advantage: Tensor, rows: range,

@@ -17,6 +17,7 @@ import worlds
 from checkpoint import UserError
 from data import arithmetic, prepare, world
 from data.problems import prompt_ids, solved_examples
+from data.teacher import WORDINGS
 from data.tokenizer import EOS, Tokenizer
 
 # ---- reading back ------------------------------------------------------------------------------------------
@@ -172,9 +173,25 @@ def test_the_manifest_is_true():
     assert manifest()["sha256"] == files
     assert {k: manifest()["config"][k] for k in worlds.DATA_OPTIONS} == worlds.DATA_OPTIONS
     assert (worlds.data() / "train.bin").stat().st_size == 2 * worlds.DATA_OPTIONS["tokens"]
-    assert manifest()["problems"] == {f"{s}.jsonl": len(problems(s)) for s in SPLITS}
+    files = (*SPLITS, *(f"train-{setting}" for setting in WORDINGS))
+    assert manifest()["problems"] == {f"{name}.jsonl": len(problems(name)) for name in files}
     assert manifest()["benchmarks"] == {task: len(benchmarks(task)) for task in TASKS}
     assert manifest()["n_vocab"] == tokenizer().n_vocab
+
+
+@pytest.mark.parametrize("setting", list(WORDINGS))
+def test_a_teacher_solves_the_training_problems(setting):
+    """The same problems in the same order, each with eight sound solutions; and none of their wordings stands
+    in a shard, digits and names aside."""
+    taught = problems(f"train-{setting}")
+    assert [p["question"] for p in taught] == [p["question"] for p in problems("train")]
+    shown = solved("train.bin") + solved("val_arithmetic.bin")
+    seen = "".join(re.sub("[0-9]+", "0", solution) for _, solution in shown)
+    for problem in taught:
+        assert len(set(problem["solutions"])) == 8
+        for solution in problem["solutions"]:
+            assert arithmetic.sound(problem, solution)
+            assert re.sub("[0-9]+", "0", solution.split("\n")[0]) not in seen
 
 
 def test_a_second_call_changes_nothing(capsys):

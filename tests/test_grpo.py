@@ -415,6 +415,34 @@ def test_truncated_answers(monkeypatch, answer_tokenizer, answering):
     assert batch.completions == rows and [len(x) for x in batch.logprobs] == lengths
 
 
+@pytest.mark.parametrize("kind, expected", [("answer", [1., 1., 0., 1.]), ("steps", [1., 0., 0., 0.])])
+def test_what_is_rewarded(monkeypatch, answer_tokenizer, gpt, kind, expected):
+    """Right answers, or only those whose derivation is true."""
+    batch = rewarded(monkeypatch, answer_tokenizer, gpt, kind, 1)
+    assert batch.rewards.tolist() == [expected] and list(batch.sound) == [True, False, False, False]
+
+
+def test_random_rewards_are_as_many_as_right_answers(monkeypatch, answer_tokenizer, gpt):
+    """The control rewards 75 % of 4,000 answers, right or wrong alike; the same seed, the same answers."""
+    a, b = (rewarded(monkeypatch, answer_tokenizer, gpt, "random", 1000).rewards.flatten() for _ in range(2))
+    assert torch.equal(a, b)
+    for place in range(4):                       # right, right, wrong, right
+        assert abs(a[place::4].mean() - .75) < .06
+
+
+def rewarded(monkeypatch, tokenizer, gpt, kind: str, times: int) -> rl.Batch:
+    """A batch of four answers, `times` over: derived, bare, wrong, right by two mistakes."""
+    problem = {"question": "Tom has 3 pens. Tom gets 4. Tom loses 2. How many pens?", "answer": "5"}
+    texts = ["3+4=7\n7-2=5\n#### 5", "#### 5", "3+4=7\n7-2=4\n#### 4", "3+4=8\n8-2=5\n#### 5"] * times
+    rows = [[*tokenizer.encode(text), tokenizer.eos] for text in texts]
+    width = max(map(len, rows))
+    tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    out = Rollouts(tokens, torch.tensor(list(map(len, rows))), torch.ones(len(rows), dtype=torch.bool),
+                   torch.zeros(tokens.shape), torch.zeros(tokens.shape))
+    monkeypatch.setattr(ranks, "sample_together", lambda *args: out)
+    return rl.collect(gpt, tokenizer, [problem], len(rows), rl.Config(reward=kind), generator(0, "test"))
+
+
 @pytest.mark.parametrize("shaped, wrong, signal", [
     (rl.reward, .5, True), (rl.reward, 1., False),
     (lambda problem, text, grade: {"right": 1., "wrong": .2, "unparsed": 0.}[grade], 1., True),

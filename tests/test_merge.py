@@ -265,8 +265,8 @@ def test_it_trains_and_logs(mode, inner):
     assert [line["step"] for line in steps] == list(range(inner, 5, inner))
     norms = {"grad_norm_fused"} if mode == "fused" else {"grad_norm_rl", "grad_norm_sft"}
     for line in steps:
-        assert {"step", "reward", "signal", "unparsed", "truncated", "length", "entropy", "kl", "sft_loss",
-                "skipped", "tokens", "updates", "flops", "seconds"} | norms == line.keys()
+        assert {"step", "reward", "right", "sound", "signal", "unparsed", "truncated", "length", "entropy",
+                "kl", "sft_loss", "skipped", "tokens", "updates", "flops", "seconds"} | norms == line.keys()
     assert [line["step"] for line in log if "val_pass@1" in line] == [0, 4]
     assert steps[-1]["updates"] == (4 if mode == "fused" else 8) and steps[-1]["skipped"] == 0
     first = next(p for p in worlds.lines(worlds.data() / "val.jsonl") if p["difficulty"] == "easy")

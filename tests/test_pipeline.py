@@ -189,6 +189,35 @@ def test_sft_logs_what_it_promises():
     assert steps[-1]["lr"] == pytest.approx(8e-3 / 40)   # decays linearly, last step 1/40
 
 
+def test_own_answers_are_demonstrations(tmp_path):
+    """Self-SFT learns from the model's right answers, all '#### 7' here, and counts what it sampled; the
+    foreignness of the demonstrations is logged first: that of its own answers is low."""
+    options = SFT | dict(init=str(worlds.parrot()), problem_file=str(worlds.sevens()))
+    own = worlds.lines(run(sft, out=str(tmp_path / "own"), own=8, **options).parent / "log.jsonl")
+    given = worlds.lines(run(sft, out=str(tmp_path / "given"), **options).parent / "log.jsonl")
+    assert own[0]["demonstration_nll"] == pytest.approx(given[0]["demonstration_nll"], abs=1e-5)
+    assert own[-2]["tokens"] > given[-2]["tokens"] + 32 * 8 * 3          # at least '####', ' 7', EOS each
+    foreign = SFT | dict(init=str(worlds.parrot()), teacher="prose")
+    strange = run(sft, out=str(tmp_path / "strange"), **foreign)
+    assert worlds.lines(strange.parent / "log.jsonl")[0]["demonstration_nll"] > 2
+
+
+def test_pretraining_continues_from_a_checkpoint(tmp_path):
+    """512 tokens and then 512 from there read the same blocks, in the same order, as 1,024 at once; without
+    momentum and at a constant rate the weights are the same."""
+    def blocks_of(**options):
+        with mock.patch.object(pretrain, "blocks", wraps=pretrain.blocks) as spy:
+            path = run(pretrain, **BASE | dict(checkpoints_at=(512,), eval_every=99) | options)
+        return path, [call.args[1] for call in spy.call_args_list if len(call.args[1]) == 4]
+    _, whole = blocks_of(tokens=1_024, out=str(tmp_path / "whole"))
+    first, one = blocks_of(tokens=512, out=str(tmp_path / "first"))
+    second, two = blocks_of(tokens=512, init=str(first), out=str(tmp_path / "second"))
+    assert one + two == whole
+    lineage = load_checkpoint(second)["lineage"]
+    assert [stage["tokens"] for stage in lineage] == [512, 512]
+    assert lineage[1]["parent"] == hashlib.sha256(first.read_bytes()).hexdigest()
+
+
 def test_all_solutions_make_more_examples(tmp_path):
     """With --gold sft.py trains on every solution of each question, else on one."""
     problems = worlds.lines(worlds.data() / "train.jsonl")[:10]
@@ -245,7 +274,7 @@ def test_two_checkpoints_are_compared(tmp_path):
     path = copied("rl", tmp_path)
     options = command_line(SimpleNamespace(data=worlds.data(), threads=1, **EVALUATE))
     said = worlds.run_here("evaluate.py", path, path, "--no-benchmarks", *options).out
-    assert said.split("minus")[1].count("+0.0 points  [+0.0, +0.0]") == 4   # easy and hard, pass@1 and pass@8
+    assert said.split("minus")[1].count("+0.0 points  [+0.0, +0.0]") == 8   # easy, hard; pass, sound; 1, 8
 def test_evaluating_with_examples_before_the_question(tmp_path):
     """The k-shot results have a file of their own and do not replace the 0-shot ones."""
     path = copied("rl", tmp_path)

@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import evaluate
 import merge
+import ranks
 import report
 import rl
 import sft
@@ -23,6 +25,7 @@ from evaluate import (
     bootstrap_means,
     compare,
     entropy,
+    guess_level,
     interval,
     measure_benchmarks,
     measure_problems,
@@ -157,9 +160,9 @@ def test_standard_error_of_pass_at_32():
 
 def test_right_attempts_are_counted():
     """The count is the number of right attempts per problem, as an integer; nothing is a little right."""
-    a = Attempts(3, [""] * 6, ["right", "wrong", "unparsed", "right", "right", "right"], 0)
-    counts = a.right()
-    assert counts.tolist() == [1, 3] and counts.dtype.kind == "i"
+    a = Attempts(3, [""] * 6, ["right", "wrong", "unparsed", "right", "right", "right"], [], 0)
+    counts = a.per_problem([grade == "right" for grade in a.grades])
+    assert counts == [1, 3] and {type(n) for n in counts} == {int}
 
 
 # ---- bootstrap ----------------------------------------------------------------------------------------
@@ -202,7 +205,8 @@ def test_coverage():
 
 def result(right, hits=None):
     """A measured model with four samples per problem, of which these are right."""
-    r = {"config": {"k": [1, 2]}, "problems": {"easy": {"samples": 4, "right_per_problem": right}}}
+    counts = {"samples": 4, "right_per_problem": right, "sound_per_problem": [0] * len(right)}
+    r = {"config": {"k": [1, 2]}, "problems": {"easy": counts}}
     if hits:
         r["benchmarks"] = {task: {"hits": h} for task, h in hits.items()}
     return r
@@ -254,6 +258,27 @@ def test_every_configuration_has_a_file_of_its_own():
     assert names[0] == Path("runs/a/3.8M.val.0shot.json") and names[-3].name == "3.8M.test.0shot.json"
     other = evaluate.Config(("x.pt", "y.pt"), decode_rows=1, device="cpu", threads=3)
     assert result_path("runs/a/3.8M.pt", other) == names[0]
+
+
+@pytest.mark.parametrize("k, expected", [(1, 5 / 8), (2, (3 * 15 + 7) / 64)])
+def test_the_guess_level(k, expected):
+    """Answers 5, 5, 5, 7 guessed by their frequency: one guess hits 5 with 3/4 and 7 with 1/4, two with 15/16
+    and 7/16."""
+    assert guess_level([{"answer": "5"}] * 3 + [{"answer": "7"}], k) == pytest.approx(expected)
+
+
+def test_sound_answers_are_counted_apart(gpt, answer_tokenizer, monkeypatch):
+    """Of four samples three are right: one derived, one bare, one by two mistakes that cancel out."""
+    problem = {"question": "Tom has 3 pens. Tom gets 4. Tom loses 2. How many pens?", "answer": "5"}
+    texts = ["3+4=7\n7-2=5\n#### 5", "#### 5", "3+4=8\n8-2=5\n#### 5", "3+4=7\n7-2=4\n#### 4"]
+    rows = [[*answer_tokenizer.encode(text), answer_tokenizer.eos] for text in texts]
+    monkeypatch.setattr(ranks, "sample_together", lambda model, prompts, n, *_: mock.Mock(
+        completions=lambda: rows[:n], finished=torch.ones(n, dtype=torch.bool)))
+    gpt.config.context = 256
+    c = evaluate.Config(("x.pt",), n_samples=4, k=(1, 2))
+    r = measure_problems(gpt, answer_tokenizer, [problem], c, [], "test")
+    assert r["right_per_problem"] == [3] and r["sound_per_problem"] == [1] and r["operations"] == [2]
+    assert r["pass@1"]["mean"] == .75 and r["sound@1"]["mean"] == .25 and r["sound@2"]["mean"] == .5
 
 
 # ---- a whole set of problems --------------------------------------------------------------------------
