@@ -181,7 +181,7 @@ def test_generators_are_functions_of_seed_stream_and_step():
 
 # name -> how many generators of it each trainer needs in 2,000 steps at the defaults: one an epoch, a step
 STREAMS = {"weights": 1, "text": 1, "sft": 32, "rl": 64, "rollouts": 2_000, "probe": 1, "evaluation": 1,
-           "kl": 1}
+           "kl": 1, "own": 1}
 
 
 def test_no_two_streams_of_a_study_coincide():
@@ -195,7 +195,7 @@ def test_no_two_streams_of_a_study_coincide():
             gen = generator(seed, name, step)
             assert gen.initial_seed() < 2 ** 32
             first[seed, name, step] = tuple(torch.randint(2 ** 31, (3,), generator=gen).tolist())
-    assert len(set(first.values())) == len(first) == 6_303
+    assert len(set(first.values())) == len(first) == 6_306
     assert first[0, "rollouts", 3] == (2003182723, 1209444161, 1033740330)
     assert first[1, "weights", 0] == (1884800446, 976315906, 41996024)
 
