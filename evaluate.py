@@ -210,7 +210,11 @@ def kl_divergence(model: GPT, reference: GPT, tokenizer: Tokenizer, problems: li
 def guess_level(problems: list[dict], k: int) -> float:
     """pass@k of answers drawn by their frequency among these problems: what knows no question reaches."""
     answers = Counter(p["answer"] for p in problems)
-    return sum(n * (1 - (1 - n / len(problems)) ** k) for n in answers.values()) / len(problems)
+    level = 0.0
+    for n in answers.values():
+        share = n / len(problems)
+        level += share * (1 - (1 - share) ** k)
+    return level
 
 
 def entropy(values: list[str]) -> float:
@@ -309,8 +313,9 @@ def bits_per_byte(model: GPT, tokenizer: Tokenizer, shard: np.ndarray, blocks: i
 def result_path(checkpoint: str | Path, c: Config) -> Path:
     """CHECKPOINT.SPLIT.Nshot.json, with a hash of the other options that change the result and are not the
     defaults: no evaluation replaces one with other options."""
-    aside = ("checkpoints", "split", "shots", "decode_rows", "device", "threads")
-    changed = {k: v for k, v in asdict(c).items() if k not in aside and v != getattr(Config, k)}
+    changed = {k: v for k, v in asdict(c).items() if v != getattr(Config, k, None)}
+    for name in ("checkpoints", "split", "shots", "decode_rows", "device", "threads"):
+        changed.pop(name, None)
     key = blake2b(json.dumps(changed, sort_keys=True).encode(), digest_size=4).hexdigest()
     return Path(checkpoint).with_suffix(f".{c.split}.{c.shots}shot{'-' + key if changed else ''}.json")
 
@@ -386,7 +391,11 @@ def compare(a: dict, b: dict, seed: int) -> dict:
                 gaps[f"{difficulty} {name}@{k}"] = gap
     if "benchmarks" in a:
         gaps["general mean"] = general(a["benchmarks"]) - general(b["benchmarks"])
-    return {name: (float(gap.mean()), *interval(bootstrap_means(gap, seed))) for name, gap in gaps.items()}
+    differences = {}
+    for name, gap in gaps.items():
+        means = bootstrap_means(gap, seed)
+        differences[name] = (float(gap.mean()), *interval(means))
+    return differences
 
 
 def passes(measured: dict, k: int, kind: str = "right") -> np.ndarray:

@@ -403,10 +403,12 @@ def pad_left(prompts: Ids, width: int, pad: int,
     """(ids (P, width), number of padding columns (P,)) of prompts of up to `width` tokens."""
     padding = [width - len(prompt) for prompt in prompts]
     rows = [[pad] * n + prompt for n, prompt in zip(padding, prompts)]
-    return moved(torch.tensor(rows), device), moved(torch.tensor(padding), device)
+    ids = torch.tensor(rows)
+    columns = torch.tensor(padding)
+    return moved(ids, device), moved(columns, device)
 
 
-def recorded(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+def recorded(step: Callable, device: torch.device) -> Callable:
     """`step` as a CUDA graph: all its kernels in one launch, on the memory that they had while recorded."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device), torch.cuda.graph(graph):
@@ -494,7 +496,8 @@ def decode(model: GPT, prompts: Ids, u: Tensor,
     return finished_at_eos(tokens, logprobs, entropy, eos, pad)
 
 
-def finished_at_eos(tokens: Tensor, logprobs: Tensor, entropy: Tensor, eos: int, pad: int) -> Rollouts:
+def finished_at_eos(tokens: Tensor, logprobs: Tensor, entropy: Tensor,
+                    eos: int, pad: int) -> Rollouts:
     """Rows end at their first EOS, whatever they went on to write; on the CPU."""
     ended = tokens == eos
     finished = ended.any(1)
@@ -545,6 +548,13 @@ def completion_logprobs(model: GPT, ids: Tensor, at: Tensor,
     """Log-probabilities (N,) of `pack`'s N completion tokens, under softmax(logits / temperature)."""
     logits = target_logits(model, ids, at, temperature, cache)
     return -F.cross_entropy(logits, targets(ids, at), reduction="none")
+
+
+def row_logprobs(model: GPT, prompts: Ids, completions: Ids,
+                 pad: int, temperature: float = 1.0) -> Tensor:
+    """Log-probabilities (N,) of the completions' tokens, row after row, each after its prompt."""
+    ids, at = pack(prompts, completions, pad, model.device)
+    return completion_logprobs(model, ids, at, temperature)
 
 
 def tokens_at_once(asked: int, device: torch.device) -> int:

@@ -29,7 +29,7 @@ from data.arithmetic import read_answer, sound
 from data.problems import prompt_ids, training_problems
 from data.tokenizer import Tokenizer
 from evaluate import validate
-from model import GPT, SharedPrompts, completion_logprobs, micro_batches, pack, shared_logprobs
+from model import GPT, SharedPrompts, micro_batches, row_logprobs, shared_logprobs
 
 
 @dataclass
@@ -219,8 +219,7 @@ def reference_logprobs(reference: GPT, batch: Batch, rows: list[int], c: Config,
     G = batch.rewards.shape[1]
     prompts = [batch.prompts[r // G] for r in rows]
     completions = [batch.completions[r] for r in rows]
-    ids, at = pack(prompts, completions, pad, reference.device)
-    return completion_logprobs(reference, ids, at, c.temperature)
+    return row_logprobs(reference, prompts, completions, pad, c.temperature)
 
 
 class Metrics:

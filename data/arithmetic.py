@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from functools import cache
 from itertools import accumulate
+from typing import NamedTuple
 from zlib import crc32
 
 from data.teacher import WORDINGS, Wording
@@ -90,8 +91,9 @@ def teach(numbers: list[int], wording: Wording) -> str:
     for a, n, c in chain(numbers):
         step = wording.gain if n > 0 else wording.loss
         steps.append(step.format(a=a, b=abs(n), c=c))
-    text = wording.opening.format(a=numbers[0]) + wording.between.join(steps) + wording.closing
-    return f"{text}\n#### {sum(numbers)}"
+    opening = wording.opening.format(a=numbers[0])
+    body = wording.between.join(steps)
+    return f"{opening}{body}{wording.closing}\n#### {sum(numbers)}"
 
 
 def style_of(completion: str) -> str:
@@ -129,68 +131,99 @@ def read_answer(tokenizer: Tokenizer, ids: list[int], finished: bool, answer: st
 
 
 # ---- soundness -------------------------------------------------------------------------------------------
-# a step in any style: from a by b to c; tens may name a middle m. Without a, it goes on from the last result
-NATIVE = (("{a}+{b}={c}", 1), ("{a}-{b}={c}", -1), ("{a} plus {b} is {c}", 1), ("{a} minus {b} is {c}", -1),
-          ("{a}+{b}: {m}, {c}", 1), ("{a}-{b}: {m}, {c}", -1), ("{a}+{b}: {c}", 1), ("{a}-{b}: {c}", -1))
+# the forms of a step from {a} by {b} to {c} in the native styles; by tens it may name a middle {m}
+NATIVE = {
+    "{a}+{b}={c}": 1,
+    "{a}-{b}={c}": -1,
+    "{a} plus {b} is {c}": 1,
+    "{a} minus {b} is {c}": -1,
+    "{a}+{b}: {m}, {c}": 1,
+    "{a}-{b}: {m}, {c}": -1,
+    "{a}+{b}: {c}": 1,
+    "{a}-{b}: {c}": -1,
+}
+
+
+class Step(NamedTuple):
+    a: int | None       # None: it goes on from the result before
+    b: int              # with its sign
+    c: int
+    middle: int | None
+
+    def is_true(self, before: int | None) -> bool:
+        """a + b = c, and the middle is reached by the tens of b alone, or by its ones alone."""
+        a = before if self.a is None else self.a
+        if a is None or a + self.b != self.c:
+            return False
+        tens = int(self.b / 10) * 10
+        return self.middle in (None, a + tens, self.c - tens)
 
 
 @cache
 def step_forms() -> list[tuple[re.Pattern, int]]:
-    """(pattern with groups a, b, c, sign) of every form of a step, native ones and a teacher's."""
-    taught = [(step, sign) for wordings in WORDINGS.values() for w in wordings
-              for step, sign in ((w.gain, 1), (w.loss, -1))]
-    forms = []
-    for step, sign in dict.fromkeys([*NATIVE, *taught]):
-        pattern = re.sub(r"\\{(.)\\}", r"(?P<\1>(?<![0-9])[0-9]+(?![0-9]))", re.escape(step))
-        forms.append((re.compile(pattern), sign))
-    return forms
+    """(pattern with groups a, b, c, m; sign) of every form of a step, native ones and a teacher's."""
+    forms = dict(NATIVE)
+    for wordings in WORDINGS.values():
+        for wording in wordings:
+            forms |= {wording.gain: 1, wording.loss: -1}
+    number = r"(?P<\1>(?<![0-9])[0-9]+(?![0-9]))"
+    patterns = []
+    for form, sign in forms.items():
+        pattern = re.sub(r"\\{(.)\\}", number, re.escape(form))
+        patterns.append((re.compile(pattern), sign))
+    return patterns
 
 
-def read_steps(text: str) -> tuple[list[tuple[int | None, int, int]], list[int]]:
-    """(steps (a, b with its sign, c) of a text in their order, numbers that stand outside of all steps).
-    Where two forms fit, the one that begins first and is longest counts. A step whose middle is not on the
-    way from a to c has no a, b, c that anything could equal: (-1, 0, -1)."""
+def read_steps(text: str) -> tuple[list[Step], list[int]]:
+    """(steps of a text in their order, numbers that stand outside of all steps). Where two forms fit, the one
+    that begins first and is longest counts."""
     found = []
     for pattern, sign in step_forms():
         for match in pattern.finditer(text):
-            found.append((match.start(), -match.end(), sign, match.groupdict()))
+            found.append((match.start(), -match.end(), sign, match))
+    found.sort(key=lambda x: x[:2])
+
     steps = []
-    others = ""
+    outside = ""
     end = 0
-    for start, stop, sign, groups in sorted(found, key=lambda x: x[:2]):
-        if start < end:
-            continue
-        others += text[end:start] + " "
-        end = -stop
-        a, b, c, middle = (int(groups[name]) if groups.get(name) else None for name in "abcm")
-        on_the_way = middle is None or middle in (a + sign * (b // 10 * 10), a + sign * (b % 10))
-        steps.append((a, sign * b, c) if on_the_way else (-1, 0, -1))
-    numbers = [int(n) for n in re.findall("[0-9]+", others + text[end:])]
-    return steps, numbers
+    for start, minus_stop, sign, match in found:
+        if start >= end:
+            groups = {name: int(digits) for name, digits in match.groupdict().items()}
+            steps.append(Step(groups.get("a"), sign * groups["b"], groups["c"], groups.get("m")))
+            outside += text[end:start] + " "
+            end = -minus_stop
+    outside += text[end:]
+    return steps, [int(digits) for digits in re.findall("[0-9]+", outside)]
 
 
 def numbers_of(question: str) -> list[int]:
     """The signed numbers of a question of ours, [37, 48, -20]; none of another question."""
     signs = dict.fromkeys(["has", *GAINS], 1) | dict.fromkeys(LOSSES, -1)
-    found = re.findall(r" (\w+) ([0-9]+)", question)
-    return [signs[verb] * int(n) for verb, n in found] if all(verb in signs for verb, _ in found) else []
+    numbers = []
+    for verb, n in re.findall(r" (\w+) ([0-9]+)", question):
+        if verb not in signs:
+            return []
+        numbers.append(signs[verb] * int(n))
+    return numbers
 
 
-def leads(terms: list[int], steps: list[tuple[int | None, int, int]], last: int | None, answer: int) -> bool:
+def leads(terms: list[int], steps: list[Step], before: int | None, answer: int) -> bool:
     """Whether the steps, in this order, make the answer of the signed terms: each takes two terms away and
     puts its result in their place. Losses may be added up too: 12 and 8 lost are 20 lost."""
     if not steps:
         return terms == [answer]
-    (a, b, c), *rest = steps
-    if a is None:
-        a = last
-    if a is None or a + b != c:
+    step, *rest = steps
+    if not step.is_true(before):
         return False
-    ways = [(a, b, c), (-a, -b, -c)] if b > 0 else [(a, b, c)]
+    a = step.c - step.b
+    ways = [(a, step.b, step.c)]
+    if step.b > 0:
+        ways.append((-a, -step.b, -step.c))
     for x, y, result in ways:
         left = Counter(terms)
         left.subtract((x, y))
-        if min(left.values()) >= 0 and leads([*left.elements(), result], rest, c, answer):
+        possible = min(left.values()) >= 0
+        if possible and leads([*left.elements(), result], rest, step.c, answer):
             return True
     return False
 
@@ -205,10 +238,12 @@ def sound(problem: dict, text: str) -> bool:
     for sign, n in re.findall("(plus|minus): ([0-9]+)(?![0-9+])", text):  # regrouped, with nothing to add up
         if (int(n) if sign == "plus" else -int(n)) not in terms:
             return False
-    steps, others = read_steps(text.rpartition("####")[0])
-    first = terms[0] if terms and terms[0] in others else None           # "start with 15"
-    known = {abs(n) for n in terms} | {c for _, _, c in steps}
-    return len(steps) > 0 and known.issuperset(others) and leads(terms, steps, first, int(problem["answer"]))
+    steps, mentioned = read_steps(text.rpartition("####")[0])
+    known = {abs(n) for n in terms} | {step.c for step in steps}
+    if not steps or not known.issuperset(mentioned):
+        return False
+    start = terms[0] if terms and terms[0] in mentioned else None        # "from 15 ..."
+    return leads(terms, steps, start, int(problem["answer"]))
 
 
 # ---- random problems and documents ------------------------------------------------------------------------
