@@ -340,6 +340,7 @@ def evaluate(path: str, c: Config) -> dict:
         measured = measure_problems(model, tokenizer, chosen, c, prefix, f"{Path(path).name} {difficulty}")
         if c.reference:
             measured["kl"] = kl_divergence(model, reference, tokenizer, chosen, c, prefix)
+            measured["kl_reverse"] = kl_divergence(reference, model, tokenizer, chosen, c, prefix)
         result["problems"][difficulty] = measured
     listed = Path(c.data, "benchmarks.jsonl")
     if c.benchmarks and listed.exists():         # not where all general text is real
@@ -371,7 +372,8 @@ def table(result: dict) -> str:
                      f"truncated {d['truncated']:.1%}, answer entropy {d['answer_entropy']:.2f} nats, "
                      f"{d['distinct_completions']:.1f} distinct of {d['samples']}")
         if "kl" in d:
-            lines.append(f"  {name:8s}KL to {c['reference']} {d['kl']:.4f} nats per token")
+            lines.append(f"  {name:8s}KL to {c['reference']} {d['kl']:.4f} nats per token, "
+                         f"from it {d['kl_reverse']:.4f}")
         lines.append(f"  {name:8s}styles " + ", ".join(f"{s} {v:.0%}" for s, v in d["styles"].items()))
     for task, b in result.get("benchmarks", {}).items():
         lines.append(f"  {task:10s}{b['accuracy']:6.1%} ± {b['stderr']:.1%}  (chance {b['chance']:.0%})")

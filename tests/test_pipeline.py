@@ -283,21 +283,22 @@ def test_evaluating_with_examples_before_the_question(tmp_path):
 
 
 def test_the_kl_is_from_the_evaluated_model_to_the_reference(tmp_path):
-    """--reference: 0 to itself; to another model, not the same as the other way round."""
+    """--reference: 0 to itself; to another model, not the same as the other way round, which is there too."""
     paths = {stage: str(copied(stage, tmp_path)) for stage in ("rl", "base")}
 
-    def kl(stage: str, reference: str) -> float:
+    def kl(stage: str, reference: str) -> tuple[float, float]:
         options = dict(checkpoints=(paths[stage],), reference=paths[reference], benchmarks=False)
         result, = run(evaluate, **options, **EVALUATE)
-        return result["problems"]["easy"]["kl"]
+        return result["problems"]["easy"]["kl"], result["problems"]["easy"]["kl_reverse"]
     policy, tokenizer, _ = load_model(paths["rl"])
     reference, *_ = load_model(paths["base"])
     problems = load_problems(worlds.data() / "val.jsonl", "easy")[:2]
     config = evaluate.Config((paths["rl"],), **EVALUATE)
     expected = evaluate.kl_divergence(policy, reference, tokenizer, problems, config, [])
-    assert kl("rl", "base") == pytest.approx(expected) and expected > 0
-    assert kl("base", "rl") != pytest.approx(expected)
-    assert abs(kl("rl", "rl")) < 1e-6
+    forward, reverse = kl("rl", "base")
+    assert forward == pytest.approx(expected) and expected > 0 and reverse != pytest.approx(expected)
+    assert kl("base", "rl") == (reverse, forward)
+    assert kl("rl", "rl") == pytest.approx((0, 0), abs=1e-6)
 
 
 @pytest.mark.parametrize("stage", STAGES)
