@@ -111,10 +111,16 @@ def find(records: list[dict], recipe: str, at: str, base: str = "") -> list[dict
     return sorted((r for r in records if wanted.items() <= r.items()), key=lambda r: r["seed"])
 
 
+def base_of(records: list[dict], r: dict) -> dict:
+    """The evaluation of the base that a run started from: of its seed, or the only one."""
+    found = find(records, "base", r["at"], r["base"])
+    return next((x for x in found if x["seed"] == r["seed"]), found[0])
+
+
 def by_seed(records: list[dict], recipe: str, metric: str, at: str, base: str) -> dict[int, np.ndarray]:
-    """Seed -> values (N,). The base's only model stands for every seed."""
+    """Seed -> values (N,). The base's only model, if it is the only one, stands for every seed."""
     found = {r["seed"]: values(r, metric) for r in find(records, recipe, at, base)}
-    if recipe == "base" and found:
+    if recipe == "base" and len(found) == 1:
         found = dict.fromkeys({r["seed"] for r in records}, *found.values())
     return found
 
@@ -267,7 +273,7 @@ def forgetting(_: list[dict], ends: list[dict]) -> Iterator[Panel]:
     gained = []
     moved = []
     for r in ends:
-        start, = find(ends, "base", r["at"])
+        start = base_of(ends, r)
         gain, change = ((values(r, x) - values(start, x)).mean() for x in (PASS_1, GENERAL))
         gained.append((r["recipe"], gain, [change]))
         moved.append((r["recipe"], r["problems"]["easy"].get("kl", np.nan), [change]))
@@ -341,13 +347,13 @@ def markdown(header: str, rows: Iterable[list]) -> str:
 
 def scores(records: list[dict], runs: list[dict]) -> list[str]:
     """Per metric '43.2 (+2.1 [+0.3, +3.9])': the mean of runs and, if they are not the base, their gain."""
-    start, = find(records, "base", runs[0]["at"], runs[0]["base"])
+    starts = [base_of(records, r) for r in runs]
     columns = []
     for metric in METRICS:
         x = np.array([values(r, metric) for r in runs])
         column = f"{x.mean():.1f}"
-        if start not in runs:
-            mean, low, high = bootstrap(x - values(start, metric))
+        if runs[0]["recipe"] != "base" or runs[0]["shots"]:
+            mean, low, high = bootstrap(x - np.array([values(start, metric) for start in starts]))
             column += f" ({mean:+.1f} [{low:+.1f}, {high:+.1f}])"
         columns.append(column)
     return columns
@@ -373,7 +379,7 @@ def evaluations(records: list[dict]) -> Iterator[list]:
 def solved(ends: list[dict]) -> Iterator[list]:
     """Expansion or sharpening, problem by problem: a row per run, against its base model."""
     for r in ends:
-        start, = find(ends, "base", r["at"], r["base"])
+        start = base_of(ends, r)
         for difficulty, d in r["problems"].items():
             before = np.array(start["problems"][difficulty]["right_per_problem"]) > 0
             after = np.array(d["right_per_problem"]) > 0

@@ -1,7 +1,7 @@
 """The whole study by one command: a grid of the other scripts' commands, then tables, figures and verdicts.
 
     python study.py                           the quick study
-    python study.py --preset main             or long, early, composition, rollouts, controls, gpu-8/12/24
+    python study.py --preset main             or long, early, composition, rollouts, controls, dial, gpu-8 ...
     python study.py --preset main --list      only print every command and its estimated minutes
     python study.py --preset main --wave 3    the commands to run when waves 1 and 2 are done, for a queue
     python study.py --report results/main     redraw the report from results.jsonl, in seconds
@@ -69,6 +69,13 @@ RECIPES = {
     "RL on hard": "rl.py --init {base} --difficulty hard",
     # early checkpoints, where successes are rare: more rollouts a problem, as many in all as RL×4
     "RL wide": "rl.py --init {base} --rollouts 64",
+    # the dial: the same problems, solved in ever more foreign words, or by the model itself; and no problems
+    "SFT native": "sft.py --init {base} --teacher native",
+    "SFT wrapped": "sft.py --init {base} --teacher wrapped",
+    "SFT spoken": "sft.py --init {base} --teacher spoken",
+    "SFT prose": "sft.py --init {base} --teacher prose",
+    "self-SFT": "sft.py --init {base} --own 16",
+    "continued": "pretrain.py --init {base} --tokens 204800 --lr 3e-4 --warmup 0",     # 50 updates
 }
 
 
@@ -83,6 +90,8 @@ class Study:
     shots: int = 2                               # the base is also evaluated with this many solved examples
     more: dict[str, str] = field(default_factory=dict)   # script -> options that its commands get besides
     per_gpu: int = 4                             # --jobs 0: so many commands share a GPU and its memory
+    anneal: float = 0.0                          # share of its tokens over which a base is annealed first
+    replicate: bool = False                      # a seed is a seed of pretraining too
 
 
 def gpu(size: str, width: int, kept: tuple[str, ...], more: str = "") -> Study:
@@ -117,6 +126,9 @@ STUDIES = {
                           "0.5M, 60 %": ("--math-fraction 0.6", "--checkpoints-at 8M", ("8M",)),
                           "1M, 30 %": ("", "--size 1M --checkpoints-at 3.8M,8M", ("3.8M", "8M"))},
                          ("RL on hard",)),
+    "dial": Study({"base": ("--train-problems 20000", KEPT, ("4M", "6M"))},
+                  ("SFT native", "SFT wrapped", "SFT spoken", "SFT prose", "self-SFT", "continued"),
+                  shots=0, anneal=.1, replicate=True),
     "gpu-8": gpu("10M", 320, ("100M", "200M", "400M"), "--micro-tokens 8192"),       # 8, 12 and 24 GB
     "gpu-12": gpu("30M", 512, ("300M", "600M", "1200M")),
     "gpu-24": gpu("124M", 768, ("600M", "1200M", "2400M"), "--micro-tokens 8192"),
@@ -125,7 +137,7 @@ STUDIES = {
 
 @dataclass
 class Config:
-    preset: str = "quick"           # quick main long early composition rollouts controls gpu-8/12/24
+    preset: str = "quick"           # quick main long early composition rollouts controls dial gpu-8/12/24
     runs: str = "runs"              # where data sets and runs go
     out: str = "results"            # results.jsonl, report.md and figures go into OUT/PRESET
     jobs: int = 0                   # >= 0: cells at once, one thread each; 0 = one per core (4 per GPU)
@@ -217,7 +229,13 @@ def evaluation(run: Cell, file: Path, options: str, shots: int = 0, step: int = 
 
 def trained_cells(study: Study, runs: str, model: Cell, at: str, seed: int, data: str) -> Iterator[Cell]:
     """All recipes from one checkpoint of a base model with one seed, each with its evaluations."""
-    start = {"base": shlex.quote(str(model.makes.with_name(f"{at}.pt")))}        # recipe -> checkpoint
+    checkpoint = model.makes.with_name(f"{at}.pt")
+    if study.anneal:
+        model = annealed_cell(study, runs, model, at, data)
+        checkpoint = model.makes
+        yield model
+        yield evaluation(model, checkpoint, data)
+    start = {"base": shlex.quote(str(checkpoint))}                               # recipe -> checkpoint
     makers = {"base": model.makes}
     measuring = f"{data} --reference {start['base']}"
     for recipe in study.recipes:
@@ -225,13 +243,23 @@ def trained_cells(study: Study, runs: str, model: Cell, at: str, seed: int, data
         if " weights " not in command:
             command += f" --seed {seed} {data} {study.more.get(command.split()[0], '')}"
         needs = [makers[name] for name in re.findall(r"{(.+?)}", RECIPES[recipe])]
-        run = new_cell(runs, model.base, at, recipe, seed, command, "final.pt", needs)
+        options = configuration(shlex.split(command))
+        final = f"{options['tokens'] / 1e6:g}M.pt" if command.startswith("pretrain.py") else "final.pt"
+        run = new_cell(runs, model.base, at, recipe, seed, command, final, needs)
         start[recipe] = shlex.quote(str(run.makes))
         makers[recipe] = run.makes
         yield run
         for step in study.trace.get((at, recipe), ()):
             yield evaluation(run, run.makes.with_name(f"step{step}.pt"), measuring, step=step)
         yield evaluation(run, run.makes, measuring)
+
+
+def annealed_cell(study: Study, runs: str, model: Cell, at: str, data: str) -> Cell:
+    """The cell that lowers the learning rate of one of the model's checkpoints to 0."""
+    tokens = round(study.anneal * number(at))
+    command = (f"pretrain.py --init {shlex.quote(str(model.makes.with_name(f'{at}.pt')))} {data} "
+               f"--seed {model.seed} --tokens {tokens} --decay 1 --warmup 10")
+    return new_cell(runs, model.base, at, "base", model.seed, command, f"{tokens / 1e6:g}M.pt", [model.makes])
 
 
 def base_cells(study: Study, runs: str, base: str) -> Iterator[Cell]:
@@ -241,15 +269,19 @@ def base_cells(study: Study, runs: str, base: str) -> Iterator[Cell]:
     data = shlex.join(["--data", str(prepare.makes.parent)])
     pretraining = f"pretrain.py {data} {pretrain_options}"
     kept = [f"{t / 1e6:g}M" for t in configuration(shlex.split(pretraining))["checkpoints_at"]]
-    model = new_cell(runs, base, "", "base", 0, pretraining, f"{kept[-1]}.pt", [prepare.makes])
+    raw = "raw" if study.anneal else "base"      # the recipe's name of what is not annealed
     yield prepare
-    yield model
-    for at in kept:
-        for shots in sorted({0, study.shots}) if at in starts else [0]:
-            yield evaluation(model, model.makes.with_name(f"{at}.pt"), data, shots)
+    models = {}                                  # seed -> base model; 0's stands for all if there is no other
+    for seed in study.seeds if study.replicate else (0,):
+        models[seed] = model = new_cell(runs, base, "", raw, seed, f"{pretraining} --seed {seed}",
+                                        f"{kept[-1]}.pt", [prepare.makes])
+        yield model
+        for at in starts if study.anneal else kept:
+            for shots in sorted({0, study.shots}) if at in starts else [0]:
+                yield evaluation(model, model.makes.with_name(f"{at}.pt"), data, shots)
     for seed in study.seeds:
         for at in starts:
-            yield from trained_cells(study, runs, model, at, seed, data)
+            yield from trained_cells(study, runs, models[seed if study.replicate else 0], at, seed, data)
 
 
 def grid(study: Study, c: Config) -> list[Cell]:
@@ -385,7 +417,10 @@ def json_lines(path: Path) -> list[dict]:
 def record(x: Cell) -> dict:
     """Of an evaluation that is done: its cell, its cost, everything measured, its curve."""
     result = json.loads(x.makes.read_text())
-    stages = [s for s in result["lineage"] if s["script"] != "pretrain.py" or x.recipe == "base"]
+    stages = result["lineage"]
+    if x.recipe not in ("base", "raw"):          # what came after the base
+        bases = sum(s["script"] == "pretrain.py" for s in stages)
+        stages = stages[bases - RECIPES[x.recipe].startswith("pretrain.py"):]
     lines = json_lines(x.makes.with_name("log.jsonl"))
     for b in result["benchmarks"].values():
         b["hits"] = "".join(map(str, b["hits"]))
@@ -395,6 +430,7 @@ def record(x: Cell) -> dict:
         "cost": {k: sum(s[k] for s in stages) for k in ("tokens", "updates", "flops", "seconds")},
         # (step, reward, KL to the reference, FLOPs) and (step, validation pass@1)
         "curve": [[r["step"], r["reward"], r["kl"], r["flops"]] for r in lines if "reward" in r],
+        "nll": [r["demonstration_nll"] for r in lines if "demonstration_nll" in r],
         "validation": [[r["step"], r["val_pass@1"]] for r in lines if "val_pass@1" in r],
         **{k: result[k] for k in ("problems", "benchmarks", "general_mean", "bits_per_byte")}}
 

@@ -55,6 +55,16 @@ def test_a_difference_pairs_seeds():
     assert report.difference(records, "RL", "fused", "easy pass@1", ["4M"]) is None
 
 
+def test_a_run_is_compared_with_the_base_of_its_seed():
+    """If pretraining, too, has seeds: 16 → 32 of 64 with seed 0, 48 → 64 with seed 1 are 25 points each."""
+    records = [record("base", [16]), record("base", [48], 1), record("RL", [32]), record("RL", [64], 1)]
+    gain = report.difference(records, "RL", "base", "easy pass@1", ["4M"])
+    assert gain == pytest.approx(np.array([[25], [25]]))
+    rows = {tuple(row[2:4]): row[4] for row in report.evaluations(records)}
+    assert rows["RL", 0].startswith("50.0 (+25.0 ") and rows["RL", 1].startswith("100.0 (+25.0 ")
+    assert [row[4] for row in report.summary(records)] == ["50.0", "75.0 (+25.0 [+25.0, +25.0])"]
+
+
 START = [record("base", [16]), record("base", [40], at="8M")]
 HALF = [record("RL", [32]), record("RL", [32], at="8M")]
 

@@ -245,6 +245,42 @@ def test_the_list_has_a_heading_per_wave(tiny, capsys):
             study.study(study.Config(preset="tiny", wave=wave))
 
 
+def test_every_seed_has_its_own_annealed_base():
+    """Of the dial: data, then per seed a trunk whose checkpoints at 4M and 6M are annealed over a tenth of
+    their tokens; every recipe starts from the annealed one of its seed; both are evaluated."""
+    cells = study.grid(study.STUDIES["dial"], study.Config())
+    runs = [x for x in cells if not x.evaluation and x.recipe != "data"]
+    trunks = {x.seed: x for x in runs if x.recipe == "raw"}
+    bases = {(x.seed, x.at): x for x in runs if x.recipe == "base"}
+    assert bases.keys() == {(seed, at) for seed in range(3) for at in ("4M", "6M")} and len(trunks) == 3
+    for (seed, at), x in bases.items():
+        options = study.configuration(x.command)
+        assert options["init"] == str(trunks[seed].makes.with_name(f"{at}.pt"))
+        assert (options["tokens"], options["decay"], options["seed"]) == (int(at[0]) * 100_000, 1, seed)
+    trained = [x for x in runs if x.recipe not in ("raw", "base")]
+    assert len(trained) == 6 * len(study.STUDIES["dial"].recipes)
+    for x in trained:
+        options = study.configuration(x.command)
+        assert options["init"] == str(bases[x.seed, x.at].makes) and options["seed"] == x.seed
+    measured = {(x.recipe, x.seed, x.at) for x in cells if x.evaluation}
+    assert measured == {(recipe, *key) for key in bases
+                        for recipe in ("raw", "base", *study.STUDIES["dial"].recipes)}
+
+
+@pytest.mark.parametrize("recipe, stages, tokens", [
+    ("raw", [("pretrain.py", 8)], 8), ("base", [("pretrain.py", 8), ("pretrain.py", 1)], 9),
+    ("continued", [("pretrain.py", 8), ("pretrain.py", 1), ("pretrain.py", 2)], 2),
+    ("RL", [("pretrain.py", 8), ("pretrain.py", 1), ("rl.py", 3)], 3),
+    ("SFT→RL", [("pretrain.py", 8), ("sft.py", 4), ("rl.py", 3)], 7)])
+def test_the_cost_of_a_recipe_begins_after_its_base(tmp_path, recipe, stages, tokens):
+    lineage = [dict(script=script, tokens=n, updates=n, flops=n, seconds=n) for script, n in stages]
+    result = dict(lineage=lineage, config={"shots": 0}, problems={}, benchmarks={}, general_mean=0,
+                  bits_per_byte=0)
+    x = replace(cell(tmp_path, "x.json"), recipe=recipe)
+    x.makes.write_text(json.dumps(result))
+    assert study.record(x)["cost"] == dict.fromkeys(("tokens", "updates", "flops", "seconds"), tokens)
+
+
 def folders() -> dict[str, Path]:
     cells = study.grid(study.STUDIES["controls"], study.Config())
     return {x.recipe: x.makes for x in cells if x.recipe in ("SFT", "ties", "RL") and not x.evaluation}
