@@ -57,7 +57,7 @@ def printable(text: str) -> str:
 
 # ---- randomness ------------------------------------------------------------------------------------------
 def generator(seed: int, stream: str, step: int = 0) -> torch.Generator:
-    """A CPU generator for one stream ('data', 'rollouts', ...) at one step: none disturbs another. PyTorch
+    """A CPU generator for one stream ('text', 'rollouts', ...) at one step: none disturbs another. PyTorch
     seeds it with 32 bits, so two of n streams coincide with probability n² / 2³³: 0.05 % of 2,000."""
     digest = hashlib.blake2b(f"{seed} {stream} {step}".encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[-4:], "big"))

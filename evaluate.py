@@ -137,7 +137,7 @@ def attempt(model: GPT, tokenizer: Tokenizer, problems: list[dict], n: int, temp
             text, grade = read_answer(tokenizer, ids, finished, problem["answer"])
             attempts.texts.append(text)
             attempts.grades.append(grade)
-            attempts.sound.append(sound(problem, text))
+            attempts.sound.append(grade == "right" and sound(problem, text))
             attempts.truncated += not finished
         if bar is not None:
             bar.update(len(part))
@@ -165,7 +165,6 @@ def measure_problems(model: GPT, tokenizer: Tokenizer, problems: list[dict], c: 
               "right_per_problem": sampled.per_problem(right),
               "sound_per_problem": sampled.per_problem(sampled.sound)}
     for k in c.k:
-        result[f"guess@{k}"] = guess_level(problems, k)
         for kind, name in (("right", "pass"), ("sound", "sound")):
             each = passes(result, k, kind)
             means = bootstrap_means(each, c.seed)
@@ -207,14 +206,11 @@ def kl_divergence(model: GPT, reference: GPT, tokenizer: Tokenizer, problems: li
     return total / sum(map(len, answers))
 
 
-def guess_level(problems: list[dict], k: int) -> float:
-    """pass@k of answers drawn by their frequency among these problems: what knows no question reaches."""
-    answers = Counter(p["answer"] for p in problems)
-    level = 0.0
-    for n in answers.values():
-        share = n / len(problems)
-        level += share * (1 - (1 - share) ** k)
-    return level
+def guess_level(problems: list[dict], known: list[dict], k: int) -> float:
+    """pass@k on problems of answers drawn by their frequency among other, known problems."""
+    answers = Counter(p["answer"] for p in known)
+    shares = np.array([answers[p["answer"]] / len(known) for p in problems])
+    return float(np.mean(1 - (1 - shares) ** k))
 
 
 def entropy(values: list[str]) -> float:
@@ -311,8 +307,8 @@ def bits_per_byte(model: GPT, tokenizer: Tokenizer, shard: np.ndarray, blocks: i
 
 # ---- a whole evaluation ----------------------------------------------------------------------------------
 def result_path(checkpoint: str | Path, c: Config) -> Path:
-    """CHECKPOINT.SPLIT.Nshot.json, with a hash of the other options that change the result and are not the
-    defaults: no evaluation replaces one with other options."""
+    """8M.val.0shot.json, or 8M.val.0shot-02ddf9ff.json with a hash of the other options that are not the
+    defaults and change the result: no evaluation replaces one with other options."""
     changed = {k: v for k, v in asdict(c).items() if v != getattr(Config, k, None)}
     for name in ("checkpoints", "split", "shots", "decode_rows", "device", "threads"):
         changed.pop(name, None)
@@ -338,6 +334,9 @@ def evaluate(path: str, c: Config) -> dict:
     result = {"checkpoint": str(path), "lineage": lineage, "config": asdict(c), "problems": {}}
     for difficulty, chosen in problems_of(c).items():
         measured = measure_problems(model, tokenizer, chosen, c, prefix, f"{Path(path).name} {difficulty}")
+        if not c.problem_file:
+            known = load_problems(f"{c.data}/train.jsonl", difficulty)
+            measured["guess"] = {k: guess_level(chosen, known, k) for k in c.k}
         if c.reference:
             measured["kl"] = kl_divergence(model, reference, tokenizer, chosen, c, prefix)
             measured["kl_reverse"] = kl_divergence(reference, model, tokenizer, chosen, c, prefix)
@@ -366,8 +365,8 @@ def table(result: dict) -> str:
         for k in c["k"]:
             m = d[f"pass@{k}"]
             lines.append(f"  {name:8s}pass@{k:<4d}{m['mean']:7.1%}   [{m['interval'][0]:.1%}, "
-                         f"{m['interval'][1]:.1%}], sound {d[f'sound@{k}']['mean']:.1%}, "
-                         f"guessing {d[f'guess@{k}']:.1%}")
+                         f"{m['interval'][1]:.1%}], sound {d[f'sound@{k}']['mean']:.1%}"
+                         + (f", guessing {d['guess'][k]:.1%}" if "guess" in d else ""))
         lines.append(f"  {name:8s}greedy {d['greedy']:.1%}, unparsed {d['unparsed']:.1%}, "
                      f"truncated {d['truncated']:.1%}, answer entropy {d['answer_entropy']:.2f} nats, "
                      f"{d['distinct_completions']:.1f} distinct of {d['samples']}")

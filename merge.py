@@ -238,7 +238,7 @@ class WeightsConfig:
     checkpoints: tuple[str, ...]    # two or more checkpoints with a common ancestor
     base: str = ""                  # the ancestor; task and ties need it
     method: str = "linear"          # one of linear, task, ties: task = task arithmetic
-    weights: tuple[float, ...] = ()  # > -1000000, < 1000000: of each checkpoint (default: equal, sum 1)
+    weights: tuple[float, ...] = ()  # > -1000000, < 1000000: of each checkpoint; none: equal ones, sum 1
     factor: float = 1.0             # > -1000000, < 1000000: lambda, of the merged difference (task, ties)
     density: float = 0.5            # > 0, <= 1: ties: share of each tensor's differences that is kept
     out: str = "merged.pt"          # file to write

@@ -245,7 +245,7 @@ class GPT(nn.Module):
 class Cache:
     """Keys and values decoded so far: two tensors (L, B·H, capacity, D), filled up to `length`. No query sees
     the first `padding` (B,) columns of a row. Decoding attends over the whole capacity, unfilled columns
-    masked: CPUs multiply contiguous tensors several times faster than slices. So there it grows in small
+    masked: CPUs multiply contiguous tensors several times faster than slices. So on a CPU it grows in small
     steps. `length` is a tensor (1,) because a CUDA graph repeats the numbers of Python, but reads tensors."""
 
     def __init__(self, c: ModelConfig, padding: Tensor, capacity: int):

@@ -8,6 +8,7 @@ decay over the last part of the run. Left out: document masking (a sequence may 
 before), and a schedule of batch sizes.
 """
 import math
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +31,12 @@ from model import GPT, SIZES, ModelConfig, moved, tokens_at_once
 @dataclass
 class Config:
     data: str = "data/tiny"         # folder made by data/prepare.py
-    init: str = ""                  # checkpoint to continue from, on the texts that follow; none: a new model
+    init: str = ""                  # checkpoint to continue from, on the texts that follow, with new moments
     out: str = "runs/base"          # run folder; the same call again resumes an unfinished run
     size: str = "0.5M"              # one of 0.3M, 0.5M, 1M, 3M, 10M, 30M, 124M: parameters, at 512 token ids
     context: int = 256              # > 0: tokens per sequence
     batch: int = 16                 # > 0: sequences per update: 16 x 256 = 4,096 tokens
-    micro_batch: int = 0            # >= 0: sequences per forward pass, 0 = 2,048 tokens (GPU: 16,384)
+    micro_batch: int = 0            # >= 0: sequences per forward pass, 0 = 2,048 tokens' (GPU: 16,384)
     tokens: int = 8_000_000         # > 0: length of the run
     checkpoints_at: tuple[int, ...] = ()    # > 0: tokens (none: 1/8 1/4 3/8 1/2 3/4 of all)
     lr: float = 3e-3                # > 0: peak learning rate of AdamW; small models take large ones
@@ -48,7 +49,7 @@ class Config:
     seed: int = 0                   # >= 0: of the initial weights and of the order of the data
     device: str = "auto"            # cpu, cuda, auto
     threads: int = 0                # >= 0, <= 4096: CPU threads, 0 = all cores
-    compile: bool = False           # torch.compile the model: pays in long runs; needs a C compiler
+    compile: bool = False           # torch.compile the model: pays in long runs; needs a C++ compiler
 
 
 def check(c: Config) -> None:
@@ -144,8 +145,10 @@ def train(c: Config) -> Path:
     if c.init:
         model, own, parents = load_model(c.init, device)
         require(own.sha256 == tokenizer.sha256, f"{c.init}: made with another tokenizer than {c.data} holds")
-        require(model.config.context == c.context,
-                f"--context {c.context}: {c.init} has {model.config.context}")
+        there = model.config
+        require(there.context == c.context, f"--context {c.context}: {c.init} has {there.context}")
+        shape = (there.d_model, there.n_layers, there.n_heads, there.d_ff)
+        require(shape == SIZES[c.size], f"--size {c.size}: {c.init} has another")
     optimizer = new_optimizer(model, c)
     trained = compiled(model, c) if c.compile else model
     tokens_per_step = c.batch * c.context
@@ -153,7 +156,11 @@ def train(c: Config) -> Path:
     steps = math.ceil(c.tokens / tokens_per_step)
     kept = c.checkpoints_at or [c.tokens * eighths // 8 for eighths in (1, 2, 3, 4, 6)]
 
-    before = sum(stage["tokens"] for stage in parents if stage["script"] == "pretrain.py") // tokens_per_step
+    earlier = [stage for stage in parents if stage["script"] == "pretrain.py"]
+    before = sum(stage["tokens"] for stage in earlier) // tokens_per_step
+    if any(stage["config"].get("seed") != c.seed for stage in earlier):
+        print(f"WARNING: {c.init} was pretrained with another --seed: some of its texts come again",
+              file=sys.stderr)
     with Run(c, steps, parents, {c.data: manifest["sha256"]}, f"{c.tokens / 1e6:g}M.pt") as run:
         if run.finished():
             return run.final

@@ -51,7 +51,7 @@ class Config:
     std: bool = True                # divide the advantage by the group's standard deviation
     clip_low: float = 0.2           # >= 0: lower clip of the ratio, 1 - clip_low; no effect with --updates 1
     clip_high: float = 0.2          # >= 0: upper clip, 1 + clip_high (DAPO: 0.28); no effect with --updates 1
-    reward: str = "answer"          # one of answer, steps, random: of right ones, sound ones, any (control)
+    reward: str = "answer"          # one of answer, steps, random: right, sound, or as many drawn at random
     kl: float = 0.0                 # >= 0: weight of the KL penalty to the initial policy; 0 = none
     reference: bool = True          # keep the initial policy, to log the KL to it; off: less memory
     temperature: float = 1.0        # > 0: of the rollouts
@@ -138,7 +138,7 @@ def collect(model: GPT, tokenizer: Tokenizer, problems: list[dict], group: int, 
         text, grade = read_answer(tokenizer, ids, finished[row], problem["answer"])
         texts.append(text)
         grades.append(grade)
-        derived.append(sound(problem, text))
+        derived.append(grade == "right" and sound(problem, text))
         rewards.append(float(derived[-1] if c.reward == "steps" else reward(problem, text, grade)))
     rewards = torch.tensor(rewards)
     if c.reward == "random":
@@ -167,7 +167,7 @@ def policy_gradient(model: GPT, reference: GPT | None, batch: Batch, advantage: 
         to = functools.partial(Tensor.to, device=logp.device, non_blocking=logp.is_cuda)
         A = to(per_token(advantage, batch, micro))                       # (N,)
         # one update per batch is exactly on-policy: the ratio is 1, its gradient that of REINFORCE
-        old = logp.detach() if c.updates == 1 else to(recorded(batch, micro))                     # (N,)
+        old = logp.detach() if c.updates == 1 else to(sampled_logprobs(batch, micro))    # (N,)
         loss = policy_loss(logp, old, A, c.clip_low, c.clip_high)
         if c.kl > 0:
             penalty = kl_k3(logp, reference_logprobs(reference, batch, micro, c, pad))
@@ -208,7 +208,7 @@ def per_token(values: Tensor, batch: Batch, rows: list[int]) -> Tensor:
     return values[rows].repeat_interleave(lengths)
 
 
-def recorded(batch: Batch, rows: list[int]) -> Tensor:
+def sampled_logprobs(batch: Batch, rows: list[int]) -> Tensor:
     """Log-probabilities (N,) of these rows' tokens at the time of sampling."""
     return torch.cat([batch.logprobs[r] for r in rows])
 
@@ -275,7 +275,7 @@ def kl_to_reference(reference: GPT | None, batch: Batch, c: Config, pad: int, n_
     at_once = max(1, 2 ** 27 // (c.max_new * reference.config.n_vocab))          # logits of half a GiB
     logp = [reference_logprobs(reference, batch, rows[i:i + at_once], c, pad).cpu()
             for i in range(0, len(rows), at_once)]
-    return float(kl_k3(recorded(batch, rows), torch.cat(logp)).mean())
+    return float(kl_k3(sampled_logprobs(batch, rows), torch.cat(logp)).mean())
 
 
 def probe(model: GPT, tokenizer: Tokenizer, problems: list[dict], c: Config) -> None:
@@ -365,7 +365,7 @@ def train(c: Config) -> Path:
                 updates.append(metrics | {"grad_norm": norm})
 
             # ---- log
-            step += 1                            # line s of log.jsonl is batch s, sampled before its update
+            step += 1                            # the line with reward of step s: batch s, before its update
             trained = sum(metrics.pop("positions") for metrics in updates)
             means = {name: float(np.mean([u[name] for u in updates])) for name in (updates or [{}])[0]}
             run.count(tokens=sum(map(len, batch.completions)), flops=grpo_flops(model, batch, trained, c),

@@ -30,7 +30,7 @@ class Config:
     init: str = ""                  # checkpoint to start from
     data: str = "data/tiny"         # folder made by data/prepare.py
     teacher: str = "native"         # one of native, wrapped, spoken, prose: language of the solutions
-    own: int = 0                    # >= 0: instead, the right ones of this many own answers (self-SFT)
+    own: int = 0                    # >= 0: if not 0, sample this many answers, learn from the right ones
     problem_file: str = ""          # problem file to train on instead of one in DATA
     out: str = "runs/sft"           # run folder; the same call again resumes an unfinished run
     difficulty: str = "easy"        # one of easy, hard, all: which problems to train and validate on
@@ -74,11 +74,11 @@ def make_examples(tokenizer: Tokenizer, problems: list[dict], gold: bool, seed: 
     return examples
 
 
-def own_solutions(model: GPT, tokenizer: Tokenizer, problems: list[dict],
-                  c: Config) -> tuple[list[dict], int]:
-    """(the problems that the model solves, with its own right answers as their solutions; number of tokens
-    sampled): rejection sampling, `own` answers of each problem (Yuan et al. 2023). UserError if it solves
+def own_solutions(model: GPT, tokenizer: Tokenizer, problems: list[dict], c: Config) -> tuple[list, dict]:
+    """(the problems that the model solves, with its own right answers as their solutions; tokens, FLOPs and
+    seconds): rejection sampling, `own` answers of each problem (Yuan et al. 2023). UserError if it solves
     none."""
+    started = time.perf_counter()
     attempts = attempt(model, tokenizer, problems, c.own, 1.0, c.max_new, generator(c.seed, "own"))
     solved = []
     for i, problem in enumerate(problems):
@@ -86,8 +86,12 @@ def own_solutions(model: GPT, tokenizer: Tokenizer, problems: list[dict],
         right = {attempts.texts[row] for row in rows if attempts.grades[row] == "right"}
         if right:
             solved.append(problem | {"solutions": sorted(right)})
-    require(bool(solved), f"--own {c.own}: {c.init} solves none of the problems")
-    return solved, sum(len(tokenizer.encode(text)) + 1 for text in attempts.texts)
+    require(bool(solved), f"--own {c.own}: {c.init} solves none of the problems; take a later checkpoint")
+    prompted = sum(len(prompt_ids(tokenizer, p)) for p in problems)
+    sampled = sum(len(tokenizer.encode(text)) + 1 for text in attempts.texts)
+    length = int(prompted / len(problems) + sampled / len(attempts.texts))
+    flops = model.flops_per_token(length) * (prompted + sampled)
+    return solved, {"tokens": sampled, "flops": flops, "seconds": time.perf_counter() - started}
 
 
 @torch.no_grad()
@@ -140,9 +144,9 @@ def train(c: Config) -> Path:
     model, tokenizer, parents = load_model(c.init, device)
     model.set_memory(c)
     problems, validation, files = training_problems(c, model, tokenizer, solutions=True)
-    sampled = 0
+    cost = {}
     if c.own:
-        problems, sampled = own_solutions(model, tokenizer, problems, c)
+        problems, cost = own_solutions(model, tokenizer, problems, c)
     examples = make_examples(tokenizer, problems, c.gold, c.seed)
     require_fit(examples, model.config.context)
     steps = math.ceil(c.epochs * len(examples) / c.batch)
@@ -154,7 +158,7 @@ def train(c: Config) -> Path:
         nll = surprise(model, examples[:512], c, tokenizer.pad)
         step = run.restore(model, optimizer)
         if step == 0:
-            run.count(tokens=sampled, flops=sampled * model.flops_per_token(c.max_new))
+            run.count(**cost)
             run.log(0, demonstration_nll=nll)
             tqdm.write(f"{len(examples)} demonstrations, {nll:.3f} nats per token under {c.init}")
         while True:

@@ -137,7 +137,7 @@ STUDIES = {
 
 @dataclass
 class Config:
-    preset: str = "quick"           # quick main long early composition rollouts controls dial gpu-8/12/24
+    preset: str = "quick"           # main long early composition rollouts controls dial gpu-8 gpu-12 gpu-24
     runs: str = "runs"              # where data sets and runs go
     out: str = "results"            # results.jsonl, report.md and figures go into OUT/PRESET
     jobs: int = 0                   # >= 0: cells at once, one thread each; 0 = one per core (4 per GPU)

@@ -166,17 +166,19 @@ def step_forms() -> list[tuple[re.Pattern, int]]:
     for wordings in WORDINGS.values():
         for wording in wordings:
             forms |= {wording.gain: 1, wording.loss: -1}
-    number = r"(?P<\1>(?<![0-9])[0-9]+(?![0-9]))"
+    number = r"(?P<\1>0|[1-9][0-9]*)"
+    before = r"(?<![\w+=*/.-])"          # no part of something longer: 1+15+5=20, 15+5=20.5
+    after = r"(?![\w+=*/-]|\.\w)"
     patterns = []
     for form, sign in forms.items():
         pattern = re.sub(r"\\{(.)\\}", number, re.escape(form))
-        patterns.append((re.compile(pattern), sign))
+        patterns.append((re.compile(before + pattern + after), sign))
     return patterns
 
 
-def read_steps(text: str) -> tuple[list[Step], list[int]]:
-    """(steps of a text in their order, numbers that stand outside of all steps). Where two forms fit, the one
-    that begins first and is longest counts."""
+def read_steps(text: str) -> tuple[list[Step], list[str]]:
+    """(steps of a text in their order, the texts before, between and after them). Where two forms fit, the
+    one that begins first and is longest counts."""
     found = []
     for pattern, sign in step_forms():
         for match in pattern.finditer(text):
@@ -184,16 +186,15 @@ def read_steps(text: str) -> tuple[list[Step], list[int]]:
     found.sort(key=lambda x: x[:2])
 
     steps = []
-    outside = ""
+    outside = []
     end = 0
     for start, minus_stop, sign, match in found:
         if start >= end:
             groups = {name: int(digits) for name, digits in match.groupdict().items()}
             steps.append(Step(groups.get("a"), sign * groups["b"], groups["c"], groups.get("m")))
-            outside += text[end:start] + " "
+            outside.append(text[end:start])
             end = -minus_stop
-    outside += text[end:]
-    return steps, [int(digits) for digits in re.findall("[0-9]+", outside)]
+    return steps, [*outside, text[end:]]
 
 
 def numbers_of(question: str) -> list[int]:
@@ -232,18 +233,22 @@ def sound(problem: dict, text: str) -> bool:
     """Whether an answer is right *and* derived: every step of the text is true, takes numbers of the question
     (each once, with its sign) or earlier results, and the last one makes the answer; no other number is
     mentioned. In any style and any valid order. False for a bare answer, and for problems of other kinds."""
-    if grade(text, problem["answer"]) != "right":
-        return False
     terms = numbers_of(problem["question"])
+    if not terms or str(sum(terms)) != problem["answer"] or grade(text, problem["answer"]) != "right":
+        return False
+    text = text.partition(EOS)[0].rpartition("####")[0]
     for sign, n in re.findall("(plus|minus): ([0-9]+)(?![0-9+])", text):  # regrouped, with nothing to add up
         if (int(n) if sign == "plus" else -int(n)) not in terms:
             return False
-    steps, mentioned = read_steps(text.rpartition("####")[0])
-    known = {abs(n) for n in terms} | {step.c for step in steps}
-    if not steps or not known.issuperset(mentioned):
+    steps, outside = read_steps(text)
+    if any(re.search("[0-9] *([-+*/=]|plus|minus)|([-+*/=]|plus|minus) *[0-9]", part) for part in outside):
+        return False                             # a statement that is no step
+    known = {str(abs(n)) for n in terms} | {str(step.c) for step in steps}
+    mentioned = [re.findall("[0-9]+", part) for part in outside]
+    if not steps or not known.issuperset(sum(mentioned, [])):
         return False
-    start = terms[0] if terms and terms[0] in mentioned else None        # "from 15 ..."
-    return leads(terms, steps, start, int(problem["answer"]))
+    start = int(mentioned[0][-1]) if mentioned[0] else None              # "from 15 ..."
+    return leads(terms, steps, start, sum(terms))
 
 
 # ---- random problems and documents ------------------------------------------------------------------------

@@ -422,6 +422,12 @@ def test_what_is_rewarded(monkeypatch, answer_tokenizer, gpt, kind, expected):
     assert batch.rewards.tolist() == [expected] and list(batch.sound) == [True, False, False, False]
 
 
+def test_an_answer_that_is_cut_off_is_not_sound(monkeypatch, answer_tokenizer, gpt):
+    """Its last digit may have been the first of two: unparsed, so neither right nor sound, and no reward."""
+    batch = rewarded(monkeypatch, answer_tokenizer, gpt, "steps", 1, finished=False)
+    assert batch.grades == ["unparsed"] * 4 and not any(batch.sound) and batch.rewards.sum() == 0
+
+
 def test_random_rewards_are_as_many_as_right_answers(monkeypatch, answer_tokenizer, gpt):
     """The control rewards 75 % of 4,000 answers, right or wrong alike; the same seed, the same answers."""
     a, b = (rewarded(monkeypatch, answer_tokenizer, gpt, "random", 1000).rewards.flatten() for _ in range(2))
@@ -430,14 +436,14 @@ def test_random_rewards_are_as_many_as_right_answers(monkeypatch, answer_tokeniz
         assert abs(a[place::4].mean() - .75) < .06
 
 
-def rewarded(monkeypatch, tokenizer, gpt, kind: str, times: int) -> rl.Batch:
+def rewarded(monkeypatch, tokenizer, gpt, kind: str, times: int, finished: bool = True) -> rl.Batch:
     """A batch of four answers, `times` over: derived, bare, wrong, right by two mistakes."""
     problem = {"question": "Tom has 3 pens. Tom gets 4. Tom loses 2. How many pens?", "answer": "5"}
     texts = ["3+4=7\n7-2=5\n#### 5", "#### 5", "3+4=7\n7-2=4\n#### 4", "3+4=8\n8-2=5\n#### 5"] * times
-    rows = [[*tokenizer.encode(text), tokenizer.eos] for text in texts]
+    rows = [tokenizer.encode(text) + [tokenizer.eos] * finished for text in texts]
     width = max(map(len, rows))
     tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    out = Rollouts(tokens, torch.tensor(list(map(len, rows))), torch.ones(len(rows), dtype=torch.bool),
+    out = Rollouts(tokens, torch.tensor(list(map(len, rows))), torch.full((len(rows),), finished),
                    torch.zeros(tokens.shape), torch.zeros(tokens.shape))
     monkeypatch.setattr(ranks, "sample_together", lambda *args: out)
     return rl.collect(gpt, tokenizer, [problem], len(rows), rl.Config(reward=kind), generator(0, "test"))

@@ -262,9 +262,11 @@ def test_every_configuration_has_a_file_of_its_own():
 
 @pytest.mark.parametrize("k, expected", [(1, 5 / 8), (2, (3 * 15 + 7) / 64)])
 def test_the_guess_level(k, expected):
-    """Answers 5, 5, 5, 7 guessed by their frequency: one guess hits 5 with 3/4 and 7 with 1/4, two with 15/16
-    and 7/16."""
-    assert guess_level([{"answer": "5"}] * 3 + [{"answer": "7"}], k) == pytest.approx(expected)
+    """Known answers are 5, 5, 5, 7: one guess hits a 5 with 3/4 and a 7 with 1/4, two with 15/16 and 7/16; a
+    problem with another answer is never hit."""
+    known = [{"answer": "5"}] * 3 + [{"answer": "7"}]
+    assert guess_level(known, known, k) == pytest.approx(expected)
+    assert guess_level([{"answer": "6"}], known, k) == 0
 
 
 def test_sound_answers_are_counted_apart(gpt, answer_tokenizer, monkeypatch):

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from data import arithmetic
 from data.arithmetic import draw_problem, numbers_of, sound, teach
 from data.teacher import WORDINGS
 
@@ -53,6 +54,24 @@ def test_unsound_derivations(text):
     assert not sound(PROBLEM, text)
 
 
+@pytest.mark.parametrize("text", [
+    "1+15+5=20", "20-15+5=20", "5*15+5=20", "-15+5=20", "15+5=20=5", "15+5=20.5", "15+5=20\uff15",
+    "015+05=020",
+    "15*5=20\n15+5=20", "15 + 5 = 5\n15+5=20", "15  plus 5 is 5. 15+5=20", "5+5+5+5=20\n15+5=20",
+    "go up 5 to 20. 15", "15+5=20\n#### 20\n15+5=20", "#### 20<|endoftext|>15+5=20\n####",
+    "15+5=20\n15 minus 20 equals 5."])
+def test_what_only_looks_like_a_derivation(text):
+    """Steps inside longer expressions, false statements beside a true step, a start that comes too late."""
+    problem = {"question": "Nora has 15 nuts. Nora finds 5. How many nuts?", "answer": "20"}
+    assert not sound(problem, f"{text}\n#### 20")
+
+
+def test_prose_may_start_at_any_gain():
+    problem = {"question": "Nora has 15 nuts. Nora finds 5. Nora loses 8. How many nuts?", "answer": "12"}
+    assert sound(problem, "At 5, 15 on top is 20, 8 off is 12.\n#### 12")
+    assert not sound(problem, "At 8, 15 on top is 23, 5 on top is 28.\n#### 12")
+
+
 @pytest.mark.parametrize("text, expected", [
     ("plus: 30\nminus: 7\n30-7=23", True), ("plus: 30\nminus: 8\n30-7=23", False),
     ("plus: 31\nminus: 7\n30-7=23", False), ("plus: 7\nminus: 7\n30-7=23", False),
@@ -65,6 +84,14 @@ def test_headings_and_signs(text, expected):
 
 def test_problems_of_other_kinds_have_no_derivation():
     assert not sound({"question": "What is 2+3?", "answer": "5"}, "2+3=5\n#### 5")
+
+
+def test_a_task_with_words_as_answers_has_no_derivation(monkeypatch):
+    """README's other task: 'odd' is no number (int() of it ended a run once)."""
+    monkeypatch.setattr(arithmetic, "ANSWER", "[A-Za-z]+")
+    problem = {"question": "Nora has 3 shells. Nora finds 4. Odd or even?", "answer": "odd"}
+    assert arithmetic.grade("3+4=7\n#### odd", "odd") == "right"
+    assert not sound(problem, "3+4=7\n#### odd")
 
 
 def test_all_solutions_are_sound_and_one_wrong_digit_is_not():
@@ -82,7 +109,8 @@ def test_all_solutions_are_sound_and_one_wrong_digit_is_not():
             for match in re.finditer("[0-9]+", body):
                 changed = int(match[0]) + rng.choice((1, -1, 10))
                 other = f"{body[:match.start()]}{abs(changed)}{body[match.end():]}####{answer}"
-                assert not sound(problem, other) or re.match(r": \d+, ", body[match.start() - 2:]), other
+                middle = re.match(r"\d+[+-]\d+: \d+, ", body[body.rfind("\n", 0, match.start()) + 1:])
+                assert not sound(problem, other) or middle, other
 
 
 @pytest.mark.parametrize("setting", list(WORDINGS))
