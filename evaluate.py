@@ -172,7 +172,8 @@ def measure_problems(model: GPT, tokenizer: Tokenizer, problems: list[dict], c: 
 
     total = len(sampled.grades)
     styles = Counter(map(style_of, sampled.texts))
-    entropies, distinct = [], []
+    entropies = []
+    distinct = []
     for i in range(0, total, c.n_samples):
         texts = sampled.texts[i:i + c.n_samples]
         entropies.append(entropy([text.split("####")[-1] for text in texts]))
@@ -364,9 +365,12 @@ def table(result: dict) -> str:
     for name, d in result["problems"].items():
         for k in c["k"]:
             m = d[f"pass@{k}"]
-            lines.append(f"  {name:8s}pass@{k:<4d}{m['mean']:7.1%}   [{m['interval'][0]:.1%}, "
-                         f"{m['interval'][1]:.1%}], sound {d[f'sound@{k}']['mean']:.1%}"
-                         + (f", guessing {d['guess'][k]:.1%}" if "guess" in d else ""))
+            low, high = m["interval"]
+            line = f"  {name:8s}pass@{k:<4d}{m['mean']:7.1%}   [{low:.1%}, {high:.1%}]"
+            line += f", sound {d[f'sound@{k}']['mean']:.1%}"
+            if "guess" in d:
+                line += f", guessing {d['guess'][k]:.1%}"
+            lines.append(line)
         lines.append(f"  {name:8s}greedy {d['greedy']:.1%}, unparsed {d['unparsed']:.1%}, "
                      f"truncated {d['truncated']:.1%}, answer entropy {d['answer_entropy']:.2f} nats, "
                      f"{d['distinct_completions']:.1f} distinct of {d['samples']}")
