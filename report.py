@@ -305,6 +305,15 @@ def composition(records: list[dict], _: list[dict]) -> Iterator[Panel]:
     return measured(("hard pass@1", "hard pass@32"), "", "", runs)
 
 
+def dial(_: list[dict], ends: list[dict]) -> Iterator[Panel]:
+    """SFT by the foreignness of its demonstrations, from each checkpoint."""
+    taught = [r for r in ends if r.get("nll")]
+    for at in checkpoints(taught):
+        runs = [(r["recipe"], r["nll"][0], r) for r in taught if r["at"] == at]
+        yield from measured((PASS_1, PASS_32, "hard pass@32", GENERAL), f"from {at}: ",
+                            "demonstrations: nats per token under the base", runs)
+
+
 def plot(panels: list[Panel], order: tuple[str, ...]) -> Figure:
     """Means and 95 % intervals. A recipe's colour is by its place in `order`, the same in every figure."""
     colors = {"base": "0.5"}
@@ -411,7 +420,7 @@ def report(out: Path, records: list[dict], order: tuple[str, ...] = ()) -> str:
     claims = markdown(CLAIMS_HEADER, judge(records))
     ends = [r for r in records if r["base"] == records[0]["base"] and r["step"] < 0 and r["shots"] == 0]
     figures = []
-    for function in (main, steps, parallel, forgetting, seeds, composition):
+    for function in (main, steps, parallel, forgetting, seeds, composition, dial):
         panels = [panel for panel in function(records, ends) if panel[3]]        # with points
         if panels:
             plot(panels, order).savefig(out / f"{function.__name__}.png", dpi=110)

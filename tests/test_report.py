@@ -144,6 +144,19 @@ def test_runs_from_a_base_without_evaluation_are_left_out(tmp_path, monkeypatch)
     assert "| base | 4M | RL | 1 |" in text and "8M" not in text
 
 
+def test_the_dial_has_the_demonstrations_foreignness_on_its_axis(tmp_path):
+    """Four panels for each checkpoint, a point per run at its nats per token; recipes without any are left
+    out; a study of raw and annealed bases is drawn."""
+    records = [record("raw", [8]), record("base", [16]), record("RL", [32]),
+               record("SFT native", [40], nll=[.25]), record("SFT prose", [20], nll=[7.])]
+    panels = list(report.dial([], records))
+    assert len(panels) == 4 and {panel[0].split(" pass")[0] for panel in panels} >= {"from 4M: easy"}
+    assert [point[:2] for point in panels[0][3]] == [("SFT native", .25), ("SFT prose", 7.)]
+    report.report(tmp_path, records, tuple(study.RECIPES))
+    assert "![dial](dial.png)" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert (tmp_path / "dial.png").stat().st_size > 10_000
+
+
 def test_a_report_of_base_models_alone_is_drawn(tmp_path):
     """After a study whose recipes failed."""
     report.report(tmp_path, [record("base", [16]), record("base", [20], at="8M")])
