@@ -104,6 +104,19 @@ def new_model(c: Config, tokenizer: Tokenizer) -> GPT:
     return GPT(config, generator(c.seed, "weights"))
 
 
+def first_model(c: Config, tokenizer: Tokenizer, device: torch.device) -> tuple[GPT, list[dict]]:
+    """A new model, or that of --init, and its lineage. UserError if --init has another tokenizer or shape."""
+    if not c.init:
+        return new_model(c, tokenizer).to(device), []
+    model, own, parents = load_model(c.init, device)
+    require(own.sha256 == tokenizer.sha256, f"{c.init}: made with another tokenizer than {c.data} holds")
+    there = model.config
+    require(there.context == c.context, f"--context {c.context}: {c.init} has {there.context}")
+    shape = (there.d_model, there.n_layers, there.n_heads, there.d_ff)
+    require(shape == SIZES[c.size], f"--size {c.size}: {c.init} has another")
+    return model, parents
+
+
 def new_optimizer(model: GPT, c: Config) -> torch.optim.Optimizer:
     """AdamW that decays the matrices, but neither the embedding nor the gains of the norms."""
     decayed, others = [], []
@@ -140,15 +153,7 @@ def train(c: Config) -> Path:
     for name, shard in shards.items():
         require(len(shard) > c.context,
                 f"{c.data}/{name}.bin: has {len(shard)} tokens, --context {c.context} needs more")
-    parents = []
-    model = new_model(c, tokenizer).to(device)
-    if c.init:
-        model, own, parents = load_model(c.init, device)
-        require(own.sha256 == tokenizer.sha256, f"{c.init}: made with another tokenizer than {c.data} holds")
-        there = model.config
-        require(there.context == c.context, f"--context {c.context}: {c.init} has {there.context}")
-        shape = (there.d_model, there.n_layers, there.n_heads, there.d_ff)
-        require(shape == SIZES[c.size], f"--size {c.size}: {c.init} has another")
+    model, parents = first_model(c, tokenizer, device)
     optimizer = new_optimizer(model, c)
     trained = compiled(model, c) if c.compile else model
     tokens_per_step = c.batch * c.context

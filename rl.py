@@ -8,7 +8,6 @@ No reference solution is ever seen. Left out: a value network (GRPO does without
 reward is exact), length penalties, top-k and top-p sampling (sampled and scored distribution must be equal).
 """
 import copy
-import functools
 import math
 import time
 from collections import Counter
@@ -164,10 +163,11 @@ def policy_gradient(model: GPT, reference: GPT | None, batch: Batch, advantage: 
         return None                                                      # no signal, no step
     metrics = Metrics()
     for micro, logp in scored(model, batch, useful, c, pad):             # logp (N,): all tokens of these rows
-        to = functools.partial(Tensor.to, device=logp.device, non_blocking=logp.is_cuda)
-        A = to(per_token(advantage, batch, micro))                       # (N,)
+        A = per_token(advantage, batch, micro).to(logp.device, non_blocking=logp.is_cuda)         # (N,)
         # one update per batch is exactly on-policy: the ratio is 1, its gradient that of REINFORCE
-        old = logp.detach() if c.updates == 1 else to(sampled_logprobs(batch, micro))    # (N,)
+        old = logp.detach()                                              # (N,)
+        if c.updates > 1:
+            old = sampled_logprobs(batch, micro).to(logp.device, non_blocking=logp.is_cuda)
         loss = policy_loss(logp, old, A, c.clip_low, c.clip_high)
         if c.kl > 0:
             penalty = kl_k3(logp, reference_logprobs(reference, batch, micro, c, pad))

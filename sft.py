@@ -155,9 +155,9 @@ def train(c: Config) -> Path:
     with Run(c, steps, parents, files) as run:
         if run.finished():
             return run.final
-        nll = surprise(model, examples[:512], c, tokenizer.pad)
         step = run.restore(model, optimizer)
         if step == 0:
+            nll = surprise(model, examples[:512], c, tokenizer.pad)
             run.count(**cost)
             run.log(0, demonstration_nll=nll)
             tqdm.write(f"{len(examples)} demonstrations, {nll:.3f} nats per token under {c.init}")

@@ -208,13 +208,18 @@ def estimate(c: dict) -> tuple[float, int]:
     return start + c.get("tokens", 0) / 3e7, 0           # making data; merging weights
 
 
-def new_cell(runs: str, base: str, at: str, recipe: str, seed: int, command: str, final: str,
+def new_cell(runs: str, base: str, at: str, recipe: str, seed: int, command: str,
              needs: list[Path]) -> Cell:
-    """The cell of a command that makes the file `final` in a run folder of its own."""
+    """The cell of a command that makes the last file of its script in a run folder of its own."""
     argv = shlex.split(command)
     options = configuration(argv)
     key = blake2b(json.dumps([argv[0], options], sort_keys=True).encode(), digest_size=4).hexdigest()
     folder = Path(runs, slug(f"{recipe} {at} {seed if at else ''}") + f"-{key}")
+    final = "final.pt"
+    if argv[0] == "data/prepare.py":
+        final = "manifest.json"
+    elif argv[0] == "pretrain.py":
+        final = f"{options['tokens'] / 1e6:g}M.pt"
     out = folder / final if "weights" in argv else folder
     return Cell(base, at, recipe, seed, [*argv, "--out", str(out)], folder / final, needs, *estimate(options))
 
@@ -243,9 +248,7 @@ def trained_cells(study: Study, runs: str, model: Cell, at: str, seed: int, data
         if " weights " not in command:
             command += f" --seed {seed} {data} {study.more.get(command.split()[0], '')}"
         needs = [makers[name] for name in re.findall(r"{(.+?)}", RECIPES[recipe])]
-        options = configuration(shlex.split(command))
-        final = f"{options['tokens'] / 1e6:g}M.pt" if command.startswith("pretrain.py") else "final.pt"
-        run = new_cell(runs, model.base, at, recipe, seed, command, final, needs)
+        run = new_cell(runs, model.base, at, recipe, seed, command, needs)
         start[recipe] = shlex.quote(str(run.makes))
         makers[recipe] = run.makes
         yield run
@@ -259,13 +262,13 @@ def annealed_cell(study: Study, runs: str, model: Cell, at: str, data: str) -> C
     tokens = round(study.anneal * number(at))
     command = (f"pretrain.py --init {shlex.quote(str(model.makes.with_name(f'{at}.pt')))} {data} "
                f"--seed {model.seed} --tokens {tokens} --decay 1 --warmup 10")
-    return new_cell(runs, model.base, at, "base", model.seed, command, f"{tokens / 1e6:g}M.pt", [model.makes])
+    return new_cell(runs, model.base, at, "base", model.seed, command, [model.makes])
 
 
 def base_cells(study: Study, runs: str, base: str) -> Iterator[Cell]:
     """The data, the base model, its evaluations, and everything that starts from it."""
     prepare_options, pretrain_options, starts = study.bases[base]
-    prepare = new_cell(runs, base, "", "data", 0, f"data/prepare.py {prepare_options}", "manifest.json", [])
+    prepare = new_cell(runs, base, "", "data", 0, f"data/prepare.py {prepare_options}", [])
     data = shlex.join(["--data", str(prepare.makes.parent)])
     pretraining = f"pretrain.py {data} {pretrain_options}"
     kept = [f"{t / 1e6:g}M" for t in configuration(shlex.split(pretraining))["checkpoints_at"]]
@@ -273,8 +276,8 @@ def base_cells(study: Study, runs: str, base: str) -> Iterator[Cell]:
     yield prepare
     models = {}                                  # seed -> base model; 0's stands for all if there is no other
     for seed in study.seeds if study.replicate else (0,):
-        models[seed] = model = new_cell(runs, base, "", raw, seed, f"{pretraining} --seed {seed}",
-                                        f"{kept[-1]}.pt", [prepare.makes])
+        model = new_cell(runs, base, "", raw, seed, f"{pretraining} --seed {seed}", [prepare.makes])
+        models[seed] = model
         yield model
         for at in starts if study.anneal else kept:
             for shots in sorted({0, study.shots}) if at in starts else [0]:
