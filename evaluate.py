@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import atomic_write, check_fields, generator, load_model, main, require, setup
-from data.arithmetic import numbers_of, read_answer, sound, style_of
+from data.arithmetic import numbers_of, read_answer, sound, style_shares
 from data.problems import load_problems, open_data, prompt_ids, solved_examples
 from data.tokenizer import Tokenizer
 from model import GPT, Ids, packed, target_logits, targets
@@ -171,7 +171,6 @@ def measure_problems(model: GPT, tokenizer: Tokenizer, problems: list[dict], c: 
             result[f"{name}@{k}"] = {"mean": float(each.mean()), "interval": interval(means)}
 
     total = len(sampled.grades)
-    styles = Counter(map(style_of, sampled.texts))
     entropies = []
     distinct = []
     for i in range(0, total, c.n_samples):
@@ -184,7 +183,7 @@ def measure_problems(model: GPT, tokenizer: Tokenizer, problems: list[dict], c: 
         "truncated": sampled.truncated / total,
         "answer_entropy": float(np.mean(entropies)),
         "distinct_completions": float(np.mean(distinct)),
-        "styles": {style: n / total for style, n in sorted(styles.items())},
+        "styles": style_shares(sampled.texts),
     }
 
 

@@ -39,19 +39,20 @@ from model import GPT
 class Config:
     init: str = ""                  # checkpoint to start from
     data: str = "data/tiny"         # folder made by data/prepare.py
-    teacher: str = "native"         # one of native, wrapped, spoken, prose: language of the solutions
+    teacher: str = "wrapped"        # one of native, wrapped, spoken, prose: language of the solutions
     problem_file: str = ""          # problem file to train on instead of one in DATA
     out: str = "runs/merge"         # run folder; the same call again resumes an unfinished run
     difficulty: str = "easy"        # one of easy, hard, all: which problems to train and validate on
-    n_train: int = 2000             # >= 0: number of problems to train on, 0 = all
+    n_train: int = 0                # >= 0: number of problems to train on, 0 = all
+    demonstrated: int = 2000        # >= 0: of them with solutions for SFT, 0 = all
     mode: str = "parallel"          # one of parallel, fused, alternating: parallel averaging, or a control
     gold: bool = False              # SFT on all solutions of every question instead of one chosen at random
     n_problems: int = 64            # > 0: P, problems per RL update
     rollouts: int = 16              # >= 2: G, sampled answers per problem
     batch: int = 32                 # > 0: examples per SFT update
-    steps: int = 50                 # > 0: updates per arm
+    steps: int = 150                # > 0: updates per arm
     inner: int = 1                  # > 0: H, updates per arm between averages: 1 as in the paper, STEPS: once
-    lr_rl: float = 3e-4             # >= 0: of AdamW, constant
+    lr_rl: float = 1e-4             # >= 0: of AdamW, constant
     lr_sft: float = 1e-3            # >= 0: of AdamW, constant
     weight_rl: float = 0.5          # >= 0, <= 1: weight of RL in the average; SFT has the rest
     weight_decay: float = 0.0       # >= 0: of both AdamW
@@ -157,7 +158,7 @@ def train(c: Config) -> Path:
     model, tokenizer, parents = load_model(c.init, device)
     model.set_memory(c)
     problems, validation, files = training_problems(c, model, tokenizer, solutions=True)
-    examples = sft.make_examples(tokenizer, problems, c.gold, c.seed)
+    examples = sft.make_examples(tokenizer, problems[:c.demonstrated or None], c.gold, c.seed)
     sft.require_fit(examples, model.config.context)
     reference = copy.deepcopy(model).requires_grad_(False) if c.reference else None
     rl_config = arm_config(rl.Config, c)
@@ -240,7 +241,7 @@ class WeightsConfig:
     method: str = "linear"          # one of linear, task, ties: task = task arithmetic
     weights: tuple[float, ...] = ()  # > -1000000, < 1000000: of each checkpoint; none: equal ones, sum 1
     factor: float = 1.0             # > -1000000, < 1000000: lambda, of the merged difference (task, ties)
-    density: float = 0.5            # > 0, <= 1: ties: share of each tensor's differences that is kept
+    density: float = 0.2            # > 0, <= 1: ties: share of the differences that is kept, the largest
     out: str = "merged.pt"          # file to write
     threads: int = 0                # >= 0, <= 4096: CPU threads, 0 = all cores
 
@@ -262,8 +263,8 @@ def merge_tensors(method: str, tensors: list[Tensor], weights: list[float], base
                   factor: float = 1.0, density: float = 1.0) -> Tensor:
     """Merge tensors of one shape. linear: sum of w·t, over the sum of w. task: base + factor · sum of w·(t −
     base) (Ilharco et al. 2023). ties: of each t − base keep the `density` largest values, per element elect
-    the sign of the weighted sum, and average the differences that have it (Yadav et al. 2023, who trim the
-    whole vector; here each tensor alone, as mergekit does)."""
+    the sign of the weighted sum, and average the differences that have it (Yadav et al. 2023; given all
+    weights of a model as one vector, it trims as they do)."""
     w = torch.tensor(weights, dtype=tensors[0].dtype).view(-1, *[1] * tensors[0].dim())     # (n, 1, ...)
     if method == "linear":
         return (w * torch.stack(tensors)).sum(0) / w.sum()
@@ -330,11 +331,12 @@ def merge_weights(c: WeightsConfig) -> Path:
     models, tokenizer, lineages, digests = load_relatives([*c.checkpoints, *[c.base] * bool(c.base)])
 
     states = [model.state_dict() for model in models]
-    base = states[n] if c.base else dict.fromkeys(states[0])
+    vectors = [torch.cat([w.flatten() for w in state.values()]) for state in states]
+    base = vectors[n] if c.base else None
+    merged = merge_tensors(c.method, vectors[:n], weights, base, c.factor, c.density)
+    parts = merged.split([w.numel() for w in states[0].values()])
     result = copy.deepcopy(models[0])
-    result.load_state_dict({
-        name: merge_tensors(c.method, [s[name] for s in states[:n]], weights, base[name], c.factor, c.density)
-        for name in states[0]})
+    result.load_state_dict({name: part.view_as(w) for (name, w), part in zip(states[0].items(), parts)})
     out = Path(c.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(out, result, tokenizer, merged_lineage(c, weights, lineages[:n], digests))

@@ -24,7 +24,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from checkpoint import Run, batch_indices, check_fields, generator, load_model, main, require, setup
-from data.arithmetic import read_answer, sound
+from data import arithmetic
 from data.problems import prompt_ids, training_problems
 from data.tokenizer import Tokenizer
 from evaluate import validate
@@ -38,12 +38,12 @@ class Config:
     problem_file: str = ""          # problem file to train on instead of DATA/train.jsonl
     out: str = "runs/rl"            # run folder; the same call again resumes an unfinished run
     difficulty: str = "easy"        # one of easy, hard, all: which problems to train and validate on
-    n_train: int = 2000             # >= 0: number of problems to train on, 0 = all; seen repeatedly
+    n_train: int = 0                # >= 0: number of problems to train on, 0 = all
     n_problems: int = 64            # > 0: P, problems per step
     rollouts: int = 16              # >= 2: G, sampled answers per problem
-    steps: int = 50                 # > 0: batches of rollouts
+    steps: int = 150                # > 0: batches of rollouts
     updates: int = 1                # > 0: optimizer steps per batch of rollouts (it is split by problems)
-    lr: float = 3e-4                # > 0: of AdamW, constant after the warm-up
+    lr: float = 1e-4                # > 0: of AdamW, constant after the warm-up
     warmup: int = 0                 # >= 0: steps until lr is reached
     weight_decay: float = 0.0       # >= 0: of AdamW
     grad_clip: float = 1.0          # > 0: largest gradient norm
@@ -134,10 +134,10 @@ def collect(model: GPT, tokenizer: Tokenizer, problems: list[dict], group: int, 
     texts, grades, derived, rewards = [], [], [], []
     for row, ids in enumerate(completions):
         problem = problems[row // group]
-        text, grade = read_answer(tokenizer, ids, finished[row], problem["answer"])
+        text, grade = arithmetic.read_answer(tokenizer, ids, finished[row], problem["answer"])
         texts.append(text)
         grades.append(grade)
-        derived.append(grade == "right" and sound(problem, text))
+        derived.append(grade == "right" and arithmetic.sound(problem, text))
         rewards.append(float(derived[-1] if c.reward == "steps" else reward(problem, text, grade)))
     rewards = torch.tensor(rewards)
     if c.reward == "random":
@@ -278,6 +278,27 @@ def kl_to_reference(reference: GPT | None, batch: Batch, c: Config, pad: int, n_
     return float(kl_k3(sampled_logprobs(batch, rows), torch.cat(logp)).mean())
 
 
+def gradient_noise(model: GPT, reference: GPT | None, batch: Batch, advantage: Tensor, c: Config, pad: int
+                   ) -> dict[str, float]:
+    """|G|² of the true gradient and the trace of one problem's covariance, both unbiased, from the gradients
+    of two half batches (McCandlish et al. 2018, appendix A.1). The mean trace of many steps over their mean
+    |G|² is the noise scale: a batch of more problems helps little."""
+    P, G = batch.rewards.shape
+    half = P // 2 * G
+    gradients = []
+    for rows in (range(half), range(half, 2 * half)):
+        policy_gradient(model, reference, batch, advantage, rows, c, pad)
+        ranks.sum_gradients(model)
+        parts = []
+        for p in model.parameters():
+            gradient = torch.zeros_like(p) if p.grad is None else p.grad
+            parts.append(gradient.flatten())
+        gradients.append(torch.cat(parts))
+        model.zero_grad(set_to_none=True)
+    a, b = gradients
+    return {"gradient_square": float(a @ b), "gradient_trace": P // 2 / 2 * float((a - b).square().sum())}
+
+
 def probe(model: GPT, tokenizer: Tokenizer, problems: list[dict], c: Config) -> None:
     """Measure the success rate before the first step; print the expected share of groups with a signal."""
     n = 2 * c.rollouts
@@ -301,7 +322,8 @@ def rollout_metrics(batch: Batch, advantage: Tensor) -> dict[str, float]:
     return {"reward": float(batch.rewards.mean()), "right": batch.grades.count("right") / B,
             "sound": sum(batch.sound) / B, "signal": float((advantage != 0).float().mean()),
             "unparsed": batch.grades.count("unparsed") / B, "truncated": batch.truncated,
-            "length": sum(map(len, batch.completions)) / B, "entropy": batch.entropy}
+            "length": sum(map(len, batch.completions)) / B, "entropy": batch.entropy,
+            **{f"style {name}": share for name, share in arithmetic.style_shares(batch.texts).items()}}
 
 
 # ---- training --------------------------------------------------------------------------------------------
@@ -348,6 +370,9 @@ def train(c: Config) -> Path:
             batch = collect(model, tokenizer, chosen, c.rollouts, c, generator(c.seed, "rollouts", step))
             advantage = advantages(batch.rewards, c.std).flatten()                                # (B,)
             kl = kl_to_reference(reference, batch, c, tokenizer.pad)
+            noise = {}
+            if step % c.eval_every == 0 and c.n_problems > 1:
+                noise = gradient_noise(model, reference, batch, advantage, c, tokenizer.pad)
 
             # ---- update
             per_update = len(advantage) // c.updates
@@ -370,7 +395,7 @@ def train(c: Config) -> Path:
             means = {name: float(np.mean([u[name] for u in updates])) for name in (updates or [{}])[0]}
             run.count(tokens=sum(map(len, batch.completions)), flops=grpo_flops(model, batch, trained, c),
                       seconds=time.perf_counter() - started)
-            run.log_step(step, **rollout_metrics(batch, advantage), kl=kl, **means,
+            run.log_step(step, **rollout_metrics(batch, advantage), kl=kl, **noise, **means,
                          lr=optimizer.param_groups[0]["lr"])
 
             # ---- stop

@@ -29,7 +29,7 @@ from model import GPT, completion_logprobs, packed
 class Config:
     init: str = ""                  # checkpoint to start from
     data: str = "data/tiny"         # folder made by data/prepare.py
-    teacher: str = "native"         # one of native, wrapped, spoken, prose: language of the solutions
+    teacher: str = "wrapped"        # one of native, wrapped, spoken, prose: language of the solutions
     own: int = 0                    # >= 0: if not 0, sample this many answers, learn from the right ones
     problem_file: str = ""          # problem file to train on instead of one in DATA
     out: str = "runs/sft"           # run folder; the same call again resumes an unfinished run

@@ -1,7 +1,7 @@
 """The whole study by one command: a grid of the other scripts' commands, then tables, figures and verdicts.
 
     python study.py                           the quick study
-    python study.py --preset main             or long, early, composition, rollouts, controls, dial, gpu-8 ...
+    python study.py --preset main             or raw, dial, luck, wide, controls, rollouts, composition, gpu-8
     python study.py --preset main --list      only print every command and its estimated minutes
     python study.py --preset main --wave 3    the commands to run when waves 1 and 2 are done, for a queue
     python study.py --report results/main     redraw the report from results.jsonl, in seconds
@@ -38,66 +38,69 @@ from checkpoint import atomic_write, check_fields, main, number, parse, require
 # Recipe -> command. {base} is the checkpoint that a cell starts from, {SFT} the one that recipe SFT made of
 # it; so A→B in a name means B from A's result. Their order is that of the colours in the figures. RL has the
 # same settings wherever it appears, chosen on validation problems: results/README.md, "The search".
-RL = "rl.py --init {base} --checkpoints-at 10,25"
-SFT_50 = "sft.py --init {base} --decay 0 --warmup 0 --n-train 1600 --epochs 1"        # 50 updates
+RL = "rl.py --init {base} --checkpoints-at 50,100"
+PLAIN = "--lr 1e-4 --warmup 0"                           # pretraining at RL's learning rate, constant
 RECIPES = {
     "RL": RL,
     "SFT": "sft.py --init {base}",
-    "SFT-Gold": "sft.py --init {base} --gold --epochs 2",
     "SFT→RL": RL.replace("{base}", "{SFT}"),
-    "SFT-Gold→RL": RL.replace("{base}", "{SFT-Gold}"),
     "parallel": "merge.py --init {base}",
-    # longer: does RL fall behind SFT, or do 50 steps of it?
-    "RL×4": "rl.py --init {base} --steps 200 --checkpoints-at 50,100",
-    "SFT→RL×4": "rl.py --init {SFT} --steps 200 --checkpoints-at 50,100",
+    "continued": "pretrain.py --init {base} --tokens 614400 " + PLAIN,       # RL's 150 updates
+    # the same problems in pretraining's own words, and more solutions of each
+    "SFT native": "sft.py --init {base} --teacher native",
+    "SFT native→RL": RL.replace("{base}", "{SFT native}"),
+    "SFT-Gold": "sft.py --init {base} --gold",
+    "SFT-Gold→RL": RL.replace("{base}", "{SFT-Gold}"),
+    # controls: more passes, the model's own words, as many FLOPs as RL
+    "SFT 30 passes": "sft.py --init {base} --epochs 30",
+    "self-SFT": "sft.py --init {base} --own 16",
+    "continued 3M": "pretrain.py --init {base} --tokens 3.2M --lr 1e-3 --decay 1",
+    # the dial: the same problems in ever more foreign words
+    "SFT spoken": "sft.py --init {base} --teacher spoken",
+    "SFT prose": "sft.py --init {base} --teacher prose",
+    # luck: what is rewarded
+    "RL steps": RL + " --reward steps",
+    "RL random": RL + " --reward random",
     # controls: is it the averaging, or only the smaller step, the second data set, the second optimizer?
-    "SFT at RL's lr": SFT_50 + " --lr 3e-4",
-    "RL at lr/2": "rl.py --init {base} --lr 1.5e-4",
-    "SFT at lr/2": SFT_50 + " --lr 5e-4",
+    "parallel native": "merge.py --init {base} --teacher native",
+    "parallel at RL's lr": "merge.py --init {base} --lr-sft 1e-4",
+    "SFT at RL's lr": "sft.py --init {base} --lr 1e-4",
+    "RL at lr/2": "rl.py --init {base} --lr 5e-5",
+    "SFT at lr/2": "sft.py --init {base} --lr 5e-4",
     "fused": "merge.py --init {base} --mode fused",
     "alternating": "merge.py --init {base} --mode alternating",
     "H=10": "merge.py --init {base} --inner 10",
-    "H=all": "merge.py --init {base} --inner 50",
+    "H=all": "merge.py --init {base} --inner 150",
     "linear": "merge.py weights {RL} {SFT} --base {base} --method linear",
-    "task": "merge.py weights {RL} {SFT} --base {base} --method task --weights 1,1",
+    "task": "merge.py weights {RL} {SFT} --base {base} --method task --weights 1,1 --factor 0.5",
     "ties": "merge.py weights {RL} {SFT} --base {base} --method ties",
-    # few against many rollouts per problem: 51,200 rollouts each (G=64: 53,248)
-    "G=4": "rl.py --init {base} --rollouts 4 --steps 200 --eval-every 20 --checkpoints-at 13",
-    "G=16": "rl.py --init {base} --rollouts 16 --steps 50 --eval-every 5",
-    "G=64": "rl.py --init {base} --rollouts 64 --steps 13 --eval-every 1",
+    # few against many rollouts per problem: 153,600 rollouts each
+    "G=4": "rl.py --init {base} --rollouts 4 --steps 600 --eval-every 40 --checkpoints-at 38",
+    "G=64": "rl.py --init {base} --rollouts 64 --steps 38 --eval-every 5",
     # composition: judged on hard problems, so trained on hard ones
     "RL on hard": "rl.py --init {base} --difficulty hard",
-    # early checkpoints, where successes are rare: more rollouts a problem, as many in all as RL×4
-    "RL wide": "rl.py --init {base} --rollouts 64",
-    # the dial: the same problems, solved in ever more foreign words, or by the model itself; and no problems
-    "SFT native": "sft.py --init {base} --teacher native",
-    "SFT wrapped": "sft.py --init {base} --teacher wrapped",
-    "SFT spoken": "sft.py --init {base} --teacher spoken",
-    "SFT prose": "sft.py --init {base} --teacher prose",
-    "self-SFT": "sft.py --init {base} --own 16",
-    "continued": "pretrain.py --init {base} --tokens 204800 --lr 3e-4 --warmup 0",     # 50 updates
 }
 
 
 @dataclass
 class Study:
-    """Which bases (name -> options of data/prepare.py, options of pretrain.py, checkpoints to start from),
-    which recipes and seeds; `trace`: (checkpoint, recipe) -> steps at which the run is evaluated too."""
+    """Which bases (name -> options of data/prepare.py, options of pretrain.py, checkpoints to start from) and
+    which recipes; a seed is one of pretraining and of all that follows."""
     bases: dict[str, tuple[str, str, tuple[str, ...]]]
     recipes: tuple[str, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
-    trace: dict[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
-    shots: int = 2                               # the base is also evaluated with this many solved examples
+    anneal: float = .1                           # share of its tokens over which a base is annealed first
+    few: dict[str, tuple[str, ...]] = field(default_factory=dict)    # checkpoint -> only these recipes
+    trace: dict[str, tuple[int, ...]] = field(default_factory=dict)  # recipe -> steps to evaluate
+    also: dict[str, tuple[str, ...]] = field(default_factory=dict)   # other evaluation -> of these recipes
     more: dict[str, str] = field(default_factory=dict)   # script -> options that its commands get besides
     per_gpu: int = 4                             # --jobs 0: so many commands share a GPU and its memory
-    anneal: float = 0.0                          # share of its tokens over which a base is annealed first
-    replicate: bool = False                      # a seed is a seed of pretraining too
 
 
 def gpu(size: str, width: int, kept: tuple[str, ...], more: str = "") -> Study:
     """For one consumer GPU, by the plan of beyond/memory.py; nobody has measured it. The learning rates are
     those of the default model, of width 96, times 96 / `width` (Yang et al. 2022), not searched."""
-    pretrain, sft, rl = (f"{lr * 96 / width:.1e}" for lr in (3e-3, 1e-3, 3e-4))
+    pretrain, sft, rl = (f"{lr * 96 / width:.1e}" for lr in (3e-3, 1e-3, 1e-4))
     pretraining = (f"--size {size} --batch 64 --lr {pretrain} --tokens {kept[-1]} "
                    f"--checkpoints-at {','.join(kept)}")
     options = {"rl.py": f"--lr {rl} {more}", "sft.py": f"--lr {sft}",
@@ -105,30 +108,37 @@ def gpu(size: str, width: int, kept: tuple[str, ...], more: str = "") -> Study:
     return Study({"base": (f"--tokens {kept[-1]}", pretraining, kept)}, PIPELINES, more=options, per_gpu=1)
 
 
-PIPELINES = ("RL", "SFT", "SFT-Gold", "SFT→RL", "SFT-Gold→RL", "parallel")
-EVALUATION = "--split test --n-problems 150"         # the same for every cell: 150 easy, 150 hard problems
+PIPELINES = ("RL", "SFT", "SFT→RL", "parallel", "SFT-Gold", "SFT-Gold→RL")
+EVALUATION = "--split test --n-problems 300"         # the same for every cell: 300 easy, 300 hard problems
+WARM = "--temperature 1.0"
+WIDE = "--n-problems 100 --n-samples 512 --k 1,8,32,128,512 --no-benchmarks"
 KEPT = "--checkpoints-at 1M,2M,3M,4M,5M,6M,8M"
 STUDIES = {
     "quick": Study({"base": ("--math-fraction 0.6", "--tokens 4M --checkpoints-at 2M,3M,4M", ("4M",))},
-                   ("RL", "SFT", "SFT→RL", "parallel"), seeds=(0,)),
-    "main": Study({"base": ("", KEPT, ("4M", "5M", "6M", "8M"))}, PIPELINES,
-                  trace={("6M", recipe): (10, 25) for recipe in ("RL", "SFT→RL")}),
+                   ("continued", "RL", "SFT", "SFT→RL", "parallel"), seeds=(0,)),
+    "main": Study({"base": ("", KEPT, ("3M", "4M", "6M", "8M"))},
+                  (*PIPELINES, "continued", "SFT native", "SFT native→RL", "SFT 30 passes", "self-SFT",
+                   "continued 3M"),
+                  few={at: ("RL", "SFT", "SFT native", "continued") for at in ("3M", "8M")}),
+    "raw": Study({"base": ("", KEPT, ("4M", "6M", "8M"))}, ("RL", "SFT", "continued", "SFT native"),
+                 anneal=0),
+    "dial": Study({"base": ("", KEPT, ("4M", "6M"))},
+                  ("SFT native", "SFT", "SFT spoken", "SFT prose", "self-SFT", "RL")),
+    "luck": Study({"base": ("", KEPT, ("3M", "4M"))}, ("RL", "RL steps", "RL random")),
+    "wide": Study({"base": ("", KEPT, ("6M",))}, ("RL", "SFT", "SFT→RL", "parallel"),
+                  trace={"RL": (50, 100), "SFT→RL": (50, 100)},
+                  also={WARM: ("base", "RL", "SFT", "SFT→RL", "parallel"), "--shots 2": ("base",),
+                        WIDE: ("base", "RL", "SFT", "SFT→RL")}),
     "controls": Study({"base": ("", KEPT, ("6M",))},
-                      ("RL", "SFT", "parallel", "SFT at RL's lr", "RL at lr/2", "SFT at lr/2", "fused",
-                       "alternating", "H=10", "H=all", "linear", "task", "ties")),
-    "rollouts": Study({"base": ("", KEPT, ("6M",))}, ("G=4", "G=16", "G=64"), trace={("6M", "G=4"): (13,)}),
-    "long": Study({"base": ("", KEPT, ("8M",))}, ("RL", "SFT", "SFT→RL", "RL×4", "SFT→RL×4"),
-                  trace={("8M", recipe): (50, 100) for recipe in ("RL×4", "SFT→RL×4")}),
-    "early": Study({"base": ("", KEPT, ("4M", "5M"))}, ("RL×4", "RL wide"),
-                   trace={(at, "RL×4"): (50, 100) for at in ("4M", "5M")}),
+                      ("RL", "SFT", "parallel", "parallel native", "parallel at RL's lr", "SFT at RL's lr",
+                       "RL at lr/2", "SFT at lr/2", "fused", "alternating", "H=10", "H=all", "linear", "task",
+                       "ties")),
+    "rollouts": Study({"base": ("", KEPT, ("6M",))}, ("G=4", "RL", "G=64"), trace={"G=4": (38,)}),
     # 30 % arithmetic against 60 %, and 0.5M against 1M parameters: 2.1 times the FLOPs per token
     "composition": Study({"0.5M, 30 %": ("", KEPT, ("8M",)),
                           "0.5M, 60 %": ("--math-fraction 0.6", "--checkpoints-at 8M", ("8M",)),
                           "1M, 30 %": ("", "--size 1M --checkpoints-at 3.8M,8M", ("3.8M", "8M"))},
                          ("RL on hard",)),
-    "dial": Study({"base": ("--train-problems 20000", KEPT, ("4M", "6M"))},
-                  ("SFT native", "SFT wrapped", "SFT spoken", "SFT prose", "self-SFT", "continued"),
-                  shots=0, anneal=.1, replicate=True),
     "gpu-8": gpu("10M", 320, ("100M", "200M", "400M"), "--micro-tokens 8192"),       # 8, 12 and 24 GB
     "gpu-12": gpu("30M", 512, ("300M", "600M", "1200M")),
     "gpu-24": gpu("124M", 768, ("600M", "1200M", "2400M"), "--micro-tokens 8192"),
@@ -137,7 +147,7 @@ STUDIES = {
 
 @dataclass
 class Config:
-    preset: str = "quick"           # main long early composition rollouts controls dial gpu-8 gpu-12 gpu-24
+    preset: str = "quick"           # main raw dial luck wide controls rollouts composition gpu-8 ...
     runs: str = "runs"              # where data sets and runs go
     out: str = "results"            # results.jsonl, report.md and figures go into OUT/PRESET
     jobs: int = 0                   # >= 0: cells at once, one thread each; 0 = one per core (4 per GPU)
@@ -164,7 +174,7 @@ class Cell:
     minutes: float                  # estimate
     steps: int = 0                  # in its log.jsonl at the end; 0: it has no log
     step: int = -1                  # of the run that is evaluated; -1: its end
-    shots: int = 0                  # of an evaluation
+    how: str = ""                   # other than usual options of an evaluation
     threads: int = 1
 
     @property
@@ -174,8 +184,8 @@ class Cell:
     @property
     def name(self) -> str:
         step = f" step {self.step}" if self.step >= 0 else ""
-        shots = f" {self.shots}shot" if self.evaluation else ""
-        return f"{self.base} {self.at} {self.recipe} seed {self.seed}{step}{shots}"
+        measured = f" evaluation {self.how}" if self.evaluation else ""
+        return f"{self.base} {self.at} {self.recipe} seed {self.seed}{step}{measured}"
 
     def argv(self) -> list[str]:
         """The command; only making data has no threads to choose."""
@@ -198,9 +208,11 @@ def estimate(c: dict) -> tuple[float, int]:
     if "context" in c:                                   # pretraining: 730 k tokens a minute
         steps = math.ceil(c["tokens"] / (c["batch"] * c["context"]))
         return start + c["tokens"] / 7.3e5 * number(c["size"]) / 5e5, steps
-    if "epochs" in c:                                    # SFT: 16 k examples; gold: all four of a problem
-        examples = c["epochs"] * c["n_train"] * (4 if c["gold"] else 1)
-        return start + examples / 1.6e4, math.ceil(examples / c["batch"])
+    if "epochs" in c:                                    # SFT: 16 k examples; gold: all of a problem
+        solutions = 4 if c["teacher"] == "native" else 8
+        examples = c["epochs"] * c["n_train"] * (solutions if c["gold"] else 1)
+        sampling = c["n_train"] * c["own"] / 4.5e4
+        return start + sampling + examples / 1.6e4, math.ceil(examples / c["batch"])
     if "rollouts" in c:
         return start + c["steps"] * c["n_problems"] * c["rollouts"] / 2.3e4, c["steps"]
     if "n_samples" in c:                                 # evaluation: two solved examples double its time
@@ -224,40 +236,25 @@ def new_cell(runs: str, base: str, at: str, recipe: str, seed: int, command: str
     return Cell(base, at, recipe, seed, [*argv, "--out", str(out)], folder / final, needs, *estimate(options))
 
 
-def evaluation(run: Cell, file: Path, options: str, shots: int = 0, step: int = -1) -> Cell:
+def evaluation(run: Cell, file: Path, options: str, how: str = "", step: int = -1) -> Cell:
     """The cell that evaluates a file that `run` makes."""
-    argv = shlex.split(f"evaluate.py {shlex.quote(str(file))} {EVALUATION} --shots {shots} {options}")
+    argv = shlex.split(f"evaluate.py {shlex.quote(str(file))} {EVALUATION} {options} {how}")
     c = parse(evaluate.Config, argv[1:])
     return Cell(run.base, run.at or file.stem, run.recipe, run.seed, argv, evaluate.result_path(file, c),
-                [run.makes], *estimate(asdict(c)), step, shots)
+                [run.makes], *estimate(asdict(c)), step, how)
 
 
-def trained_cells(study: Study, runs: str, model: Cell, at: str, seed: int, data: str) -> Iterator[Cell]:
-    """All recipes from one checkpoint of a base model with one seed, each with its evaluations."""
-    checkpoint = model.makes.with_name(f"{at}.pt")
-    if study.anneal:
-        model = annealed_cell(study, runs, model, at, data)
-        checkpoint = model.makes
-        yield model
-        yield evaluation(model, checkpoint, data)
-    start = {"base": shlex.quote(str(checkpoint))}                               # recipe -> checkpoint
-    makers = {"base": model.makes}
-    measuring = f"{data} --reference {start['base']}"
-    for recipe in study.recipes:
-        command = RECIPES[recipe].format(**start)
-        if " weights " not in command:
-            command += f" --seed {seed} {data} {study.more.get(command.split()[0], '')}"
-        needs = [makers[name] for name in re.findall(r"{(.+?)}", RECIPES[recipe])]
-        run = new_cell(runs, model.base, at, recipe, seed, command, needs)
-        start[recipe] = shlex.quote(str(run.makes))
-        makers[recipe] = run.makes
-        yield run
-        for step in study.trace.get((at, recipe), ()):
-            yield evaluation(run, run.makes.with_name(f"step{step}.pt"), measuring, step=step)
-        yield evaluation(run, run.makes, measuring)
+def evaluations(study: Study, run: Cell, file: Path, options: str) -> Iterator[Cell]:
+    """All evaluations of a file that `run` makes, and of the steps before it."""
+    for step in study.trace.get(run.recipe, ()):
+        yield evaluation(run, file.with_name(f"step{step}.pt"), options, step=step)
+    yield evaluation(run, file, options)
+    for how, recipes in study.also.items():
+        if run.recipe in recipes:
+            yield evaluation(run, file, options, how)
 
 
-def annealed_cell(study: Study, runs: str, model: Cell, at: str, data: str) -> Cell:
+def annealed(study: Study, runs: str, model: Cell, at: str, data: str) -> Cell:
     """The cell that lowers the learning rate of one of the model's checkpoints to 0."""
     tokens = round(study.anneal * number(at))
     command = (f"pretrain.py --init {shlex.quote(str(model.makes.with_name(f'{at}.pt')))} {data} "
@@ -265,35 +262,56 @@ def annealed_cell(study: Study, runs: str, model: Cell, at: str, data: str) -> C
     return new_cell(runs, model.base, at, "base", model.seed, command, [model.makes])
 
 
+def trained_cells(study: Study, runs: str, model: Cell, at: str, data: str) -> Iterator[Cell]:
+    """All recipes from one checkpoint of a base model, each with its evaluations."""
+    base = replace(model, at=at, recipe="base")
+    checkpoint = model.makes.with_name(f"{at}.pt")
+    if study.anneal:
+        yield evaluation(replace(model, at=at), checkpoint, data)
+        base = annealed(study, runs, model, at, data)
+        checkpoint = base.makes
+        yield base
+    yield from evaluations(study, base, checkpoint, data)
+    start = {"base": shlex.quote(str(checkpoint))}                               # recipe -> checkpoint
+    makers = {"base": base.makes}
+    measuring = f"{data} --reference {start['base']}"
+    for recipe in study.few.get(at, study.recipes):
+        command = RECIPES[recipe].format(**start)
+        if " weights " not in command:
+            command += f" --seed {model.seed} {data} {study.more.get(command.split()[0], '')}"
+        needs = [makers[name] for name in re.findall(r"{(.+?)}", RECIPES[recipe])]
+        run = new_cell(runs, model.base, at, recipe, model.seed, command, needs)
+        start[recipe] = shlex.quote(str(run.makes))
+        makers[recipe] = run.makes
+        yield run
+        yield from evaluations(study, run, run.makes, measuring)
+
+
 def base_cells(study: Study, runs: str, base: str) -> Iterator[Cell]:
-    """The data, the base model, its evaluations, and everything that starts from it."""
+    """The data, the base models, and everything that starts from them."""
     prepare_options, pretrain_options, starts = study.bases[base]
     prepare = new_cell(runs, base, "", "data", 0, f"data/prepare.py {prepare_options}", [])
     data = shlex.join(["--data", str(prepare.makes.parent)])
-    pretraining = f"pretrain.py {data} {pretrain_options}"
-    kept = [f"{t / 1e6:g}M" for t in configuration(shlex.split(pretraining))["checkpoints_at"]]
-    raw = "raw" if study.anneal else "base"      # the recipe's name of what is not annealed
     yield prepare
-    models = {}                                  # seed -> base model; 0's stands for all if there is no other
-    for seed in study.seeds if study.replicate else (0,):
-        model = new_cell(runs, base, "", raw, seed, f"{pretraining} --seed {seed}", [prepare.makes])
-        models[seed] = model
-        yield model
-        for at in starts if study.anneal else kept:
-            for shots in sorted({0, study.shots}) if at in starts else [0]:
-                yield evaluation(model, model.makes.with_name(f"{at}.pt"), data, shots)
+    models = []
     for seed in study.seeds:
+        pretraining = f"pretrain.py {data} {pretrain_options} --seed {seed}"
+        models.append(new_cell(runs, base, "", "raw", seed, pretraining, [prepare.makes]))
+    yield from models
+    for model in models:
         for at in starts:
-            yield from trained_cells(study, runs, models[seed if study.replicate else 0], at, seed, data)
+            yield from trained_cells(study, runs, model, at, data)
 
 
 def grid(study: Study, c: Config) -> list[Cell]:
-    """Every cell, each after those that it needs; once, though two bases may share their data."""
+    """Every cell, each after those that it needs; once, though two bases may share their data. Recipe by
+    recipe: if the grid is stopped, the first recipes have all their seeds."""
     unique = {}
     for base in study.bases:
         for x in base_cells(study, c.runs, base):
             unique.setdefault(x.makes, x)
-    return list(unique.values())
+    order = list(RECIPES)
+    return sorted(unique.values(), key=lambda x: order.index(x.recipe) if x.recipe in order else -1)
 
 
 def waves(cells: list[Cell]) -> list[list[Cell]]:
@@ -323,8 +341,8 @@ def print_commands(rounds: list[list[Cell]], only: int = 0) -> None:
 
 # ---- running it ------------------------------------------------------------------------------------------
 def with_threads(cells: list[Cell], jobs: int) -> list[Cell]:
-    """If there is only one pretraining, all others wait for it: it gets every core, as does its data."""
-    if sum(x.command[0] == "pretrain.py" for x in cells) != 1:
+    """If there is only one base model, all others wait for it: it gets every core, as does its data."""
+    if sum(x.recipe == "raw" and not x.evaluation for x in cells) != 1:
         return cells
     data, model, *others = cells                         # as in base_cells
     faster = model.minutes * (.08 + .92 / jobs)          # measured: two threads take .54 of the time
@@ -380,7 +398,6 @@ def run_cells(cells: list[Cell], runs: Path, jobs: int) -> list[str]:
     try:
         while waiting or running:
             ready = [x for x in waiting if all(file.exists() for file in x.needs)]
-            ready.sort(key=lambda x: x.evaluation)       # last: nothing waits for them, and they are short
             free = [slot for slot in range(jobs) if slot not in running]
             for x, slot in zip(ready, free):
                 running[slot] = (start(x, slot, jobs, runs), x)
@@ -429,7 +446,7 @@ def record(x: Cell) -> dict:
         b["hits"] = "".join(map(str, b["hits"]))
     return {
         **{k: getattr(x, k) for k in ("base", "at", "recipe", "seed", "step")},
-        "shots": result["config"]["shots"],
+        "how": x.how,
         "cost": {k: sum(s[k] for s in stages) for k in ("tokens", "updates", "flops", "seconds")},
         # (step, reward, KL to the reference, FLOPs) and (step, validation pass@1)
         "curve": [[r["step"], r["reward"], r["kl"], r["flops"]] for r in lines if "reward" in r],

@@ -105,6 +105,12 @@ def style_of(completion: str) -> str:
     return "other"
 
 
+def style_shares(completions: list[str]) -> dict[str, float]:
+    """Style -> the share of completions that are written in it."""
+    counts = Counter(map(style_of, completions))
+    return {style: n / len(completions) for style, n in sorted(counts.items())}
+
+
 # ---- the verifier ----------------------------------------------------------------------------------------
 ANSWER = r"-?(?:0|[1-9][0-9]*)"      # the form of an answer (ASCII digits only)
 ANSWER_IS = "an integer such as 12 or -3"

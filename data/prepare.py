@@ -43,7 +43,7 @@ class Config:
     hard_fraction: float = 0.3      # >= 0, <= 1: share of hard problems (3-4 operations) among arithmetic
     vocab_size: int = 512           # >= 260, <= 65536: tokens: 256 bytes, 2 special ones, the rest merges
     val_tokens: int = 100_000       # > 0: in each of the two validation shards
-    train_problems: int = 6_000     # > 0: for SFT and RL, easy and hard together
+    train_problems: int = 20_000    # > 0: for SFT and RL, easy and hard together
     eval_problems: int = 400        # > 0: easy, and as many hard, in each of val.jsonl and test.jsonl
     benchmark_items: int = 250      # > 0: of each of the seven general benchmarks
     text: tuple[str, ...] = ()      # real text for the generated one: files .txt or .jsonl
