@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -116,10 +117,10 @@ KEPT = "--checkpoints-at 1M,2M,3M,4M,5M,6M,8M"
 STUDIES = {
     "quick": Study({"base": ("--math-fraction 0.6", "--tokens 4M --checkpoints-at 2M,3M,4M", ("4M",))},
                    ("continued", "RL", "SFT", "SFT→RL", "parallel"), seeds=(0,)),
-    "main": Study({"base": ("", KEPT, ("3M", "4M", "6M", "8M"))},
+    "main": Study({"base": ("", KEPT, ("3M", "4M", "6M"))},
                   (*PIPELINES, "continued", "SFT native", "SFT native→RL", "SFT 30 passes", "self-SFT",
                    "continued 3M"),
-                  few={at: ("RL", "SFT", "SFT native", "continued") for at in ("3M", "8M")}),
+                  few={"3M": ("RL", "SFT", "continued", "SFT native")}),
     "raw": Study({"base": ("", KEPT, ("4M", "6M", "8M"))}, ("RL", "SFT", "continued", "SFT native"),
                  anneal=0),
     "dial": Study({"base": ("", KEPT, ("4M", "6M"))},
@@ -435,24 +436,43 @@ def json_lines(path: Path) -> list[dict]:
 
 
 def record(x: Cell) -> dict:
-    """Of an evaluation that is done: its cell, its cost, everything measured, its curve."""
+    """Of an evaluation that is done: its cell, its cost, everything measured, its curves."""
     result = json.loads(x.makes.read_text())
     stages = result["lineage"]
     if x.recipe not in ("base", "raw"):          # what came after the base
         bases = sum(s["script"] == "pretrain.py" for s in stages)
         stages = stages[bases - RECIPES[x.recipe].startswith("pretrain.py"):]
     lines = json_lines(x.makes.with_name("log.jsonl"))
-    for b in result["benchmarks"].values():
+    for b in result.get("benchmarks", {}).values():
         b["hits"] = "".join(map(str, b["hits"]))
     return {
-        **{k: getattr(x, k) for k in ("base", "at", "recipe", "seed", "step")},
-        "how": x.how,
+        **{k: getattr(x, k) for k in ("base", "at", "recipe", "seed", "step", "how")},
         "cost": {k: sum(s[k] for s in stages) for k in ("tokens", "updates", "flops", "seconds")},
-        # (step, reward, KL to the reference, FLOPs) and (step, validation pass@1)
-        "curve": [[r["step"], r["reward"], r["kl"], r["flops"]] for r in lines if "reward" in r],
-        "nll": [r["demonstration_nll"] for r in lines if "demonstration_nll" in r],
-        "validation": [[r["step"], r["val_pass@1"]] for r in lines if "val_pass@1" in r],
-        **{k: result[k] for k in ("problems", "benchmarks", "general_mean", "bits_per_byte")}}
+        **rl_curves([line for line in lines if "reward" in line]),
+        "nll": [line["demonstration_nll"] for line in lines if "demonstration_nll" in line],
+        "validation": [[line["step"], line["val_pass@1"]] for line in lines if "val_pass@1" in line],
+        **{k: result[k] for k in ("problems", "benchmarks", "general_mean", "bits_per_byte") if k in result}}
+
+
+def mean(lines: list[dict], name: str) -> float:
+    return round(sum(line.get(name, 0) for line in lines) / len(lines), 4)
+
+
+def rl_curves(lines: list[dict]) -> dict[str, list]:
+    """Of RL's log, means of ten steps: curve (step, reward, KL to the reference, FLOPs, right, sound), styles
+    (step, shares); and noise, the means of the gradient's square and of its trace."""
+    curve, styles = [], []
+    for i in range(0, len(lines), 10):
+        part = lines[i:i + 10]
+        last = part[-1]
+        values = [mean(part, name) for name in ("reward", "kl", "right", "sound")]
+        curve.append([last["step"], *values[:2], last["flops"], *values[2:]])
+        names = sorted({name for line in part for name in line if name.startswith("style ")})
+        styles.append([last["step"], {name.removeprefix("style "): mean(part, name) for name in names}])
+    measured = [line for line in lines if "gradient_square" in line]
+    noise = [float(np.mean([line[name] for line in measured])) if measured else 0.0
+             for name in ("gradient_square", "gradient_trace")]
+    return {"curve": curve, "styles": styles, "noise": noise}
 
 
 def stored(folder: Path) -> list[dict]:
