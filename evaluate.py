@@ -370,6 +370,11 @@ def table(result: dict) -> str:
             if "guess" in d:
                 line += f", guessing {d['guess'][k]:.1%}"
             lines.append(line)
+        for n in sorted(set(d["operations"])):
+            of_n = [d["operations"][i] == n for i in range(d["problems"])]
+            means = [passes(d, c["k"][0], kind)[of_n].mean() for kind in ("right", "sound")]
+            lines.append(f"  {name:8s}{n} operation{'s' * (n > 1)}: pass@{c['k'][0]} {means[0]:.1%}, "
+                         f"sound {means[1]:.1%} of {sum(of_n)} problems")
         lines.append(f"  {name:8s}greedy {d['greedy']:.1%}, unparsed {d['unparsed']:.1%}, "
                      f"truncated {d['truncated']:.1%}, answer entropy {d['answer_entropy']:.2f} nats, "
                      f"{d['distinct_completions']:.1f} distinct of {d['samples']}")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import count, zip_longest
 
 from checkpoint import check_fields, generator, load_model, main, printable, require, setup
+from data.arithmetic import numbers_of
 from data.tokenizer import EOS
 from evaluate import Attempts, attempt, problems_of
 from model import GPT, sample
@@ -64,18 +65,32 @@ def talk(path: str, c: Config) -> None:
             print(tokenizer.decode(out.completions()[0]).removesuffix(EOS))
 
 
-def column(path: str, attempts: Attempts, p: int, width: int) -> list[str]:
-    """Lines of at most `width` columns: a model's commonest answers to problem p, with their grades."""
-    rows = slice(p * attempts.n, (p + 1) * attempts.n)
-    seen = Counter(zip(attempts.grades[rows], attempts.texts[rows]))
-    right = attempts.grades[rows].count("right")
-    answers = [f"{path}: {right} of {attempts.n} right, {len(seen)} different"]
+def column(path: str, attempts: Attempts, p: int, derived: bool, width: int) -> list[tuple[str, str]]:
+    """(line of at most `width` columns, its grade): a model's commonest answers to problem p. If it is one
+    whose derivations can be checked, a right answer is `sound` or `luck`."""
+    rows = range(p * attempts.n, (p + 1) * attempts.n)
+    seen = Counter()
+    for row in rows:
+        grade = attempts.grades[row]
+        if derived and grade == "right":
+            grade = "sound" if attempts.sound[row] else "luck"
+        seen[grade, attempts.texts[row]] += 1
+    sound = sum(attempts.sound[row] for row in rows)
+    right = sum(attempts.grades[row] == "right" for row in rows)
+    answers = [("", f"{path}: {right} of {attempts.n} right, {sound} sound, {len(seen)} different")]
     for (grade, text), times in seen.most_common(3):
-        answers.append(f"{times:4d} × {grade:8s} {text!r}".replace("\\n", "⏎ "))
+        answers.append((grade, f"{times:4d} × {grade:8s} {text!r}".replace("\\n", "⏎ ")))
     lines = []
-    for answer in answers:
-        lines += textwrap.wrap(answer, width, subsequent_indent=" " * 16, break_on_hyphens=False)
+    for grade, answer in answers:
+        for line in textwrap.wrap(answer, width, subsequent_indent=" " * 16, break_on_hyphens=False):
+            lines.append((line, grade))
     return lines
+
+
+def coloured(line: str, grade: str) -> str:
+    """On a terminal green for a sound or right answer, yellow for luck, red for others; else plain."""
+    color = {"": 0, "sound": 32, "right": 32, "luck": 33}.get(grade, 31)
+    return f"\033[{color}m{line}\033[0m" if sys.stdout.isatty() and color else line
 
 
 def compare(c: Config, width: int = 110) -> None:
@@ -92,9 +107,10 @@ def compare(c: Config, width: int = 110) -> None:
     for i, p in enumerate(problems):
         title = f"{p['question']}   ({p.get('difficulty', 'all')}, answer {p['answer']})"
         print("", *textwrap.wrap(title, width), sep="\n")
-        columns = [column(path, tried, i, half) for path, tried in zip(c.checkpoints, attempts)]
-        for lines in zip_longest(*columns, fillvalue=""):
-            print("    ".join(f"{line:{half}s}" for line in lines).rstrip())
+        derived = bool(numbers_of(p["question"]))
+        columns = [column(path, tried, i, derived, half) for path, tried in zip(c.checkpoints, attempts)]
+        for lines in zip_longest(*columns, fillvalue=("", "")):
+            print("    ".join(coloured(f"{line:{half}s}", grade) for line, grade in lines).rstrip())
 
 
 def run(c: Config) -> None:

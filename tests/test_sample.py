@@ -8,6 +8,7 @@ import worlds
 
 import sample
 from checkpoint import save_checkpoint
+from evaluate import Attempts
 
 # ---- one checkpoint: a conversation -----------------------------------------------------------------------
 
@@ -89,7 +90,7 @@ def test_samples_of_two_checkpoints_stand_side_by_side(shown):
     first, *others = shown("seven.pt", "z.pt").strip().split("\n\n")
     assert first.splitlines() == [
         "q0   (easy, answer 8)",
-        f"{'seven.pt: 0 of 64 right, 1 different':57s}z.pt: 0 of 64 right, 1 different",
+        f"{'seven.pt: 0 of 64 right, 0 sound, 1 different':57s}z.pt: 0 of 64 right, 0 sound, 1 different",
         f"  64 × wrong    {'#### 7'!r:41s}  64 × unparsed '" + 36 * "Z",
         73 * " " + 24 * "Z" + "'"]
     assert [part.split()[0] for part in others] == ["q1", "q2", "q3", "q4", "q7", "q8", "q9"]
@@ -99,8 +100,8 @@ def test_samples_of_two_checkpoints_stand_side_by_side(shown):
 def test_the_options_mean_the_same_as_elsewhere(shown):
     """--n-problems counts problems of each difficulty, --n-samples answers to each."""
     lines = shown("z.pt", "seven.pt", n_problems=1, n_samples=40).splitlines()
-    assert lines[1:3] == ["q0   (easy, answer 8)", f"{'z.pt: 0 of 40 right, 1 different':57s}"
-                          "seven.pt: 0 of 40 right, 1 different"]
+    assert lines[1:3] == ["q0   (easy, answer 8)", f"{'z.pt: 0 of 40 right, 0 sound, 1 different':57s}"
+                          "seven.pt: 0 of 40 right, 0 sound, 1 different"]
     assert [line.split()[0] for line in lines if line.startswith("q")] == ["q0", "q7"]
 
 
@@ -117,4 +118,18 @@ def test_samples_show_the_most_frequent_answers_first(shown, answering, answer_t
     assert set(grades) == {"right", "wrong", "unparsed"}
     assert sum(counts) == 256
     assert abs(counts[0] - 128) < 32
-    assert title.endswith(f" {counts[0]} of 256 right, 3 different")
+    assert title.endswith(f" {counts[0]} of 256 right, 0 sound, 3 different")
+
+
+def test_sound_answers_and_luck_have_names_and_on_a_terminal_colours(monkeypatch):
+    """A right answer without its derivation is luck, with it sound; only a terminal gets the colours."""
+    attempts = Attempts(4, ["3+4=7\n#### 7", "#### 7", "#### 7", "#### 8"], ["right"] * 3 + ["wrong"],
+                        [True, False, False, False], 0)
+    texts = [sample.column("m.pt", attempts, 0, derived, 60) for derived in (True, False)]
+    assert [grade for _, grade in texts[0]] == ["", "luck", "sound", "wrong"]
+    assert texts[0][0][0] == "m.pt: 3 of 4 right, 1 sound, 3 different"
+    assert [grade for _, grade in texts[1]] == ["", "right", "right", "wrong"]
+    assert sample.coloured("x", "luck") == "x"
+    monkeypatch.setattr(sample.sys.stdout, "isatty", lambda: True, raising=False)
+    assert [sample.coloured("x", grade) for grade in ("", "sound", "luck", "wrong")] == [
+        "x", "\033[32mx\033[0m", "\033[33mx\033[0m", "\033[31mx\033[0m"]
