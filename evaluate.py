@@ -106,14 +106,23 @@ class Attempts:
         """Number of attempts (P,) of n each that have the flag."""
         return np.array(flags).reshape(-1, self.n).sum(1).tolist()
 
-    def transcript(self, problems: list[dict]) -> str:
-        """Up to two answers to each of the first three problems, with their grades."""
-        lines = []
-        for p, problem in enumerate(problems[:3]):
-            lines.append(f"{problem['question']}   (answer {problem['answer']})")
+    def examples(self, problems: list[dict], shown: int) -> list[dict]:
+        """The first problems and two answers to each, with their grades."""
+        found = []
+        for p, problem in enumerate(problems[:shown]):
+            answers = []
             for row in range(p * self.n, (p + 1) * self.n)[:2]:
                 grade = "sound" if self.sound[row] else self.grades[row]
-                lines.append(f"  [{grade}] {self.texts[row]!r}")
+                answers.append([grade, self.texts[row]])
+            found.append({"question": problem["question"], "answer": problem["answer"], "answers": answers})
+        return found
+
+    def transcript(self, problems: list[dict]) -> str:
+        """Three examples as text."""
+        lines = []
+        for example in self.examples(problems, 3):
+            lines.append(f"{example['question']}   (answer {example['answer']})")
+            lines += [f"  [{grade}] {text!r}" for grade, text in example["answers"]]
         return "\n".join(lines)
 
 
@@ -184,6 +193,7 @@ def measure_problems(model: GPT, tokenizer: Tokenizer, problems: list[dict], c: 
         "answer_entropy": float(np.mean(entropies)),
         "distinct_completions": float(np.mean(distinct)),
         "styles": style_shares(sampled.texts),
+        "examples": sampled.examples(problems, 5),
     }
 
 

@@ -84,6 +84,9 @@ def training_problems(c: Any, model: GPT, tokenizer: Tokenizer,
     teacher = getattr(c, "teacher", "native")
     name = "train" if teacher == "native" else f"train-{teacher}"
     path = c.problem_file or f"{c.data}/{name}.jsonl"
+    known = c.problem_file or teacher == "native" or Path(path).exists()
+    require(bool(known), f"{path}: no such problem file; where the problems are not the generated ones, only "
+            "--teacher native has solutions")
     val = f"{c.data}/val.jsonl"
     problems = load_problems(path, c.difficulty, solutions)[:c.n_train or None]
     require(all(p.get("split") not in ("val", "test") for p in problems),

@@ -516,12 +516,20 @@ def test_training_takes_the_first_problems(gpt, byte_tokenizer, tmp_path, n_trai
     problems = [GOOD | {"question": str(i), "difficulty": "hard" if i == 1 else "easy"} for i in range(5)]
     problems[2]["split"] = "train"
     problems[3]["split"] = "pretrain"
-    write(tmp_path / "train.jsonl", *problems)
+    for name in ("train", "train-wrapped"):
+        write(tmp_path / f"{name}.jsonl", *problems)
     write(tmp_path / "val.jsonl", GOOD | {"split": "val"})
     for script in (rl, sft, merge):
         c = script.Config(data=str(tmp_path), max_new=9, n_train=n_train)
         found, _, _ = training_problems(c, gpt, byte_tokenizer, solutions=script is not rl)
         assert "".join(p["question"] for p in found) == chosen
+
+
+def test_problems_without_a_teacher_say_so(gpt, byte_tokenizer, tmp_path):
+    """Other problems than the generated ones have no foreign solutions: the line names the option to use."""
+    write(tmp_path / "train.jsonl", GOOD)
+    with pytest.raises(UserError, match="train-wrapped.jsonl: no such problem file; .*--teacher native"):
+        training_problems(sft.Config(data=str(tmp_path)), gpt, byte_tokenizer, solutions=True)
 
 
 def test_attempts_are_graded_against_their_own_problem(answering, answer_tokenizer):
