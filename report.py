@@ -51,6 +51,9 @@ CLAIMS = [Claim(*row) for row in (
     ("C3", "SFT-Gold→RL beats RL on pass@1", "SFT-Gold→RL", "RL"),
     ("C5", "direct RL expands: pass@32 rises", "RL", "base", BOTH_32),
     ("C5", "the same on hard problems", "RL", "base", (HARD_32, HARD_SOUND_32)),
+    # added on the same day, after one seed of the search on validation problems had shown that it might
+    ("C5", "the same at a third of the learning rate", "RL gentle", "base", BOTH_32),
+    ("C5", "RL gentle lifts pass@1", "RL gentle", "base"),
     ("C5", "control: more than after as many updates of pretraining", "RL", "continued", BOTH_32),
     ("C5", "control: more than after as many FLOPs of pretraining", "RL", "continued 3M", BOTH_32),
     ("C5", "RL after SFT sharpens: pass@32 falls", "SFT", "SFT→RL", BOTH_32),

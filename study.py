@@ -59,7 +59,8 @@ RECIPES = {
     # the dial: the same problems in ever more foreign words
     "SFT spoken": "sft.py --init {base} --teacher spoken",
     "SFT prose": "sft.py --init {base} --teacher prose",
-    # luck: what is rewarded
+    # RL at a third of its learning rate, and luck: what is rewarded
+    "RL gentle": RL + " --lr 3e-5",
     "RL steps": RL + " --reward steps",
     "RL random": RL + " --reward random",
     # controls: is it the averaging, or only the smaller step, the second data set, the second optimizer?
@@ -118,8 +119,8 @@ STUDIES = {
     "quick": Study({"base": ("--math-fraction 0.6", "--tokens 4M --checkpoints-at 2M,3M,4M", ("4M",))},
                    ("continued", "RL", "SFT", "SFT→RL", "parallel"), seeds=(0,)),
     "main": Study({"base": ("", KEPT, ("3M", "4M", "6M"))},
-                  (*PIPELINES, "continued", "SFT native", "SFT native→RL", "SFT 30 passes", "self-SFT",
-                   "continued 3M"),
+                  (*PIPELINES, "continued", "RL gentle", "SFT native", "SFT native→RL", "SFT 30 passes",
+                   "self-SFT", "continued 3M"),
                   few={"3M": ("RL", "SFT", "continued", "SFT native")}),
     "raw": Study({"base": ("", KEPT, ("4M", "6M", "8M"))}, ("RL", "SFT", "continued", "SFT native"),
                  anneal=0),
