@@ -4,6 +4,8 @@ Only arithmetic: `python study.py --report results/main` redraws a report in sec
 for the number of claims; the reader sees all of them, whatever came out. The claims stand below as data, the
 recipes and studies that they name in study.py.
 """
+import base64
+import html
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -560,10 +562,10 @@ START_OF_ROW = "| base model | tokens | recipe |"
 
 
 def report(out: Path, records: list[dict], order: tuple[str, ...] = ()) -> str:
-    """Write report.md and its figures; returns the table of claims. `order`: that of the recipes' colours."""
+    """Write report.md, report.html with examples of answers too, and the figures; returns the table of claims.
+    `order`: that of the recipes' colours."""
     records = with_base(records)
-    rows = list(judge(records))
-    claims = markdown(CLAIMS_HEADER, rows)
+    verdicts = list(judge(records))
     ordered = sorted(records, key=lambda r: (r["base"], number(r["at"]), r["recipe"] not in ("raw", "base"),
                                              (*order, r["recipe"]).index(r["recipe"]), r["seed"], r["step"]))
     ends = [r for r in ordered if r["step"] < 0 and not r["how"]]
@@ -574,26 +576,94 @@ def report(out: Path, records: list[dict], order: tuple[str, ...] = ()) -> str:
         panels = [panel for panel in function(records, first) if panel.points]
         if panels:
             plot(panels, order).savefig(out / f"{function.__name__}.png", dpi=90)
-            figures.append(f"![{function.__name__}]({function.__name__}.png)")
+            figures.append(function.__name__)
     metrics = " | ".join(METRICS)
-    text = "\n\n".join([
-        f"# Results of the study `{out.name}`", ABOUT.format(name=out.name, rows=len(rows)),
-        "## Claims", claims,
-        "## Means over seeds, and the gain over the base",
-        markdown(f"{START_OF_ROW} seeds | {metrics} |", summary(ends)),
-        "## Figures", "\n".join(figures),
-        "## Along RL", ABOUT_ALONG,
-        markdown(f"{START_OF_ROW} seed | reward | steps to +5 | +10 | styles | noise scale |", along(ends)),
-        "## By the number of operations, pass@1, right / sound",
-        markdown(f"{START_OF_ROW} 1 | 2 | 3 | 4 |", by_operations(ends)),
-        "## Every evaluation",
-        markdown(f"{START_OF_ROW} seed | {metrics} | FLOPs | minutes |", evaluations(ordered)),
-        "## Problem by problem: expansion or sharpening", ABOUT_SOLVED,
-        markdown(f"{START_OF_ROW} seed | problems | solved by the base | now | newly solved | newly lost "
-                 "| answer entropy | distinct of 64 | unparsed | KL(model ‖ base) | KL(base ‖ model) "
-                 "| styles |", solved(ends))])
-    atomic_write(out / "report.md", (text + "\n").encode())
-    return claims
+    sections = (                                         # title, words, columns, rows
+        ("Claims", "", CLAIMS_HEADER, verdicts),
+        ("Means over seeds, and the gain over the base", "", f"{START_OF_ROW} seeds | {metrics} |",
+         summary(ends)),
+        ("Along RL", ABOUT_ALONG,
+         f"{START_OF_ROW} seed | reward | steps to +5 | +10 | styles | noise scale |", along(ends)),
+        ("By the number of operations, pass@1, right / sound", "", f"{START_OF_ROW} 1 | 2 | 3 | 4 |",
+         by_operations(ends)),
+        ("Every evaluation", "", f"{START_OF_ROW} seed | {metrics} | FLOPs | minutes |",
+         evaluations(ordered)),
+        ("Problem by problem: expansion or sharpening", ABOUT_SOLVED,
+         f"{START_OF_ROW} seed | problems | solved by the base | now | newly solved | newly lost "
+         "| answer entropy | distinct of 64 | unparsed | KL(model ‖ base) | KL(base ‖ model) | styles |",
+         solved(ends)))
+    tables = [(title, words, header, list(rows)) for title, words, header, rows in sections]
+    about = ABOUT.format(name=out.name, rows=len(verdicts))
+    parts = [f"# Results of the study `{out.name}`", about]
+    for title, words, header, table in tables:
+        parts += [f"## {title}", *[words] * bool(words), markdown(header, table)]
+        if title.startswith("Means"):
+            parts += ["## Figures", "\n".join(f"![{name}]({name}.png)" for name in figures)]
+    atomic_write(out / "report.md", ("\n\n".join(parts) + "\n").encode())
+    atomic_write(out / "report.html", page(out, about, tables, figures, ordered).encode())
+    return markdown(CLAIMS_HEADER, verdicts)
+
+
+# ---- the same as a page for a browser: sortable tables, answers by checkpoint and recipe ------------------
+PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title>
+<style>
+body {{ font: 15px/1.4 sans-serif; margin: 2em }} table {{ border-collapse: collapse; font-size: 13px }}
+td, th {{ border: 1px solid #ccc; padding: 2px 6px; text-align: left }} th {{ cursor: pointer }}
+img {{ max-width: 100% }}
+.sound {{ color: green }} .right {{ color: #a60 }} .wrong, .unparsed {{ color: #b00 }}
+</style>
+<h1>{title}</h1><p>{about}</p>{body}
+<h2>Answers</h2><p>Two samples of the same ten test problems. Green: sound; brown: right, but not derived.</p>
+<select id="run"></select><div id="answers"></div>
+<script>
+const runs = {runs};
+const select = document.getElementById("run"), answers = document.getElementById("answers");
+for (const name of Object.keys(runs)) select.add(new Option(name));
+function line(tag, text, kind, parent) {{
+  const e = parent.appendChild(document.createElement(tag));
+  e.textContent = text;
+  e.className = kind;
+}}
+select.onchange = () => {{
+  answers.replaceChildren();
+  for (const x of runs[select.value] || []) {{
+    line("p", x.question + " (" + x.answer + ")", "", answers);
+    for (const [grade, text] of x.answers) line("pre", text, grade, answers);
+  }}
+}};
+select.onchange();
+document.querySelectorAll("th").forEach(th => th.onclick = () => {{
+  const body = th.closest("table").tBodies[0], i = th.cellIndex, up = th.dataset.up = -(th.dataset.up || -1);
+  const value = row => row.cells[i].textContent, sign = (a, b) => up * (parseFloat(a) - parseFloat(b) ||
+    a.localeCompare(b));
+  [...body.rows].sort((a, b) => sign(value(a), value(b))).forEach(row => body.append(row));
+}});
+</script>
+"""
+
+
+def page(out: Path, about: str, tables: list[tuple], figures: list[str], records: list[dict]) -> str:
+    """One file that needs no network: the tables, the figures, and the answers that the records keep."""
+    parts = []
+    for title, words, header, rows in tables:
+        parts.append(f"<h2>{html.escape(title)}</h2><p>{html.escape(words)}</p><table><thead><tr>")
+        parts += [f"<th>{html.escape(name.strip())}</th>" for name in header.strip("|").split("|")]
+        parts.append("</tr></thead><tbody>")
+        for row in rows:
+            cells = "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row)
+            parts.append(f"<tr>{cells}</tr>")
+        parts.append("</tbody></table>")
+    for name in figures:
+        image = base64.b64encode((out / f"{name}.png").read_bytes()).decode()
+        parts.append(f'<h2>{name}</h2><img src="data:image/png;base64,{image}">')
+    runs = {}
+    for r in records:
+        step = f", step {r['step']}" if r["step"] >= 0 else ""
+        shown = [x for d in r["problems"].values() for x in d.get("examples", ())]
+        if shown:
+            runs[f"{r['base']} {r['at']}, {r['recipe']}{step}, seed {r['seed']} {r['how']}".strip()] = shown
+    return PAGE.format(title=f"Results of the study {out.name}", about=html.escape(about),
+                       body="".join(parts), runs=json.dumps(runs).replace("</", "<\\/"))
 
 
 def all_claims(folder: Path, studies: dict[str, list[dict]]) -> None:
