@@ -562,7 +562,7 @@ START_OF_ROW = "| base model | tokens | recipe |"
 
 
 def report(out: Path, records: list[dict], order: tuple[str, ...] = ()) -> str:
-    """Write report.md, report.html with examples of answers too, and the figures; returns the table of claims.
+    """Write report.md, report.html (with examples of answers) and the figures; returns the table of claims.
     `order`: that of the recipes' colours."""
     records = with_base(records)
     verdicts = list(judge(records))
