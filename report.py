@@ -205,7 +205,7 @@ def judged(claim: str, says: str, metric: str, where: str, x: np.ndarray, margin
     verdict = "reproduced" if low > margin else "not reproduced" if high < margin else "undecided"
     seeds = "" if len(x) > 2 or claim == "C9" else f" ({len(x)} seed{'s' * (len(x) > 1)})"
     difference = with_interval(x, metric, comparisons)
-    return [claim, says, metric, where, difference, f"{margin:+g}", verdict + seeds, paper]
+    return [claim, says, metric if claim else "", where, difference, f"{margin:+g}", verdict + seeds, paper]
 
 
 def judge_claim(records: list[dict], c: Claim, metric: str, candidates: list[str]) -> Iterator[list[str]]:
@@ -223,7 +223,7 @@ def judge_claim(records: list[dict], c: Claim, metric: str, candidates: list[str
         if metric in (PASS_1, PASS_32) and not c.paper:
             a, b = (paper_at(accuracy, recipe.replace(" native", ""), metric) for recipe in (c.a, c.b))
             paper = shown(a - b, metric, "+")
-        yield judged("", f"base {accuracy:.1f} %", "", at, alone[at], c.margin, paper)
+        yield judged("", f"base {accuracy:.1f} %", metric, at, alone[at], c.margin, paper)
 
 
 def judge_composition(records: list[dict]) -> Iterator[list[str]]:
