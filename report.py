@@ -429,9 +429,14 @@ def composition(records: list[dict], _: list[dict]) -> Iterator[Panel]:
     return measured(("hard pass@1", "hard sound@1", HARD_32, HARD_SOUND_32), "", "", runs)
 
 
+def spread(x: np.ndarray) -> tuple[float, float, float]:
+    """(mean, low, high) of scores (S, N): the interval, or the range over seeds if N = 1."""
+    return interval(x) if x.shape[1] > 1 else (x.mean(), x.min(), x.max())
+
+
 def plot(panels: list[Panel], order: tuple[str, ...]) -> Figure:
-    """Means and 95 % intervals. A recipe's colour is by its place in `order`, the same in every figure."""
-    colors = {"base": "0.5", "guessing": "0.8"}
+    """Means with their spread. A recipe's colour is by its place in `order`, the same in every figure."""
+    colors = {"raw": "0.7", "base": "0.4", "guessing": "0.8"}
     for i, recipe in enumerate(order):                   # strong colours first
         colors[recipe] = matplotlib.colormaps["tab20"]((2 * i + i // 10) % 20)
     columns = min(len(panels), 4)
@@ -445,7 +450,7 @@ def plot(panels: list[Panel], order: tuple[str, ...]) -> Figure:
         for recipe, curve in curves.items():
             if panel.unit:                               # numbers on x
                 curve = dict(sorted(curve.items()))
-            mean, low, high = np.array([interval(np.array(scores)) for scores in curve.values()]).T
+            mean, low, high = np.array([spread(np.array(scores)) for scores in curve.values()]).T
             name, _, paper = recipe.partition(", the paper")
             style = "--" if recipe.endswith("the paper") or recipe == "guessing" else panel.style
             axis.errorbar(list(curve), mean, np.nan_to_num([mean - low, high - mean]), fmt=style, ms=3, lw=1,
@@ -454,7 +459,8 @@ def plot(panels: list[Panel], order: tuple[str, ...]) -> Figure:
         axis.tick_params("x", rotation=0 if panel.unit else 90)
         axis.grid(alpha=.3)
         if "x" in panel.log:
-            axis.set_xscale("log")
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter("{x:g}")
         if "y" in panel.log:
             axis.set_yscale("log")
     figure.axes[0].legend(fontsize=6)
@@ -549,9 +555,9 @@ ABOUT = (
     "Made by `study.py`; `python study.py --report results/{name}` redraws it. Test problems, in %. Brackets "
     "are 95 % intervals over seeds of pretraining (and of all that follows) and problems: crossed random "
     "effects, t with Satterthwaite's degrees of freedom. *Sound*: right, and every step of the derivation is "
-    "true. The rules stand at the top of report.py; no interval is corrected for the {rows} rows judged. In "
-    "the rows of single checkpoints the last column is the paper's difference where its base has the same "
-    "pass@1.")
+    "true. Where each seed has one number (bits per byte, curves along training), a figure's bars are the range. "
+    "The rules stand at the top of report.py; no interval is corrected for the {rows} rows judged. In the rows "
+    "of single checkpoints the last column is the paper's difference where its base has the same pass@1.")
 ABOUT_SOLVED = (
     "Solved: at least one of 64 samples sound. KL(model ‖ base) on the model's own answers, KL(base ‖ model) "
     "on the base's, nats per token, sampled at temperature 0.6.")

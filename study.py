@@ -186,7 +186,7 @@ class Cell:
     @property
     def name(self) -> str:
         step = f" step {self.step}" if self.step >= 0 else ""
-        measured = f" evaluation {self.how}" if self.evaluation else ""
+        measured = f" evaluation {self.how}".rstrip() if self.evaluation else ""
         return f"{self.base} {self.at} {self.recipe} seed {self.seed}{step}{measured}"
 
     def argv(self) -> list[str]:
@@ -258,8 +258,9 @@ def evaluations(study: Study, run: Cell, file: Path, options: str) -> Iterator[C
 
 def annealed(study: Study, runs: str, model: Cell, at: str, data: str) -> Cell:
     """The cell that lowers the learning rate of one of the model's checkpoints to 0."""
+    same = re.sub(r"--(tokens|checkpoints-at) \S+", "", study.bases[model.base][1])      # size, batch, lr
     tokens = round(study.anneal * number(at))
-    command = (f"pretrain.py --init {shlex.quote(str(model.makes.with_name(f'{at}.pt')))} {data} "
+    command = (f"pretrain.py --init {shlex.quote(str(model.makes.with_name(f'{at}.pt')))} {data} {same} "
                f"--seed {model.seed} --tokens {tokens} --decay 1 --warmup 10")
     return new_cell(runs, model.base, at, "base", model.seed, command, [model.makes])
 
