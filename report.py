@@ -555,9 +555,10 @@ ABOUT = (
     "Made by `study.py`; `python study.py --report results/{name}` redraws it. Test problems, in %. Brackets "
     "are 95 % intervals over seeds of pretraining (and of all that follows) and problems: crossed random "
     "effects, t with Satterthwaite's degrees of freedom. *Sound*: right, and every step of the derivation is "
-    "true. Where each seed has one number (bits per byte, curves along training), a figure's bars are the range. "
-    "The rules stand at the top of report.py; no interval is corrected for the {rows} rows judged. In the rows "
-    "of single checkpoints the last column is the paper's difference where its base has the same pass@1.")
+    "true. Where each seed has one number (bits per byte, curves along training), a figure's bars are the "
+    "range. The rules stand at the top of report.py; no interval is corrected for the {rows} rows judged. In "
+    "the rows of single checkpoints the last column is the paper's difference where its base has the same "
+    "pass@1.")
 ABOUT_SOLVED = (
     "Solved: at least one of 64 samples sound. KL(model ‖ base) on the model's own answers, KL(base ‖ model) "
     "on the base's, nats per token, sampled at temperature 0.6.")

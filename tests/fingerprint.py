@@ -27,7 +27,10 @@ from data import prepare
 STEPS = 20
 DATA = dict(tokens=400_000, val_tokens=20_000, train_problems=400, eval_problems=50, benchmark_items=40)
 QUICK = dict(eval_every=10, eval_problems=4, eval_samples=4, save_every=1_000, max_new=16, threads=1)
-RL = QUICK | dict(n_problems=8, rollouts=8, steps=STEPS)
+SFT = QUICK | dict(teacher="native")
+GRPO = QUICK | dict(n_problems=8, rollouts=8, steps=STEPS)
+RL = GRPO | dict(lr=3e-4)
+MERGE = GRPO | dict(lr_rl=3e-4, batch=8, teacher="native")
 
 
 def weights(path: Path) -> bytes:
@@ -62,20 +65,20 @@ def fingerprint(folder: Path, seed: int) -> None:
 
     seven = dict(problem_file=sevens(folder / "sevens.jsonl"))
     base = run("pretrain", pretrain, tokens=STEPS * 4096, threads=1)
-    run("sft", sft, init=base, epochs=STEPS, batch=32, n_train=32, **QUICK)
-    parrot = run("sft sevens", sft, init=base, epochs=5, batch=8, lr=6e-3, warmup=2, **seven, **QUICK)
-    start = dict(init=parrot, **seven, **RL)
-    first = run("rl", rl, **start)
-    run("rl updates 4, kl", rl, updates=4, kl=.05, **start)
-    averaged = run("merge parallel", merge, batch=8, **start)
-    run("merge inner 5", merge, batch=8, inner=5, **start)
-    run("merge fused", merge, batch=8, mode="fused", **start)
-    run("merge alternating", merge, batch=8, mode="alternating", **start)
+    run("sft", sft, init=base, epochs=STEPS, batch=32, n_train=32, **SFT)
+    parrot = run("sft sevens", sft, init=base, epochs=5, batch=8, lr=6e-3, warmup=2, **seven, **SFT)
+    start = dict(init=parrot, **seven)
+    first = run("rl", rl, **start, **RL)
+    run("rl updates 4, kl", rl, updates=4, kl=.05, **start, **RL)
+    averaged = run("merge parallel", merge, **start, **MERGE)
+    run("merge inner 5", merge, inner=5, **start, **MERGE)
+    run("merge fused", merge, mode="fused", **start, **MERGE)
+    run("merge alternating", merge, mode="alternating", **start, **MERGE)
 
     for method in ("linear", "task", "ties"):
         out = str(folder / f"{method}.pt")
         worlds.quietly(merge.merge_weights, merge.WeightsConfig(
-            (first, averaged), base=parrot, method=method, out=out, threads=1))
+            (first, averaged), base=parrot, method=method, density=.5, out=out, threads=1))
         show(f"merge {method}", weights(out))
 
     for name, path in (("pretrain", base), ("rl", first)):

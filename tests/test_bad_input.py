@@ -34,9 +34,9 @@ QUICK = {   # command -> options with which it ends soon if it is not refused; l
                        "--benchmark-items 3 --vocab-size 270",
     "pretrain.py": "--data {data} --out {out} --threads 1 --size 0.3M --context 32 --batch 2 --micro-batch 2 "
                    "--tokens 64 --checkpoints-at 64",
-    "sft.py": TRAINING + "--epochs 1",
+    "sft.py": TRAINING + "--epochs 1 --teacher native",
     "rl.py": TRAINING + "--steps 1 --n-problems 2 --rollouts 2",
-    "merge.py": TRAINING + "--steps 1 --n-problems 2 --rollouts 2 --batch 2",
+    "merge.py": TRAINING + "--steps 1 --n-problems 2 --rollouts 2 --batch 2 --teacher native",
     "merge.py weights": "--threads 1 --out {out}/merged.pt",
     "evaluate.py": "--data {data} --threads 1 --n-problems 1 --n-samples 2 --k 1 --max-new 4 --no-benchmarks",
     "sample.py": "--data {data} --threads 1 --n-problems 1 --n-samples 2 --max-new 4"}

@@ -305,6 +305,47 @@ def test_a_prompt_is_computed_once(gpt, make_batch, micro_tokens, chunks):
     assert metrics["positions"] == 27 + 4
 
 
+# ---- the noise of the gradient ------------------------------------------------------------------------
+
+@on_every_device
+@pytest.mark.parametrize("P, advantage", [
+    pytest.param(4, GROUPED_ADVANTAGE, id="two halves of two problems"),
+    pytest.param(3, GROUPED_ADVANTAGE.roll(6), id="one silent half, and a problem too many")])
+def test_gradient_noise_is_that_of_two_halves(gpt, make_batch, weighted, P, advantage):
+    """The variance of two half batches' gradients, each computed alone, times their problems; |G|² is the
+    square of their mean less its share of the variance. No gradient is left."""
+    batch = make_batch(gpt, GROUPED["prompts"][:P], GROUPED["completions"][:3 * P])
+    problems = P // 2
+    gradients = []
+    for rows in (range(3 * problems), range(3 * problems, 6 * problems)):
+        tokens = sum(len(batch.completions[r]) for r in rows)
+        weights = [-a / tokens if r in rows else 0. for r, a in enumerate(advantage[:3 * P])]
+        gradients.append(weighted(gpt, batch, weights))
+    halves = torch.stack(gradients)
+    trace = problems * float(halves.var(0).sum())
+    square = float(halves.mean(0).square().sum()) - trace / (2 * problems)
+    found = rl.gradient_noise(gpt, None, batch, advantage[:3 * P], rl.Config(), PAD)
+    assert trace > .1 and found["gradient_trace"] == pytest.approx(trace, rel=1e-4)
+    assert found["gradient_square"] == pytest.approx(square, abs=1e-4 * trace)
+    assert all(p.grad is None for p in gpt.parameters())
+
+
+def test_gradient_noise_is_unbiased(monkeypatch):
+    """The means of 4,000 measurements are the known |mean|² and trace of the covariance of a problem's
+    gradient, here drawn from a normal distribution."""
+    mean, deviation = torch.tensor([1., -2., 0., .5]), torch.tensor([3., .1, 1., 2.])
+    gen, model = generator(0, "noise"), torch.nn.Linear(4, 1, bias=False)
+
+    def drawn(model, reference, batch, advantage, rows, c, pad):
+        problems = mean + deviation * torch.randn(len(rows) // 2, 4, generator=gen)
+        model.weight.grad = problems.mean(0, keepdim=True)
+    monkeypatch.setattr(rl, "policy_gradient", drawn)
+    batch = rl.Batch([], [], [], [], [], torch.zeros(6, 2), 0., 0.)
+    found = [rl.gradient_noise(model, None, batch, None, rl.Config(), PAD) for _ in range(4_000)]
+    for name, expected in (("gradient_square", 5.25), ("gradient_trace", 14.01)):
+        assert sum(each[name] for each in found) / 4_000 == pytest.approx(expected, rel=.05), name
+
+
 # ---- the KL penalty -----------------------------------------------------------------------------------
 
 @on_every_device

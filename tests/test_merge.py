@@ -1,5 +1,6 @@
 """RL and SFT together: the averaging of two optimizers on tiny models, the three modes of merge.py against
 rl.py and sft.py alone, and the merging of finished weights."""
+import copy
 import functools
 import math
 import shutil
@@ -216,8 +217,8 @@ in_every_mode = pytest.mark.parametrize("mode, inner", [
 
 def trained(script, out: Path, start: Path | None = None, **changes) -> Path:
     """Final checkpoint of a run that starts from the parrot: its rewards differ within groups."""
-    own = {rl: RL | dict(steps=4), sft: SFT | dict(epochs=1, warmup=0, decay=0.),          # 32 questions / 8
-           merge: RL | SFT | dict(steps=4)}[script]
+    own = {rl: RL | dict(steps=4, lr=3e-4), sft: SFT | dict(epochs=1, warmup=0, decay=0.),  # 32 questions / 8
+           merge: RL | SFT | dict(steps=4, lr_rl=3e-4)}[script]
     options = dict(init=str(start or worlds.parrot()), data=str(worlds.data()),
                    problem_file=str(worlds.sevens()), out=str(out), threads=1)
     return Path(worlds.quietly(script.train, script.Config(**options | OPTIONS | own | changes)))
@@ -265,8 +266,11 @@ def test_it_trains_and_logs(mode, inner):
     assert [line["step"] for line in steps] == list(range(inner, 5, inner))
     norms = {"grad_norm_fused"} if mode == "fused" else {"grad_norm_rl", "grad_norm_sft"}
     for line in steps:
+        styles = {key for key in line if key.startswith("style ")}
         assert {"step", "reward", "right", "sound", "signal", "unparsed", "truncated", "length", "entropy",
-                "kl", "sft_loss", "skipped", "tokens", "updates", "flops", "seconds"} | norms == line.keys()
+                "kl", "sft_loss", "skipped", "tokens", "updates", "flops", "seconds"} | norms == (
+                    line.keys() - styles)
+        assert sum(line[style] for style in styles) == pytest.approx(1)
     assert [line["step"] for line in log if "val_pass@1" in line] == [0, 4]
     assert steps[-1]["updates"] == (4 if mode == "fused" else 8) and steps[-1]["skipped"] == 0
     first = next(p for p in worlds.lines(worlds.data() / "val.jsonl") if p["difficulty"] == "easy")
@@ -333,10 +337,20 @@ def test_with_one_arm_it_is_the_script_of_that_arm(changes, script, lr, toleranc
     size. Without any right answer the fused gradient is SFT's, its lr that of two steps at right angles."""
     start, problems = worlds.parrot(), {}
     if "fused" in changes.values():
-        start, problems = worlds.base(), dict(problem_file="", n_train=32)      # four solutions of each
+        start, problems = worlds.base(), dict(problem_file="", n_train=32)      # many solutions of each
     result = weights(trained(merge, tmp_path / "run", start, **changes, **problems))
     assert distance(result, of_script(script, start=start, lr=lr, **problems)) <= tolerance
     assert distance(result, weights(start)) > 1e-4
+
+
+def test_sft_has_the_first_problems_and_rl_all(tmp_path):
+    """--demonstrated 8 of 32: the SFT arm alone makes the run of sft.py on 8 questions, four times over; the
+    RL arm alone that of rl.py on all."""
+    options = dict(demonstrated=8, start=worlds.parrot())
+    shown = weights(trained(merge, tmp_path / "sft", weight_rl=0., **options))
+    asked = weights(trained(merge, tmp_path / "rl", weight_rl=1., **options))
+    assert distance(shown, of_script(sft, n_train=8, epochs=4)) == 0
+    assert distance(asked, of_script(rl)) == 0 < distance(asked, of_script(rl, n_train=8))
 
 
 def test_fused_is_one_adamw_on_the_summed_loss(tmp_path):
@@ -520,22 +534,38 @@ def merged(family, names: str, tmp_path, base="", **options) -> Path:
 @pytest.mark.parametrize("method, base, given, mix", [
     ("linear", "", "", [1 / 3] * 3), ("linear", "", ".5,.2,.3", [.5, .2, .3]),
     ("task", "base", ".5,.2,.3", [.5, .2, .3]), ("ties", "base", ".5,.2,.3", [.5, .2, .3])])
-def test_checkpoints_are_merged_tensor_by_tensor(family, tmp_path, method, base, given, mix):
-    """Every option reaches every tensor; the file, whose path is said, is a usable checkpoint, in a new
-    folder; the inputs keep their bytes."""
+def test_checkpoints_are_merged(family, tmp_path, method, base, given, mix):
+    """All weights as one vector, and every option reaches it; the file, whose path is said, is a usable
+    checkpoint, in a new folder; the inputs keep their bytes."""
     before, out = worlds.snapshot(tmp_path), tmp_path / "new" / "out.pt"
     outcome = worlds.run_here("merge.py", "weights", *(family[name] for name in "abc"), "-o", out,
                               f"--base={family.get(base, '')}", "--method", method, f"--weights={given}",
                               "--factor", .6, "--density", .2, "--threads", 1)
     assert outcome.status == 0 and str(out) in outcome.out
     model, tokenizer, _ = load_model(out)
-    a, b, c, m = (load_checkpoint(family[name])["model"] for name in ("a", "b", "c", "base"))
-    for name, found in model.state_dict().items():
-        expected = merge_tensors(method, [a[name], b[name], c[name]], mix, m[name], .6, .2)
-        assert distance(found, expected) == 0 and distance(found, m[name]) > .01
+    a, b, c, m = (weights(family[name]) for name in ("a", "b", "c", "base"))
+    assert distance(values(model), merge_tensors(method, [a, b, c], mix, m, .6, .2)) == 0
+    assert distance(values(model), m) > .01
     assert tokenizer.spec == TOKENIZER.spec and model(torch.tensor([[1, 2]])).isfinite().all()
     shutil.rmtree(out.parent)
     assert worlds.snapshot(tmp_path) == before
+
+
+def test_ties_trims_the_whole_model(family, tmp_path):
+    """Of the fifth that is kept: the embedding, a quarter of all weights, moved a thousand times as far as
+    the rest, which keeps nothing and is the base's again. (Each tensor alone kept its fifth.)"""
+    model, _, lineage = load_model(family["base"])
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            far = 1. if name == "embed.weight" else .001
+            p.add_(far * (.5 + torch.rand(p.shape, generator=generator(0, name))))
+    family["far"] = tmp_path / "far.pt"
+    save_checkpoint(family["far"], model, TOKENIZER, lineage)
+    after = load_model(merged(family, "far base", tmp_path, method="ties", base="base"))[0].state_dict()
+    changed = {name: int((after[name] != w).sum()) for name, w in before.items()}
+    total = sum(w.numel() for w in before.values())
+    assert changed.pop("embed.weight") == round(.2 * total) and not any(changed.values())
 
 
 def test_the_lineage_of_a_merge(family, tmp_path):

@@ -163,7 +163,8 @@ def test_pretraining_logs_what_it_promises():
 
 
 def test_rl_logs_what_it_promises():
-    """Each step has all metrics, each in its range; the KL is 0 at the start; the totals grow."""
+    """Each step has all metrics, each in its range; the KL is 0 at the start; the totals grow. The shares of
+    styles add up to 1; the gradient's noise is measured every second step, before the update."""
     steps = log_of("rl", "reward")
     assert [line["step"] for line in steps] == [1, 2, 3]
     for line in steps:
@@ -174,6 +175,9 @@ def test_rl_logs_what_it_promises():
         assert 0 < line["entropy"] < math.log(512)
         assert line["kl"] >= 0 and line["grad_norm"] > 0
         assert {"ratio", "lr"} <= line.keys()
+        assert sum(line[key] for key in line if key.startswith("style ")) == pytest.approx(1)
+    for key in ("gradient_square", "gradient_trace"):
+        assert [key in line for line in steps] == [True, False, True]
     assert any(line["signal"] > 0 for line in steps)
     assert abs(steps[0]["kl"]) < 1e-6 < max(line["kl"] for line in steps)    # the start, then away from it
     for key in ("tokens", "flops", "seconds"):
@@ -327,6 +331,21 @@ def test_the_probe_leaves_the_run_alone():
     assert worlds.same(weights, model.state_dict())
 
 
+def test_measurements_leave_a_run_alone(tmp_path):
+    """Validation and the gradient's noise at every step or at the first alone: the same weights, moments and
+    counts, bit for bit."""
+    start = dict(init=str(worlds.parrot()), problem_file=str(worlds.sevens()))
+    states, traces = [], []
+    for n in (1, 99):
+        path = run(rl, out=str(tmp_path / str(n)), **start, **RL | dict(eval_every=n))
+        last = load_checkpoint(path.with_name("last.pt"))
+        states.append([last[name] for name in ("model", "optimizers", "counts")])
+        log = worlds.lines(path.with_name("log.jsonl"))
+        traces.append([line["gradient_trace"] for line in log if "gradient_trace" in line])
+    assert worlds.same(*states)
+    assert traces[1] == traces[0][:1] and len(traces[0]) == 3 and min(traces[0]) > 0
+
+
 # ---- from the command line ---------------------------------------------------------------------------------
 
 def test_the_command_lines_chained(tmp_path):
@@ -372,11 +391,14 @@ def test_defaults_are_consistent():
                 for m in (pretrain, sft, rl, merge, evaluate)}
     assert len({d["data"] for d in defaults.values()}) == 1
     assert len({defaults[m]["out"] for m in ("pretrain", "sft", "rl", "merge")}) == 4
-    for name in ("difficulty", "n_train", "max_new", "micro_tokens", "eval_problems", "eval_samples",
+    for name in ("difficulty", "max_new", "micro_tokens", "eval_problems", "eval_samples",
                  "grad_clip"):
         assert defaults["sft"][name] == defaults["rl"][name] == defaults["merge"][name], name
-    for name in ("n_problems", "rollouts", "temperature", "std", "steps"):
+    for name in ("n_train", "n_problems", "rollouts", "temperature", "std", "steps"):
         assert defaults["rl"][name] == defaults["merge"][name], name
+    for name in ("teacher", "gold", "batch"):
+        assert defaults["sft"][name] == defaults["merge"][name], name
+    assert defaults["merge"]["demonstrated"] == defaults["sft"]["n_train"]
     assert defaults["merge"]["lr_rl"] == defaults["rl"]["lr"]
     assert defaults["merge"]["lr_sft"] == defaults["sft"]["lr"]
-    assert defaults["merge"]["batch"] == defaults["sft"]["batch"] and defaults["merge"]["inner"] == 1
+    assert defaults["merge"]["inner"] == 1

@@ -1,4 +1,5 @@
 """The grid, its resumption, its waves, and how long it will take."""
+import itertools
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +17,10 @@ from types import SimpleNamespace
 import pytest
 import worlds
 
+import evaluate
 import rl
 import study
-from checkpoint import UserError, load_checkpoint
+from checkpoint import UserError, load_checkpoint, parse
 
 ROOT = Path(study.__file__).parent
 ALL = ("RL", "SFT", "SFT-Gold", "SFT→RL", "SFT-Gold→RL", "parallel")
@@ -29,16 +32,15 @@ study.EVALUATION = "--split test --n-problems 2 --n-samples 32 --max-new 8"
 small = " --eval-problems 2 --eval-samples 2 --max-new 8"
 data = ("--tokens 40000 --val-tokens 5000 --train-problems 60 --eval-problems 4 --benchmark-items 4 "
         "--vocab-size 300")
-pretraining = ("--size 0.3M --context 192 --batch 8 --micro-batch 8 --tokens {STARTS[-1]} "
-               "--checkpoints-at {','.join(STARTS)}")
+pretraining = "--tokens {STARTS[-1]} --checkpoints-at {','.join(STARTS)}"
 for name, command in study.RECIPES.items():
     size = " --epochs 1 --batch 4 --n-train 8" if command.startswith("sft") else (
         " --steps 2 --n-problems 2 --rollouts 2 --n-train 8")
-    command = command.replace(" --checkpoints-at 10,25", " --checkpoints-at 1")
+    command = command.replace(" --checkpoints-at 50,100", " --checkpoints-at 1")
     study.RECIPES[name] = command + size + small
 study.STUDIES["mini"] = study.Study(
-    {{"base": (data, pretraining, {STARTS})}}, {RECIPES}, seeds=(0,), shots=0,
-    trace={{("0.016M", "RL"): (1,)}})
+    {{"base": (data, pretraining, {STARTS})}}, {RECIPES}, seeds=(0,), trace={{"RL": (1,)}},
+    also={{"--no-benchmarks": ("base",)}})
 study.main(study.study, study.Config)
 """
 
@@ -72,14 +74,15 @@ def test_a_miniature_study_interrupted_and_continued_gives_the_same_results(tmp_
         time.sleep(.05)
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait() != 0 and not (broken / "results").exists()
-    for run in () if worlds.LONG else [*broken.glob("runs/data-*"), *broken.glob("runs/base-*")]:
+    models = [path for kind in ("data", "raw", "base") for path in broken.glob(f"runs/{kind}-*")]
+    for run in () if worlds.LONG else models:
         shutil.copytree(run, whole / run.relative_to(broken))
     for process in [start(folder) for folder in (broken, whole)]:
         output = process.communicate()[0]
         assert process.returncode == 0, output
     assert "SFT→RL" in (broken / "results/mini/report.md").read_text(encoding="utf-8")
     a, b = (study.stored(folder / "results/mini") for folder in (broken, whole))
-    assert len(a) == len(STARTS) * (1 + len(RECIPES)) + 1
+    assert len(a) == len(STARTS) * (3 + len(RECIPES) + 1)        # raw, base twice, RL after a step and two
     assert worlds.same(a, b)
 
 
@@ -175,9 +178,10 @@ def test_commands_share_the_gpus(tmp_path, monkeypatch, preset, jobs, gpus, visi
 
 # ---- waves, for a cluster's queue -----------------------------------------------------------------------
 @pytest.mark.parametrize("preset", study.STUDIES)
-def test_every_file_is_made_once_and_after_its_needs(preset):
+def test_every_file_is_made_once_and_after_its_needs(preset, capsys):
     """A grid whose cells wait for files that no cell makes would never end, and a wave that needs more than
-    earlier waves would start cells whose parents are missing. No cell waits longer than it must."""
+    earlier waves would start cells whose parents are missing. No cell waits longer than it must. The list
+    has every command."""
     cells = study.grid(study.STUDIES[preset], study.Config())
     files = [x.makes for x in cells]
     assert len(set(files)) == len(files)
@@ -191,6 +195,78 @@ def test_every_file_is_made_once_and_after_its_needs(preset):
         latest = {x.makes for x in wave}
         earlier |= latest
     assert earlier == set(files)
+    study.study(study.Config(preset=preset, list=True))
+    listed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python ")]
+    assert len(listed) == len(cells)
+
+
+def options_of(x: study.Cell) -> dict:
+    """Options of a command that is no evaluation."""
+    return study.configuration(x.command)
+
+
+@pytest.mark.parametrize("preset", study.STUDIES)
+def test_every_checkpoint_that_a_command_reads_is_kept(preset):
+    """Final or on the way: an earlier command says --checkpoints-at for it, such as the steps of a trace."""
+    kept = set()
+    for x in study.grid(study.STUDIES[preset], study.Config()):
+        words = x.command[:-2] if x.command[-2] == "--out" else x.command
+        assert {word for word in words if word.endswith(".pt")} <= kept, x.command
+        kept.add(str(x.makes))
+        for at in () if x.evaluation else options_of(x).get("checkpoints_at", ()):
+            name = f"{at / 1e6:g}M.pt" if x.command[0] == "pretrain.py" else f"step{at}.pt"
+            kept.add(str(x.makes.with_name(name)))
+
+
+@pytest.mark.parametrize("preset", study.STUDIES)
+def test_pretraining_goes_on_with_the_same_model(preset):
+    """A command that continues a base has its size and context, which pretrain.py compares with the model's;
+    annealing begins at its learning rate and has its batch."""
+    runs = [x for x in study.grid(study.STUDIES[preset], study.Config()) if x.command[0] == "pretrain.py"]
+    first = {x.makes.parent: options_of(x) for x in runs}
+    for x in runs:
+        options = options_of(x)
+        names = ("size", "context", *("lr", "batch", "seed") * (x.recipe == "base"))
+        if options["init"]:
+            before = first[Path(options["init"]).parent]
+            assert {name: options[name] for name in names} == {name: before[name] for name in names}
+
+
+def test_every_recipe_is_done_before_the_next_begins():
+    """A main study that is stopped early has whole recipes, each with all its seeds and checkpoints; base
+    models come first."""
+    cells = study.grid(study.STUDIES["main"], study.Config())
+    order = [recipe for recipe, _ in itertools.groupby(cells, lambda x: x.recipe)]
+    trained = [recipe for recipe in order if recipe not in ("data", "raw", "base")]
+    assert trained == [recipe for recipe in study.RECIPES if recipe in study.STUDIES["main"].recipes]
+    assert set(order[:-len(trained)]) == {"data", "raw", "base"}
+    for recipe in trained:
+        found = {(x.at, x.seed) for x in cells if x.recipe == recipe}
+        starts = {at for at, _ in found}
+        assert {"4M", "6M"} <= starts and found == set(itertools.product(starts, range(3)))
+
+
+def test_what_is_evaluated():
+    """Before and after annealing, and after every recipe; only few recipes from 2M, RL after step 50 too, and
+    RL and the base in another way. The KL is that to the base that a recipe started from."""
+    warm = "--temperature 1.0"
+    small = study.Study({"base": ("", "--tokens 4M --checkpoints-at 2M,4M", ("2M", "4M"))},
+                        ("RL", "SFT", "SFT→RL"), seeds=(0, 5), few={"2M": ("RL",)}, trace={"RL": (50,)},
+                        also={warm: ("base", "RL")})
+    cells = study.grid(small, study.Config())
+    bases = {(x.at, x.seed): x.makes for x in cells if x.recipe == "base" and not x.evaluation}
+    measured = [x for x in cells if x.evaluation]
+    found = Counter((x.at, x.recipe, x.step, x.how, x.seed) for x in measured)
+    both = [("raw", -1, ""), ("base", -1, ""), ("base", -1, warm), ("RL", 50, ""), ("RL", -1, ""),
+            ("RL", -1, warm)]
+    late = [*both, ("SFT", -1, ""), ("SFT→RL", -1, "")]
+    assert found == Counter((at, *what, seed) for at, all_of in (("2M", both), ("4M", late))
+                            for what in all_of for seed in (0, 5))
+    for x in measured:
+        options = parse(evaluate.Config, x.command[1:])
+        trained = x.recipe not in ("raw", "base")
+        assert options.reference == (str(bases[x.at, x.seed]) if trained else "")
+        assert options.temperature == (1. if x.how else .6) and options.split == "test"
 
 
 @pytest.fixture
@@ -200,7 +276,8 @@ def tiny(monkeypatch):
     data = ("--tokens 3000 --val-tokens 1000 --train-problems 20 --eval-problems 5 --benchmark-items 5 "
             "--vocab-size 280 --seed 3")
     pretraining = "--tokens 2k --size 0.3M --context 192 --batch 4 --micro-batch 4 --checkpoints-at 2k"
-    monkeypatch.setitem(study.STUDIES, "tiny", study.Study({"base": (data, pretraining, ())}, ()))
+    bases = {"base": (data, pretraining, ("0.002M",))}
+    monkeypatch.setitem(study.STUDIES, "tiny", study.Study(bases, (), seeds=(0,), anneal=0))
 
 
 def test_waves_from_a_shell_make_the_files_that_the_study_makes(tiny, tmp_path, monkeypatch, capsys):
@@ -245,26 +322,31 @@ def test_the_list_has_a_heading_per_wave(tiny, capsys):
             study.study(study.Config(preset="tiny", wave=wave))
 
 
-def test_every_seed_has_its_own_annealed_base():
-    """Of the dial: data, then per seed a trunk whose checkpoints at 4M and 6M are annealed over a tenth of
-    their tokens; every recipe starts from the annealed one of its seed; both are evaluated."""
-    cells = study.grid(study.STUDIES["dial"], study.Config())
+@pytest.mark.parametrize("preset, starts, anneal", [("dial", ("4M", "6M"), True),
+                                                    ("raw", ("4M", "6M", "8M"), False)])
+def test_every_seed_has_its_own_base(preset, starts, anneal):
+    """Data, then per seed a trunk whose checkpoints are annealed over a tenth of their tokens (or are bases
+    as they are); every recipe starts from the base of its seed; all are evaluated."""
+    recipes = study.STUDIES[preset].recipes
+    cells = study.grid(study.STUDIES[preset], study.Config())
     runs = [x for x in cells if not x.evaluation and x.recipe != "data"]
     trunks = {x.seed: x for x in runs if x.recipe == "raw"}
+    assert {seed: options_of(x)["seed"] for seed, x in trunks.items()} == {0: 0, 1: 1, 2: 2}
+    start = {(seed, at): str(trunks[seed].makes.with_name(f"{at}.pt")) for seed in range(3) for at in starts}
     bases = {(x.seed, x.at): x for x in runs if x.recipe == "base"}
-    assert bases.keys() == {(seed, at) for seed in range(3) for at in ("4M", "6M")} and len(trunks) == 3
+    assert bases.keys() == (start.keys() if anneal else set())
     for (seed, at), x in bases.items():
-        options = study.configuration(x.command)
-        assert options["init"] == str(trunks[seed].makes.with_name(f"{at}.pt"))
+        options = options_of(x)
+        assert options["init"] == start[seed, at]
         assert (options["tokens"], options["decay"], options["seed"]) == (int(at[0]) * 100_000, 1, seed)
+        start[seed, at] = str(x.makes)
     trained = [x for x in runs if x.recipe not in ("raw", "base")]
-    assert len(trained) == 6 * len(study.STUDIES["dial"].recipes)
+    assert len(trained) == len(start) * len(recipes)
     for x in trained:
-        options = study.configuration(x.command)
-        assert options["init"] == str(bases[x.seed, x.at].makes) and options["seed"] == x.seed
+        options = options_of(x)
+        assert options["init"] == start[x.seed, x.at] and options["seed"] == x.seed
     measured = {(x.recipe, x.seed, x.at) for x in cells if x.evaluation}
-    assert measured == {(recipe, *key) for key in bases
-                        for recipe in ("raw", "base", *study.STUDIES["dial"].recipes)}
+    assert measured == {(recipe, *key) for key in start for recipe in ("raw",) * anneal + ("base", *recipes)}
 
 
 @pytest.mark.parametrize("recipe, stages, tokens", [
@@ -273,12 +355,13 @@ def test_every_seed_has_its_own_annealed_base():
     ("RL", [("pretrain.py", 8), ("pretrain.py", 1), ("rl.py", 3)], 3),
     ("SFT→RL", [("pretrain.py", 8), ("sft.py", 4), ("rl.py", 3)], 7)])
 def test_the_cost_of_a_recipe_begins_after_its_base(tmp_path, recipe, stages, tokens):
+    """So has an evaluation --no-benchmarks: study.py failed there, after all the work."""
     lineage = [dict(script=script, tokens=n, updates=n, flops=n, seconds=n) for script, n in stages]
-    result = dict(lineage=lineage, config={"shots": 0}, problems={}, benchmarks={}, general_mean=0,
-                  bits_per_byte=0)
+    result = dict(lineage=lineage, problems={})
     x = replace(cell(tmp_path, "x.json"), recipe=recipe)
-    x.makes.write_text(json.dumps(result))
-    assert study.record(x)["cost"] == dict.fromkeys(("tokens", "updates", "flops", "seconds"), tokens)
+    for more in (dict(benchmarks={}, general_mean=0, bits_per_byte=0), {}):
+        x.makes.write_text(json.dumps(result | more))
+        assert study.record(x)["cost"] == dict.fromkeys(("tokens", "updates", "flops", "seconds"), tokens)
 
 
 def folders() -> dict[str, Path]:
@@ -305,10 +388,11 @@ def test_an_arrow_in_a_recipe_s_name_says_where_it_starts():
 
 # ---- how long it will take --------------------------------------------------------------------------------
 @pytest.mark.parametrize("preset, recipe, expected", [
-    ("main", "base", 1954), ("main", "SFT", 188), ("main", "SFT-Gold", 500), ("main", "RL", 50),
-    ("long", "RL×4", 200), ("controls", "fused", 50), ("controls", "ties", 0), ("main", "data", 0)])
+    ("main", "raw", 1954), ("main", "base", 74), ("main", "continued", 150), ("main", "SFT", 188),
+    ("main", "SFT-Gold", 1500), ("main", "RL", 150), ("rollouts", "G=4", 600), ("controls", "fused", 150),
+    ("controls", "ties", 0), ("main", "data", 0)])
 def test_the_steps_of_a_cell_are_known_before_it_runs(preset, recipe, expected):
-    """As many as the published studies counted updates (results/*/results.jsonl)."""
+    """8 M tokens or .3 M in updates of 4,096; thrice 2,000 solutions, or all eight, in updates of 32."""
     x = next(x for x in study.grid(study.STUDIES[preset], study.Config()) if x.recipe == recipe)
     assert x.steps == expected
 
@@ -333,12 +417,14 @@ def test_the_time_left_is_that_of_a_schedule(left, jobs, expected):
     assert study.schedule(cells, dict(zip(map(Path, "abce"), left)), jobs) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("preset, threads, part", [("quick", [2], .54), ("composition", [1, 1, 1], 1)])
+@pytest.mark.parametrize("preset, threads, part", [("quick", [2], .54), ("composition", [1] * 9, 1)])
 def test_a_pretraining_alone_has_all_cores(preset, threads, part):
-    """All wait for it. Two threads take .54 of the time; beside another pretraining it has one core."""
+    """All wait for it. Two threads take .54 of the time; beside another pretraining it has one core, as have
+    commands that start from it."""
     cells = study.grid(study.STUDIES[preset], study.Config())
-    models = [i for i, x in enumerate(cells) if x.command[0] == "pretrain.py"]
+    models = [i for i, x in enumerate(cells) if x.recipe == "raw" and not x.evaluation]
     after = study.with_threads(cells, 2)
+    assert all(x.threads == 1 for i, x in enumerate(after) if i not in (0, *models))
     assert [after[i].threads for i in models] == threads
     assert [after[i].minutes for i in models] == pytest.approx([part * cells[i].minutes for i in models])
 
