@@ -216,7 +216,7 @@ def estimate(c: dict) -> tuple[float, int]:
         sampling = c["n_train"] * c["own"] / 4.5e4
         return start + sampling + examples / 1.6e4, math.ceil(examples / c["batch"])
     if "rollouts" in c:
-        return start + c["steps"] * c["n_problems"] * c["rollouts"] / 2.3e4, c["steps"]
+        return start + c["steps"] * c["n_problems"] * c["rollouts"] / 3.5e4, c["steps"]
     if "n_samples" in c:                                 # evaluation: two solved examples double its time
         return start + c["n_problems"] * c["n_samples"] * (1 + c["shots"] / 2) / 2.7e4, 0
     return start + c.get("tokens", 0) / 3e7, 0           # making data; merging weights
