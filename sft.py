@@ -2,9 +2,9 @@
 
     python sft.py --init runs/base/8M.pt --out runs/sft
 
-Next-token loss on the solution and its EOS only; the question is context. The same questions as in rl.py, and
-the same loop with the same headings: a diff of the two files shows what differs between the methods. Left
-out: sequence packing (padding is cheap at these lengths) and loss on the prompt.
+Next-token loss on the solution and its EOS only; the question is context. Its questions are the first of
+rl.py's, and the loop is the same with the same headings: a diff of the two files shows what differs between
+the methods. Left out: sequence packing (padding is cheap at these lengths) and loss on the prompt.
 """
 import math
 import time

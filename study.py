@@ -46,8 +46,8 @@ RECIPES = {
     "SFT": "sft.py --init {base}",
     "SFT→RL": RL.replace("{base}", "{SFT}"),
     "parallel": "merge.py --init {base}",
-    "continued": "pretrain.py --init {base} --tokens 614400 " + PLAIN,       # RL's 150 updates
-    # the same problems in pretraining's own words, and more solutions of each
+    "continued": "pretrain.py --init {base} --tokens 614400 " + PLAIN,       # as many updates as RL
+    # in pretraining's own words, and more solutions of each problem
     "SFT native": "sft.py --init {base} --teacher native",
     "SFT native→RL": RL.replace("{base}", "{SFT native}"),
     "SFT-Gold": "sft.py --init {base} --gold",
@@ -55,7 +55,8 @@ RECIPES = {
     # controls: more passes, the model's own words, as many FLOPs as RL
     "SFT 30 passes": "sft.py --init {base} --epochs 30",
     "self-SFT": "sft.py --init {base} --own 16",
-    "continued 3M": "pretrain.py --init {base} --tokens 3.2M --lr 1e-3 --decay 1",
+    "continued 3.2M": "pretrain.py --init {base} --tokens 3.2M --lr 1e-3 --decay 1",     # as many FLOPs
+    "annealed again": "pretrain.py --init {base} --tokens 614400 --lr 1e-3 --decay 1 --warmup 10",
     # the dial: the same problems in ever more foreign words
     "SFT spoken": "sft.py --init {base} --teacher spoken",
     "SFT prose": "sft.py --init {base} --teacher prose",
@@ -68,7 +69,7 @@ RECIPES = {
     "parallel at RL's lr": "merge.py --init {base} --lr-sft 1e-4",
     "SFT at RL's lr": "sft.py --init {base} --lr 1e-4",
     "RL at lr/2": "rl.py --init {base} --lr 5e-5",
-    "SFT at lr/2": "sft.py --init {base} --lr 5e-4",
+    "SFT at lr/2": "sft.py --init {base} --lr 5e-4 --decay 0",
     "fused": "merge.py --init {base} --mode fused",
     "alternating": "merge.py --init {base} --mode alternating",
     "H=10": "merge.py --init {base} --inner 10",
@@ -120,13 +121,13 @@ STUDIES = {
                    ("continued", "RL", "SFT", "SFT→RL", "parallel"), seeds=(0,)),
     "main": Study({"base": ("", KEPT, ("3M", "4M", "6M"))},
                   (*PIPELINES, "continued", "RL gentle", "SFT native", "SFT native→RL", "SFT 30 passes",
-                   "self-SFT", "continued 3M"),
+                   "self-SFT", "continued 3.2M", "annealed again"),
                   few={"3M": ("RL", "SFT", "continued", "SFT native")}),
     "raw": Study({"base": ("", KEPT, ("4M", "6M", "8M"))}, ("RL", "SFT", "continued", "SFT native"),
                  anneal=0),
     "dial": Study({"base": ("", KEPT, ("4M", "6M"))},
                   ("SFT native", "SFT", "SFT spoken", "SFT prose", "self-SFT", "RL")),
-    "luck": Study({"base": ("", KEPT, ("3M", "4M"))}, ("RL", "RL steps", "RL random")),
+    "luck": Study({"base": ("", KEPT, ("3M", "4M", "6M"))}, ("RL", "RL steps", "RL random")),
     "wide": Study({"base": ("", KEPT, ("6M",))}, ("RL", "SFT", "SFT→RL", "parallel"),
                   trace={"RL": (50, 100), "SFT→RL": (50, 100)},
                   also={WARM: ("base", "RL", "SFT", "SFT→RL", "parallel"), "--shots 2": ("base",),
