@@ -11,7 +11,8 @@ from typing import NamedTuple
 from checkpoint import require
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = ("*.py", "*.toml", "data/*.py", "beyond/*.py", "tests/*.py", "tests/*.ini", "tests/beyond/*.py")
+CODE = ("*.py", "*.toml", "data/*.py", "data/*.json", "beyond/*.py", "tests/*.py", "tests/*.ini",
+        "tests/beyond/*.py")
 
 
 class Function(NamedTuple):

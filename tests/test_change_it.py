@@ -67,7 +67,7 @@ def copy(tmp_path, monkeypatch):
     """The working folder is a copy of the project; imports, and the scripts that `worlds` runs, are its."""
     here = worlds.ROOT
     unchanged()                                  # and the checkpoints it needs: made by the project itself
-    for path in [*here.glob("*.py"), *here.glob("data/*.py")]:
+    for path in [*here.glob("*.py"), *here.glob("data/*.*")]:
         name = path.relative_to(here)
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(path, tmp_path / name)
