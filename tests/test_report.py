@@ -1,5 +1,7 @@
 """The statistics behind the verdicts, and the report from made-up and from stored results."""
+import html
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,11 +18,20 @@ STORED = [p for p in sorted(Path(report.__file__).parent.glob("results/*/results
 
 
 # ---- statistics ------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("df, p975, p99", [(1, 12.706, 31.821), (2, 4.303, 6.965), (5, 2.571, 3.365),
-                                           (30, 2.042, 2.457), (299, 1.968, 2.339)])
-def test_quantiles_are_those_of_a_printed_table(df, p975, p99):
-    """Of Student's t."""
-    assert [report.t_quantile(p, df) for p in (.975, .99)] == pytest.approx([p975, p99], abs=6e-4)
+@pytest.mark.parametrize("n, t, t99", [(2, 12.706, 31.821), (3, 4.303, 6.965), (6, 2.571, 3.365),
+                                       (31, 2.042, 2.457), (300, 1.968, 2.339)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_one_seed_or_one_problem_has_the_interval_of_one_sample(n, t, t99, axis):
+    """mean ± t sd/√n with a printed table's t, of 99 % for Bonferroni's 2.5 comparisons; equal values are a
+    point, one number has none. A figure's bars are the range of seeds that have one number each."""
+    x = np.random.default_rng(n).normal(3, 1, n)
+    mean, half = x.mean(), x.std(ddof=1) / n ** .5
+    sample = np.expand_dims(x, axis)
+    assert report.interval(sample) == pytest.approx((mean, mean - t * half, mean + t * half), rel=1e-3)
+    assert report.interval(sample, 2.5)[2] == pytest.approx(mean + t99 * half, rel=1e-3)
+    assert report.interval(np.full((3, n), 7.)) == (7, 7, 7)
+    assert np.isnan(report.interval(x[:1, None])[1:]).all()
+    assert report.spread(sample) == ((mean, min(x), max(x)) if axis else report.interval(sample))
 
 
 @pytest.mark.parametrize("S, N", [(2, 3), (3, 50), (6, 4)])
@@ -41,19 +52,6 @@ def test_the_interval_is_that_of_an_analysis_of_variance(S, N, seed_sd, problem_
     assert report.interval(x) == pytest.approx((x.mean(), x.mean() - half, x.mean() + half))
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("comparisons, t", [(1, 2.5706), (2.5, 3.3649)])
-def test_one_seed_or_one_problem_has_the_interval_of_one_sample(axis, comparisons, t):
-    """mean ± t sd/√n with the printed t, of 99 % for Bonferroni's 2.5 comparisons; equal values are a point,
-    one number has none."""
-    x = np.array([3., -1., 4., 1., -5., 9.])
-    half = t * x.std(ddof=1) / 6 ** .5
-    _, low, high = report.interval(np.expand_dims(x, axis), comparisons)
-    assert (low, high) == pytest.approx((x.mean() - half, x.mean() + half), rel=1e-4)
-    assert report.interval(np.full((3, 6), 7.)) == (7, 7, 7)
-    assert np.isnan(report.interval(x[:1, None])[1:]).all()
-
-
 @pytest.mark.parametrize("seed_sd", [0, 3, 8])
 def test_the_interval_covers_the_truth(seed_sd):
     """In 90 % of 1,000 draws or more: problems differ by 20 points, a problem between seeds by 20."""
@@ -68,25 +66,38 @@ def test_the_interval_covers_the_truth(seed_sd):
 
 # ---- claims ----------------------------------------------------------------------------------------------
 def record(recipe: str, right: list[int], seed: int = 0, at: str = "4M", sound: list[int] | None = None,
-           samples: int = 64, hits: str = "1", **more) -> dict:
+           hard: list[int] | None = None, samples: int = 64, hits: str = "1", **more) -> dict:
     """A made-up evaluation of problems of one, two, one, ... operations; hard: three, four, three, ..."""
-    easy, hard = ({"samples": samples, "right_per_problem": right, "sound_per_problem": sound or right,
-                   "operations": ([n, n + 1] * 9)[:len(right)], "guess": {"1": .01, "32": .2}, "unparsed": 0,
-                   "answer_entropy": 1, "distinct_completions": 2, "styles": {"tens": 1.}} for n in (1, 3))
+    problems = {}
+    for name, n, rights, sounds in (("easy", 1, right, sound), ("hard", 3, hard or right, hard or sound)):
+        problems[name] = {
+            "samples": samples, "right_per_problem": rights, "sound_per_problem": sounds or rights,
+            "operations": ([n, n + 1] * 9)[:len(rights)], "guess": {"1": .01, "32": .2}, "unparsed": 0,
+            "answer_entropy": 1, "distinct_completions": 2, "styles": {"tens": 1.}}
     return {"base": "base", "at": at, "recipe": recipe, "seed": seed, "step": -1, "how": "", "nll": [],
             "cost": {"flops": 1, "seconds": 60}, "curve": [[10, .2, 0., 5, .3, .2]], "noise": [1., 50.],
             "styles": [[10, {"tens": 1.}]], "validation": [[0, .1], [10, .2], [20, .3]],
-            "problems": {"easy": easy, "hard": hard}, "benchmarks": {"recall": {"hits": 40 * hits}},
-            "bits_per_byte": .3} | more
+            "problems": problems, "benchmarks": {"recall": {"hits": 40 * hits}}, "bits_per_byte": .3} | more
 
 
-@pytest.mark.parametrize("low, high, expected", [
-    (10.1, 20, "reproduced"), (9.9, 20, "undecided"), (-5, 10.1, "undecided"), (-5, 9.9, "not reproduced")])
-def test_the_verdict_on_each_side_of_the_margin(low, high, expected):
-    """Two problems: the interval is their mean ± 12.706 times half their distance."""
-    half = (high - low) / 2 / 12.7062
-    x = (low + high) / 2 + np.array([[-half, half]])
-    assert report.judged("C1", "", "", "", x, 10)[6] == f"{expected} (1 seed)"
+def three(recipe: str, gain: int = 0, unsound: int = 0, **more) -> list[dict]:
+    """Three seeds, whose bases have 8, 16 and 24 of 64 samples right; so many more are, or are not sound."""
+    rights = [8 + 8 * seed + gain for seed in range(3)]
+    return [record(recipe, [n, n], seed, sound=[n - unsound] * 2, **more) for seed, n in enumerate(rights)]
+
+
+BASES = three("base", at="2M") + three("base") + three("base", at="8M")
+
+
+@pytest.mark.parametrize("seeds, low, high, expected", [
+    (3, 10.2, 20, "reproduced"), (3, 9.8, 20, "undecided"), (3, -5, 10.2, "undecided"),
+    (3, -5, 9.8, "not reproduced"), (2, -5, 9.8, "not reproduced (two seeds)"), (1, 10.2, 20, "one seed")])
+def test_the_verdict_on_each_side_of_the_margin(seeds, low, high, expected):
+    """Of two problems, whatever the seed: the interval is their mean ± 12.706 times half their distance."""
+    mean, half = (low + high) / 2, (high - low) / 2 / 12.7062
+    x = np.array([[mean - half, mean + half]] * seeds)
+    assert report.judged("C1", "RL", "easy pass@1", "4M", x, 10, "8") == [
+        "C1", "RL", "easy pass@1", "4M", f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", "+10", expected, "8"]
 
 
 @pytest.mark.parametrize("ats, expected", [
@@ -101,96 +112,109 @@ def test_a_difference_pairs_seeds(ats, expected):
     assert report.difference(records, "RL", "fused", "easy pass@1", ats) is None
 
 
-def test_a_run_is_compared_with_the_base_of_its_seed():
-    """A seed is one of pretraining, too: 16 → 32 of 64 with one, 48 → 64 with another are 25 points each."""
-    records = [record("base", [16]), record("base", [48], 1), record("RL", [32]), record("RL", [64], 1)]
-    assert [row[4] for row in report.summary(records)] == ["50.0", "75.0 (+25.0 [+25.0, +25.0])"]
+def alike(reward: float, *ahead: list[int]) -> list[dict]:
+    """RL gains 16 of 64 samples at a reward of .2, its other seeds so many more at another; from 2M less than
+    5 points; from 8M there is one seed."""
+    records = three("RL", 3, at="2M") + [record("RL", [24, 24])] + three("RL", 40, at="8M")[:1]
+    curve = [[10, .9, 0, 5, 0, 0], [20, reward, 0, 5, 0, 0]]
+    for seed, more in enumerate(ahead, 1):
+        records.append(record("RL", [24 + 8 * seed + n for n in more], seed, curve=curve))
+    return records
 
 
-BASES = [record("base", [16, 16], seed, at) for seed in range(3) for at in ("4M", "8M")]
-
-
-def runs(recipe: str, right: int = 16, **more) -> list[dict]:
-    return BASES + [record(recipe, [right, right], seed, **more) for seed in range(3)]
-
-
-def pair(right: int, reward: float) -> list[dict]:
-    """Two seeds of RL, one of which has half of its samples right, at reward .2; another run from 8M."""
-    second = record("RL", [right] * 2, 1, curve=[[10, .9, 0, 5, 0, 0], [20, reward, 0, 5, 0, 0]])
-    return [*BASES, record("RL", [32, 32]), second, record("RL", [32, 32], at="8M")]
-
-
-def mix(right: int) -> list[dict]:
-    """RL on hard problems from 25 to 50 %, but from a base with more arithmetic to `right` of 64."""
-    ends = {("0.5M, 60 %", "8M"): right, ("1M, 30 %", "8M"): 32, ("1M, 30 %", "3.8M"): 32}
-    return [record(recipe, [n, n], at=at, base=base) for (base, at), end in ends.items()
-            for recipe, n in (("base", 16), ("RL on hard", end))]
+def mix(larger: int, fewer: int) -> list[dict]:
+    """RL on hard problems gains 16 of 64 samples from a base with more arithmetic; so many from one of twice
+    the size, and from that at fewer tokens."""
+    records = []
+    for base, at, gain in (("0.5M, 60 %", "8M", 16), ("1M, 30 %", "8M", larger), ("1M, 30 %", "3.8M", fewer)):
+        records += three("base", at=at, base=base) + three("RL on hard", gain, at=at, base=base)
+    return records
 
 
 @pytest.mark.parametrize("records, says, metric, expected", [
-    (runs("RL", 19), "RL lifts early", "easy pass@1", "not reproduced"),
-    (runs("RL", 20), "RL lifts early", "easy pass@1", "reproduced"),
-    (runs("RL", 20, sound=[17, 17]), "RL lifts early", "easy sound@1", "not reproduced"),
-    (mix(33), "RL gains more on hard", "hard sound@1", "reproduced (1 seed)"),
-    (mix(31), "RL gains more on hard", "hard sound@1", "not reproduced (1 seed)"),
-    (runs("SFT"), "SFT costs more than 2", "general", "not reproduced"),
-    (runs("SFT", hits="0"), "SFT costs more than 2", "general", "reproduced"),
-    (runs("RL", bits_per_byte=.309), "RL costs at most .01", "bits per byte", "reproduced"),
-    (runs("RL", bits_per_byte=.311), "RL costs at most .01", "bits per byte", "not reproduced"),
-    (pair(32, .2), "seeds with equal", "easy pass@1", "not reproduced"),
-    (pair(48, .22), "seeds with equal", "easy pass@1", "reproduced"),
-    (pair(48, .24), "no two seeds", "easy pass@1", "undecided")])
+    (three("RL", 3) + three("RL", 40, at="8M"), "RL lifts early", "easy pass@1", "not reproduced"),
+    (three("RL", 4) + three("RL", at="8M"), "RL lifts early", "easy pass@1", "reproduced"),
+    (three("RL", 4, unsound=1), "RL lifts early", "easy sound@1", "not reproduced"),
+    (three("RL") + three("SFT→RL", 3), "direct RL is at most 5", "easy pass@1", "reproduced"),
+    (three("RL") + three("SFT→RL", 4), "direct RL is at most 5", "easy pass@1", "not reproduced"),
+    (mix(15, 17), "RL gains more on hard", "hard sound@1", "reproduced, not reproduced"),
+    (mix(17, 15), "RL gains more on hard", "hard sound@1", "not reproduced, reproduced"),
+    (three("RL gentle", 1), "at a third of its learning rate RL lifts", "easy pass@1", "reproduced"),
+    (three("SFT→RL", 1) + three("SFT"), "RL after SFT lifts", "easy pass@1", "reproduced"),
+    (three("SFT"), "SFT costs more than 2", "general", "not reproduced"),
+    (three("SFT", hits="0"), "SFT costs more than 2", "general", "reproduced"),
+    (three("continued 3.2M", hits="0"), "control: raising and lowering", "general", "reproduced"),
+    (three("RL", bits_per_byte=.309), "RL costs at most .01", "bits per byte", "reproduced"),
+    (three("RL", bits_per_byte=.311), "RL costs at most .01", "bits per byte", "not reproduced"),
+    (three("SFT", bits_per_byte=.311), "SFT costs more than .01", "bits per byte", "reproduced"),
+    (three("RL steps", 1) + three("RL"), "RL learns more where luck", "easy sound@1", "reproduced"),
+    (three("RL", 1) + three("RL random"), "RL learns from its rewards", "easy pass@1", "reproduced"),
+    (alike(.2, [1, 1]), "seeds with equal", "easy pass@1", "not reproduced"),
+    (alike(.22, [2, 2]), "seeds with equal", "easy pass@1", "reproduced"),
+    (alike(.22, [-2, -2]), "seeds with equal", "easy pass@1", "reproduced"),
+    (alike(.2, [15, 16]), "seeds with equal", "easy pass@1", "reproduced"),
+    (alike(.2, [0, 0], [15, 16]), "seeds with equal", "easy pass@1", "undecided"),
+    (alike(.24, [9, 9]), "no two seeds", "easy pass@1", "undecided")])
 def test_a_claim_is_judged_by_its_own_rule(records, says, metric, expected):
-    """C1: 5 points (3.2 of 64) from early checkpoints such as 4M; C4: against both models of twice the size;
-    C6: 2 points or .01 bits; C9: only seeds whose last training rewards agree."""
-    rows = [row for row in report.judge(records) if row[1].startswith(says) and row[2] == metric]
-    assert [row[6] for row in rows] == [expected] * (2 if rows[0][0] == "C4" else 1)
-    assert rows[0][0] != "C1" or rows[0][3] == "4M"
+    """C1: 5 points (3.2 of 64) from early checkpoints only; C4: against both models of twice the size; C6: 2
+    points or .01 bits; C9: gains, where training rewards agree, the largest of three pairs less surely."""
+    rows = [row for row in report.judge(BASES + records) if row[1].startswith(says) and row[2] == metric]
+    assert ", ".join(row[6] for row in rows) == expected
 
 
-@pytest.mark.parametrize("accuracy, recipe, expected", [
-    (1.4, "RL", 3.8), (10.4, "SFT", 35.5), (14.8, "SFT→RL", 53.6), ((7.3 * 10.4) ** .5, "RL", 49.65),
-    (1.3, "RL", np.nan), (14.9, "RL", np.nan), (0, "RL", np.nan), (7.3, "task", np.nan)])
-def test_the_paper_where_its_base_is_as_accurate(accuracy, recipe, expected):
-    """Its numbers at its checkpoints, the mean halfway (in the logarithm) between two, nothing beyond."""
-    assert report.paper_at(accuracy, recipe, "easy pass@1") == pytest.approx(expected, nan_ok=True)
+@pytest.mark.parametrize("accuracy, a, b, metric, expected", [
+    (1.4, "RL", "base", "pass@1", 3.8 - 1.4), (14.8, "RL", "SFT native→RL", "pass@1", 54.8 - 53.6),
+    (7.3, "SFT-Gold", "RL", "pass@32", 83.9 - 72.8), (7.3, "RL", "SFT 30 passes", "pass@1", 47.4 - 31.6),
+    (2.4, "RL", "SFT", "pass@1", (.2 + 1.1) / 2), (4.1, "RL", "base", "pass@1", (25.7 + 32.4) / 2),
+    (2.4, "SFT→RL", "SFT", "pass@1", 27.6 - 15.4),
+    ((4.1 * 7.3) ** .5, "SFT→RL", "SFT", "pass@1", (16.3 + 16.9) / 2),
+    *((x, "RL", "SFT", "pass@1", np.nan) for x in (0, 1.3, 14.9)), (7.3, "RL", "task", "pass@1", np.nan)])
+def test_the_paper_where_its_base_is_as_accurate(accuracy, a, b, metric, expected):
+    """Its differences where both recipes are given, nothing beyond; the mean of two checkpoints at 2.4 %, and
+    at 4.1 %, for 3.2 % follow; the mean halfway (in the logarithm) between two."""
+    assert report.paper_at(accuracy, a, b, f"easy {metric}") == pytest.approx(expected, nan_ok=True)
 
 
-@pytest.mark.parametrize("metric, paper", [("easy pass@1", "+15.8"), ("easy sound@1", "")])
-def test_a_checkpoint_s_row_has_the_paper_s_difference(metric, paper):
-    """From 7.3 % the paper's RL reaches 47.4 %, its SFT 31.6 %; nothing is known about sound answers."""
-    records = [record(recipe, [right] * 2, samples=1000)
-               for recipe, right in (("base", 73), ("RL", 400), ("SFT native", 300))]
+@pytest.mark.parametrize("metric, difference, paper", [
+    ("easy pass@1", "+10.0 [+10.0, +10.0]", "+15.8"), ("easy sound@1", "+10.0 [+10.0, +10.0]", ""),
+    ("bits per byte", "+0.012", "")])
+def test_a_checkpoint_s_row_has_the_paper_s_difference(metric, difference, paper):
+    """From 7.3 % the paper's RL reaches 47.4 %, its SFT 31.6 %; nothing is known about sound answers. One
+    number has no interval."""
+    records = [record("base", [73] * 2, samples=1000), record("RL", [400] * 2, samples=1000),
+               record("SFT native", [300] * 2, samples=1000, bits_per_byte=.312)]
     rows = list(report.judge(records))
-    i = [(row[0], row[2]) for row in rows].index(("C3", metric))
-    assert rows[i + 1][:5] == ["", "base 7.3 %", "", "4M", rows[i][4]] and rows[i + 1][7] == paper
+    i = [row[1:3] for row in rows].index(["the same, with native demonstrations", metric])
+    assert rows[i][4] == difference
+    assert rows[i + 1][:5] == ["", "base 7.3 %", "", "4M", difference] and rows[i + 1][7] == paper
 
 
 # ---- tables ----------------------------------------------------------------------------------------------
-RUNS = [record("base", [64, 1, 0, 0]), record("RL", [0, 64, 64, 32], sound=[0, 32, 16, 0])]
+START = record("base", [64, 1, 0, 9, 1], sound=[64, 1, 0, 0, 1], hard=[0, 64, 64, 0, 0], curve=[])
+RUN = record("RL", [16, 64, 64, 32, 16], sound=[0, 32, 32, 32, 16], hard=[64, 0, 0, 0, 0], noise=[-1., 5.],
+             validation=[[0, .1], [10, .15], [20, .14], [30, .15], [40, .15], [50, .3]],
+             curve=[[10, .2, 0, 5, 0, 0], [50, .25, 0, 5, 0, 0]],
+             styles=[[10, {"words": 1.}], [50, {"tens": .6, "words": .005}]])
+SHORT = {k: v for k, v in START.items() if k not in ("benchmarks", "bits_per_byte")}
+SHORT |= {"step": 50, "how": "--shots 2"}
+SEEDS = [record("base", [16]), record("base", [48], 1), record("RL", [32]), record("RL", [64], 1)]
 
 
-def test_problems_newly_solved_and_lost_are_counted():
-    """Sound answers: the base has some to problems 0 and 1, the run to 1 and 2."""
-    assert [row[5:11] for row in report.solved(RUNS)][2:] == [[2, 2, 1, 1, "1.00", "2"]] * 2
-
-
-def test_problems_are_told_apart_by_their_operations():
-    """Problems 0 and 2 have one operation: (0 + 64) / 128 are right, (0 + 16) / 128 sound."""
-    assert list(report.by_operations(RUNS))[1][3:] == ["50.0 / 12.5", "75.0 / 25.0"] * 2
-
-
-def test_an_evaluation_without_benchmarks_leaves_two_columns_empty():
-    r = {k: v for k, v in RUNS[0].items() if k not in ("benchmarks", "bits_per_byte")}
-    row, = report.evaluations([r | {"how": "--no-benchmarks", "step": 50}])
-    assert row[2] == "base, step 50, --no-benchmarks" and row[11:] == ["37.5", "", "", "1.0e+00", "1.0"]
-
-
-@pytest.mark.parametrize("gain, expected", [(5, 50), (10, 75), (30, np.nan)])
-def test_steps_to_a_gain(gain, expected):
-    """From 10 % to 15 % is a gain of 5 points, though .1 + .05 > .15 in floating point."""
-    r = {"validation": [[0, .1], [25, .14], [50, .15], [75, .3]]}
-    assert report.steps_to(r, gain) == pytest.approx(expected, nan_ok=True)
+@pytest.mark.parametrize("table, records, column, expected", [
+    (report.summary, SEEDS, 4, ["75.0 (+25.0 [+25.0, +25.0])"]),
+    (report.solved, [START, RUN], 5, [2, 1, 1, 2, "1.00", "2"]),
+    (report.solved, [START, RUN | {"problems": {"easy": RUN["problems"]["easy"]}}], 5, [3, 4, 2, 1]),
+    (report.by_operations, [RUN, record("RL", [64] * 5, 1)], 3,
+     ["75.0 / 62.5", "87.5 / 75.0", "66.7 / 66.7", "50.0 / 50.0"]),
+    (report.along, [RUN, START], 3, [0, "0.250", "30", "> 50", "tens 60%", "beyond measure"]),
+    (report.evaluations, [SHORT], 2, ["base, step 50, --shots 2", 0, "23.4", "60.0", "20.6", "40.0"]),
+    (report.evaluations, [SHORT], 11, ["40.0", "", "", "1.0e+00", "1.0"])])
+def test_the_last_row_of_a_table(table, records, column, expected):
+    """Gains are on the base of the same seed. The base has sound answers to problems 0, 1 and 4, RL to 1 to 4
+    (hard: to 1 and 2, then to 0). Of one operation (0, 2, 4) 96 of 192 samples are right, 48 sound; of two 96
+    and 64 of 128; of a second seed all. Validation counts twice in a row, though .1 + .05 > .15 in floats."""
+    row = list(table(records))[-1]
+    assert row[column:column + len(expected)] == expected
 
 
 def test_the_curves_are_means_of_ten_steps():
@@ -205,15 +229,22 @@ def test_the_curves_are_means_of_ten_steps():
 
 
 # ---- figures ---------------------------------------------------------------------------------------------
+@pytest.fixture
+def drawn(monkeypatch) -> dict[str, report.Figure]:
+    """Name -> figure, of those that would be drawn, which is slow."""
+    figures = {}
+    monkeypatch.setattr(report.Figure, "savefig", lambda figure, path, **_: (
+        figures.update({path.stem: figure}), path.write_bytes(b"not drawn")))
+    monkeypatch.setattr(report.Figure, "tight_layout", lambda _: None)
+    return figures
+
+
 @pytest.mark.parametrize("preset, more", [
     *((name, "early styles dial") for name in ("quick", "main", "raw", "dial", "controls")),
     ("luck", "early styles luck"), ("wide", "early styles dial steps wide"),
     ("rollouts", "early styles steps"), ("composition", "composition")])
-def test_a_study_has_its_figures(preset, more, tmp_path, monkeypatch):
+def test_a_study_has_its_figures(preset, more, tmp_path, drawn):
     """Each names all that it draws, the first every recipe; guesses are beside pass@32."""
-    drawn = {}
-    monkeypatch.setattr(report.Figure, "savefig", lambda figure, path, **_: drawn.update({path.stem: figure}))
-    monkeypatch.setattr(report.Figure, "tight_layout", lambda _: None)       # slow
     records = []
     for x in study.grid(study.STUDIES[preset], study.Config()):
         if x.evaluation and x.seed == 0:
@@ -231,29 +262,28 @@ def test_a_study_has_its_figures(preset, more, tmp_path, monkeypatch):
         assert name != "main" or named > {r["recipe"] for r in records if r["base"] == records[0]["base"]}
 
 
-def test_recipes_stand_side_by_side_at_the_last_checkpoint_that_has_the_most():
-    """4M and 8M have RL, 9M has not."""
-    ends = [*runs("RL"), *runs("RL", at="8M"), record("base", [16], at="9M")]
-    assert {panel.title.split(":")[0] for panel in report.parallel([], ends)} == {"from 8M"}
+BOTH = [record("base", [16]), record("RL", [32])]
+TAUGHT = [*BOTH, record("SFT", [48], nll=[.5])]
 
 
-@pytest.mark.parametrize("prose, edges", [(7., [.5, 7.]), (.5, [.5])])
-def test_the_dial_has_the_foreignness_of_demonstrations_on_its_axis(prose, edges):
-    """Nats per token. RL, which sees none, is a line from the least to the most: drawn once if they agree."""
-    records = [record("base", [16]), record("RL", [32]), record("SFT", [40], nll=[.5]),
-               record("SFT prose", [20], nll=[prose])]
-    points = [point[:2] for point in next(report.dial([], records)).points]
-    assert points[:2] == [("SFT", .5), ("SFT prose", prose)]
-    assert sorted(x for name, x in points if name == "RL") == edges
-
-
-def test_a_style_that_a_run_does_not_use_has_the_share_0():
-    """Else the mean of the seeds that still use it would be drawn, and nothing once it has died out."""
-    ends = [record("RL", [32], styles=[[10, {"tens": .6, "words": .4}], [20, {"tens": 1.}]]),
-            record("RL", [32], 1, styles=[[10, {"tens": 1.}], [20, {"tens": 1.}]])]
-    panel, = report.styles([], ends)
-    assert sorted(point[1:] for point in panel.points if point[0] == "words") == [
-        (10, [0]), (10, [40]), (20, [0]), (20, [0])]
+@pytest.mark.parametrize("figure, ends, expected", [
+    (report.parallel, [*BOTH, record("base", [16], at="8M"), record("RL", [48], at="8M"),
+                       record("base", [16], at="9M")], "RL RL 75, base base 25"),
+    (report.dial, [*TAUGHT, record("SFT prose", [64], nll=[7])],
+     "RL 0.5 50, RL 7.0 50, SFT 0.5 75, SFT prose 7.0 100, base 0.5 25, base 7.0 25"),
+    (report.dial, TAUGHT, "RL 0.5 50, SFT 0.5 75, base 0.5 25"),
+    (report.styles, [RUN, record("RL", [32], 1)],
+     "tens 10.0 0, tens 10.0 100, tens 50.0 60, words 10.0 0, words 10.0 100, words 50.0 0"),
+    (report.early, [RUN, record("RL", [32], at="2M", validation=[[0, .1], [10, .2]]), record("G=4", [32])],
+     "+5 points 50.0 30, not reached 25.0 10"),
+    (report.forgetting, [*BOTH, record("SFT", [64], hits="0")], "RL 25.0 0, SFT 75.0 -100, base 0.0 0")])
+def test_the_points_of_a_figure(figure, ends, expected):
+    """Of its first panel: the last checkpoint that has the most recipes; RL, which sees no demonstrations,
+    from the least foreign to the most; 0 where a seed does not use a style; RL's steps to 5 points or to its
+    end; points gained, points lost."""
+    points = [point for point in next(figure([], ends)).points if "the paper" not in point[0]]
+    points = [(name, x if isinstance(x, str) else round(float(x), 9), y) for name, x, (y,) in points]
+    assert ", ".join(sorted(f"{name} {x} {y:.0f}" for name, x, y in points)) == expected
 
 
 def colours(names: list[str]) -> dict[str, object]:
@@ -268,7 +298,7 @@ def test_a_recipe_has_one_colour_in_all_studies():
     assert len({everything[name] for name in list(study.RECIPES)[:10]}) == 10
 
 
-@pytest.mark.parametrize("n, rows, columns", [(1, 1, 1), (3, 1, 3), (4, 1, 4), (5, 2, 4), (9, 3, 4)])
+@pytest.mark.parametrize("n, rows, columns", [(1, 1, 1), (4, 1, 4), (5, 2, 4), (9, 3, 4)])
 def test_any_number_of_panels_is_drawn(n, rows, columns):
     axes = report.plot([report.Panel("", "", [("base", 0, [1])])] * n, ()).axes
     assert len(axes) == n and axes[0].get_gridspec().get_geometry() == (rows, columns)
@@ -294,17 +324,26 @@ def test_base_models_alone_are_drawn_and_redrawn_with_equal_bytes(tmp_path):
     assert all(len(first[f"{name}.png"]) > 5_000 for name in ("main", "matched", "parallel", "forgetting"))
 
 
-def test_runs_from_a_base_without_evaluation_are_left_out(tmp_path, monkeypatch):
-    """If only that cell failed, the report ended in a traceback and the failed cell was not named."""
+def test_the_page_has_the_report_s_cells_its_figures_and_the_answers(tmp_path, monkeypatch, drawn):
+    """Also an answer that would end its script. Runs whose base's evaluation failed are left out: the report
+    ended in a traceback and the failed cell was not named."""
+    shown = [{"question": "1 < 2?", "answer": 3, "answers": [["wrong", "</script><b>{x}"]]}]
+    run = record("RL", [32, 32])
+    run["problems"]["easy"]["examples"] = shown
     cells = [SimpleNamespace(evaluation=True, makes=tmp_path, record=r)
-             for r in (*RUNS, record("RL", [32], at="8M"))]
+             for r in (record("base", [16, 16]), run, record("RL", [32, 32], at="8M"))]
     monkeypatch.setattr(study, "grid", lambda *_: cells)
     monkeypatch.setattr(study, "run_cells", lambda *_: ["base 8M"])
     monkeypatch.setattr(study, "record", lambda x: x.record)
     with pytest.raises(UserError, match="failed.*base 8M"):
         study.study(study.Config(out=str(tmp_path)))
-    text = (tmp_path / "quick" / "report.md").read_text(encoding="utf-8")
+    text, page = (Path(tmp_path, "quick", name).read_text("utf-8") for name in ("report.md", "report.html"))
     assert "| base | 4M | RL | 1 |" in text and "8M" not in text
+    cells = [cell.strip() for row in re.findall(r"^\| (.*) \|$", text, re.M) for cell in row.split("|")]
+    assert list(map(html.unescape, re.findall("<t[dh]>(.*?)</t[dh]>", page))) == cells
+    assert page.count('src="data:image/png;base64,bm90IGRyYXdu"') == len(drawn)
+    assert json.loads(re.search("const runs = (.*);", page)[1]) == {"base 4M, RL, seed 0": shown}
+    assert page.count("</script>") == 1
 
 
 # ---- the claims of all studies in one table --------------------------------------------------------------
@@ -314,8 +353,9 @@ AFTER = b"<!-- end of claims -->\nthe rest, without a newline at its end"
 
 @pytest.fixture
 def results(tmp_path) -> Path:
-    """A folder with two studies, one of which has two checkpoints, and a README with an old table."""
-    for name, records in {"one": runs("RL", 32), "two": [*runs("RL", 32), *runs("RL", 48, at="8M")]}.items():
+    """A folder with two studies that share their runs from 4M, and a README with an old table."""
+    shared = BASES + three("RL", 16)
+    for name, records in {"one": shared, "two": shared + three("RL", 32, at="8M")}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.jsonl").write_text("\n".join(map(json.dumps, records)))
     (tmp_path / "README.md").write_bytes(BEFORE + b"\n| an old table |\n" + AFTER)
@@ -323,7 +363,7 @@ def results(tmp_path) -> Path:
 
 
 def test_the_claims_of_all_studies_are_written_between_the_markers(results):
-    """A row per claim, metric and study, none per checkpoint; other bytes stay, a second time too."""
+    """Over all checkpoints and for each, shared runs once; other bytes stay, a second time too."""
     for _ in range(2):
         study.study(study.Config(report=str(results)))
         text = (results / "README.md").read_bytes()
@@ -332,9 +372,12 @@ def test_the_claims_of_all_studies_are_written_between_the_markers(results):
     rows = [[column.strip() for column in line.strip("|").split("|")] for line in table.splitlines()]
     assert rows[0] == ["study", "claim", "what it says", "metric", "checkpoints",
                        "difference in points [95 %]", "margin", "verdict", "the paper"]
-    one, two = (row for row in rows if row[2] == "RL costs at most 2 points of general capability")
-    assert one[3:] == ["general", "4M", "+0.0 [+0.0, +0.0]", "-2", "reproduced", "44.4 against 44.3"]
-    assert (one[:2], two[:2], two[4]) == (["one", "C6"], ["two", "C6"], "4M, 8M")
+    same = ["+0.0 [+0.0, +0.0]", "-2", "reproduced"]
+    over_all = ["C6", "RL costs at most 2 points of general capability", "general"]
+    alone = ["C6", "base 25.0 %", ""]
+    assert [row for row in rows if row[1] == "C6" and row[6] == "-2"] == [
+        ["one", *over_all, "4M", *same, "44.4 against 44.3"], ["one", *alone, "4M", *same, ""],
+        ["two", *over_all, "4M, 8M", *same, "44.4 against 44.3"], ["two", *alone, "8M", *same, ""]]
     assert count.startswith(f"{len(rows) - 2} rows") and all(row[1] for row in rows)
     assert not list(results.glob("*/report.md"))
 
@@ -345,10 +388,8 @@ def test_without_the_markers_nothing_is_written(results, readme):
     (results / "README.md").unlink()
     if readme is not None:
         (results / "README.md").write_bytes(readme)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=f"^.*{report.BEGIN.decode()}.*{report.END.decode()}$"):
         study.study(study.Config(report=str(results)))
-    message = str(error.value)
-    assert "\n" not in message and report.BEGIN.decode() in message and report.END.decode() in message
     assert readme is None or (results / "README.md").read_bytes() == readme
 
 
