@@ -459,7 +459,7 @@ def spread(x: np.ndarray) -> tuple[float, float, float]:
 
 def plot(panels: list[Panel], order: tuple[str, ...]) -> Figure:
     """Means with their spread. A recipe's colour is by its place in `order`, the same in every figure."""
-    colors = {"raw": "0.7", "base": "0.4", "guessing": "0.8"}
+    colors = {"raw": "0.7", "base": "0", "guessing": "0.8"}
     for i, recipe in enumerate(order):                   # strong colours first
         colors[recipe] = matplotlib.colormaps["tab20"]((2 * i + i // 10) % 20)
     columns = min(len(panels), 4)
@@ -481,6 +481,9 @@ def plot(panels: list[Panel], order: tuple[str, ...]) -> Figure:
         axis.set_title(panel.title, fontsize=10)
         axis.tick_params("x", rotation=0 if panel.unit else 90)
         axis.grid(alpha=.3)
+        if panel.title.endswith("(%)"):                  # an interval may leave what is possible
+            low, high = axis.get_ylim()
+            axis.set_ylim(max(low, 0), min(high, 105))
         if "x" in panel.log:
             axis.set_xscale("log", base=2)
             axis.xaxis.set_major_formatter("{x:g}")
