@@ -119,7 +119,8 @@ KEPT = "--checkpoints-at 1M,2M,3M,4M,5M,6M,8M"
 STUDIES = {
     "quick": Study({"base": ("--math-fraction 0.6", "--tokens 4M --checkpoints-at 2M,3M,4M", ("4M",))},
                    ("continued", "RL", "SFT", "SFT→RL", "parallel"), seeds=(0,),
-                   more={"rl.py": "--steps 100", "merge.py": "--steps 100", "pretrain.py": "--tokens 409600"}),
+                   more={"rl.py": "--steps 100", "merge.py": "--steps 100",
+                         "pretrain.py": "--tokens 409600"}),
     "main": Study({"base": ("", KEPT, ("3M", "4M", "6M"))},
                   (*PIPELINES, "continued", "RL gentle", "SFT native", "SFT native→RL", "SFT 30 passes",
                    "self-SFT", "continued 3.2M", "annealed again"),
