@@ -717,12 +717,12 @@ def all_claims(folder: Path, studies: dict[str, list[dict]]) -> None:
     rows = []
     known = set()                                        # studies share runs: a row stands once
     for name, records in studies.items():
-        claim = ""
         for row in judge(records):
-            claim = row[0] or claim
-            if tuple(row[1:6]) not in known:
-                known.add(tuple(row[1:6]))
-                rows.append([name, claim, *row[1:]])
+            if row[0]:
+                claim = row[:3]                          # those of single checkpoints belong to it
+            if (*claim, *row[1:6]) not in known:
+                known.add((*claim, *row[1:6]))
+                rows.append([name, claim[0], *row[1:]])
     rows.sort(key=lambda row: row[1])
     table = markdown("| study " + CLAIMS_HEADER, rows)
     table += f"\n\n{len(rows)} rows are judged; no interval is corrected for their number."

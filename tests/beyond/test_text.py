@@ -297,7 +297,7 @@ def test_the_whole_way_on_real_data(story_file, problem_file, tmp_path, monkeypa
     few = "--max-new 8 --eval-problems 2 --eval-samples 2"
     for command in (
             "pretrain.py --out base --size 0.3M --context 192 --batch 2 --micro-batch 2 --tokens 768",
-            f"sft.py --init {base} --out sft --n-train 8 --epochs 1 --batch 4 {few}",
+            f"sft.py --init {base} --teacher native --out sft --n-train 8 --epochs 1 --batch 4 {few}",
             f"rl.py --init sft/final.pt --out rl --n-problems 2 --rollouts 2 --steps 1 {few}",
             f"evaluate.py rl/final.pt {base} --split test --n-problems 2 --n-samples 2 --k 1"):
         done = worlds.run_here(*command.split(), "--data", "d", "--threads", 1)
