@@ -7,6 +7,7 @@ recipes and studies that they name in study.py.
 import base64
 import html
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import permutations
@@ -224,20 +225,25 @@ def judged(claim: str, says: str, metric: str, where: str, x: np.ndarray, margin
 
 
 def judge_claim(records: list[dict], c: Claim, metric: str, candidates: list[str]) -> Iterator[list[str]]:
-    """The claim over all checkpoints that have both recipes, then each of these checkpoints alone. Beside it
-    the paper's difference where its base is as accurate."""
+    """The claim over all checkpoints that have both recipes, then each alone, with the accuracy of its base;
+    beside it the paper's difference where its base is as accurate."""
     alone = {at: difference(records, c.a, c.b, metric, [at]) for at in candidates}
     ats = [at for at in candidates if alone[at] is not None]
     x = difference(records, c.a, c.b, metric, ats)
     if x is None:                                        # no seed has both at every checkpoint
         return
-    yield judged(c.id, c.says, metric, ", ".join(ats), x, c.margin, c.paper)
+    if len(ats) > 1:
+        yield judged(c.id, c.says, metric, ", ".join(ats), x, c.margin, c.paper)
     for at in ats:
         accuracy = np.mean([values(r, PASS_1).mean() for r in find(records, "base", at)])
+        where = f"{at} (base {accuracy:.1f} %)"
         paper = ""
         if metric in (PASS_1, PASS_32) and not c.paper:
             paper = shown(paper_at(accuracy, c.a, c.b, metric), metric, "+")
-        yield judged("", f"base {accuracy:.1f} %", metric, at, alone[at], c.margin, paper)
+        if len(ats) == 1:
+            yield judged(c.id, c.says, metric, where, alone[at], c.margin, c.paper or paper)
+        else:
+            yield judged("", "", metric, where, alone[at], c.margin, paper)
 
 
 def judge_composition(records: list[dict]) -> Iterator[list[str]]:
@@ -431,13 +437,15 @@ def forgetting(_: list[dict], ends: list[dict]) -> Iterator[Panel]:
 def dial(_: list[dict], ends: list[dict]) -> Iterator[Panel]:
     """SFT by the foreignness of its demonstrations, from each checkpoint; RL, which sees none, as a line."""
     taught = [r for r in ends if r["nll"] and r["recipe"] not in ("SFT 30 passes", "SFT-Gold")]
+    if len({r["recipe"] for r in taught}) == 1:          # no dial
+        return
     for at in checkpoints(taught):
         nll = defaultdict(list)
         for r in taught:
             if r["at"] == at:
                 nll[r["recipe"]] += r["nll"]
         runs = [(recipe, np.mean(nll[recipe]), r) for recipe in nll for r in find(ends, recipe, at)]
-        edges = {min(x for _, x, _ in runs), max(x for _, x, _ in runs)}
+        edges = (min(x for _, x, _ in runs), max(x for _, x, _ in runs))
         runs += [(name, x, r) for name in ("base", "RL") for r in find(ends, name, at) for x in edges]
         yield from measured((PASS_1, PASS_32, SOUND_32, HARD_SOUND_32, GENERAL, BITS), f"from {at}: ",
                             "demonstrations: nats per token under the base", runs)
@@ -648,30 +656,49 @@ def report(out: Path, records: list[dict], order: tuple[str, ...] = ()) -> str:
 PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title>
 <style>
 body {{ font: 15px/1.4 sans-serif; margin: 2em }} table {{ border-collapse: collapse; font-size: 13px }}
-td, th {{ border: 1px solid #ccc; padding: 2px 6px; text-align: left }} th {{ cursor: pointer }}
-img {{ max-width: 100% }}
+td, th {{ border: 1px solid #ccc; padding: 2px 6px; text-align: left; vertical-align: top }}
+th {{ cursor: pointer }}
+img {{ max-width: 100% }} pre {{ white-space: pre-wrap; margin: 4px 0 }}
 .sound {{ color: green }} .right {{ color: #a60 }} .wrong, .unparsed {{ color: #b00 }}
 </style>
 <h1>{title}</h1><p>{about}</p>{body}
-<h2>Answers</h2><p>Two samples of the same ten test problems. Green: sound; brown: right, but not derived.</p>
-<select id="run"></select><div id="answers"></div>
+<h2>Answers</h2>
+<p>Two samples of the same ten test problems for each run. Green: sound; brown: right, but not derived.</p>
+<select id="checkpoint"></select> <select id="recipe"></select><table><tbody id="answers"></tbody></table>
 <script>
-const runs = {runs};
-const select = document.getElementById("run"), answers = document.getElementById("answers");
-for (const name of Object.keys(runs)) select.add(new Option(name));
-function line(tag, text, kind, parent) {{
+const runs = {runs};   // checkpoint -> recipe -> run -> problems with answers
+const checkpoint = document.getElementById("checkpoint"), recipe = document.getElementById("recipe");
+function add(tag, text, kind, parent) {{
   const e = parent.appendChild(document.createElement(tag));
   e.textContent = text;
   e.className = kind;
+  return e;
 }}
-select.onchange = () => {{
-  answers.replaceChildren();
-  for (const x of runs[select.value] || []) {{
-    line("p", x.question + " (" + x.answer + ")", "", answers);
-    for (const [grade, text] of x.answers) line("pre", text, grade, answers);
-  }}
-}};
-select.onchange();
+function fill(select, names) {{
+  const chosen = select.value;
+  select.replaceChildren(...names.map(name => new Option(name)));
+  select.value = names.includes(chosen) ? chosen : names[0];
+}}
+function show() {{
+  const columns = Object.entries((runs[checkpoint.value] || {{}})[recipe.value] || {{}});
+  const body = document.getElementById("answers");
+  body.replaceChildren();
+  if (!columns.length) return;
+  const names = add("tr", "", "", body);
+  for (const name of ["problem", ...columns.map(([name]) => name)]) add("td", name, "", names);
+  columns[0][1].forEach((x, i) => {{
+    const row = add("tr", "", "", body);
+    add("td", x.question + " (" + x.answer + ")", "", row);
+    for (const [_, problems] of columns) {{
+      const cell = add("td", "", "", row);
+      for (const [grade, text] of problems[i].answers) add("pre", text, grade, cell);
+    }}
+  }});
+}}
+checkpoint.onchange = () => {{ fill(recipe, Object.keys(runs[checkpoint.value] || {{}})); show(); }};
+recipe.onchange = show;
+fill(checkpoint, Object.keys(runs));
+checkpoint.onchange();
 document.querySelectorAll("th").forEach(th => th.onclick = () => {{
   const body = th.closest("table").tBodies[0], i = th.cellIndex, up = th.dataset.up = -(th.dataset.up || -1);
   const value = row => row.cells[i].textContent, sign = (a, b) => up * (parseFloat(a) - parseFloat(b) ||
@@ -696,14 +723,16 @@ def page(out: Path, about: str, tables: list[tuple], figures: list[str], records
     for name in figures:
         image = base64.b64encode((out / f"{name}.png").read_bytes()).decode()
         parts.append(f'<h2>{name}</h2><img src="data:image/png;base64,{image}">')
-    runs = {}
+    runs: dict[str, dict[str, dict]] = {}
     for r in records:
         step = f", step {r['step']}" if r["step"] >= 0 else ""
-        shown = [x for d in r["problems"].values() for x in d.get("examples", ())]
-        if shown:
-            runs[f"{r['base']} {r['at']}, {r['recipe']}{step}, seed {r['seed']} {r['how']}".strip()] = shown
-    return PAGE.format(title=f"Results of the study {out.name}", about=html.escape(about),
-                       body="".join(parts), runs=json.dumps(runs).replace("</", "<\\/"))
+        answers = [x for d in r["problems"].values() for x in d.get("examples", ())]
+        if answers:
+            recipes = runs.setdefault(f"{r['base']} {r['at']}", {})
+            recipes.setdefault(r["recipe"], {})[f"seed {r['seed']}{step} {r['how']}".strip()] = answers
+    title = html.escape(f"Results of the study {out.name}")
+    return PAGE.format(title=title, about=html.escape(re.sub("[`*]", "", about)), body="".join(parts),
+                       runs=json.dumps(runs).replace("</", "<\\/"))
 
 
 def all_claims(folder: Path, studies: dict[str, list[dict]]) -> None:
@@ -720,8 +749,8 @@ def all_claims(folder: Path, studies: dict[str, list[dict]]) -> None:
         for row in judge(records):
             if row[0]:
                 claim = row[:3]                          # those of single checkpoints belong to it
-            if (*claim, *row[1:6]) not in known:
-                known.add((*claim, *row[1:6]))
+            if (*claim, *row[3:6]) not in known:
+                known.add((*claim, *row[3:6]))
                 rows.append([name, claim[0], *row[1:]])
     rows.sort(key=lambda row: row[1])
     table = markdown("| study " + CLAIMS_HEADER, rows)
