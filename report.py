@@ -568,8 +568,9 @@ def by_operations(ends: list[dict]) -> Iterator[list]:
                     means = []
                     for r in find(ends, recipe, at, base):
                         chosen = np.array(r["problems"][difficulty]["operations"]) == n
-                        means.append(values(r, f"{difficulty} {kind}@1")[chosen].mean())
-                    pair.append(f"{np.mean(means):.1f}")
+                        if chosen.any():
+                            means.append(values(r, f"{difficulty} {kind}@1")[chosen].mean())
+                    pair.append(f"{np.mean(means):.1f}" if means else "–")
                 row.append(" / ".join(pair))
         yield row
 

@@ -207,13 +207,15 @@ SEEDS = [record("base", [16]), record("base", [48], 1), record("RL", [32]), reco
     (report.solved, [START, RUN | {"problems": {"easy": RUN["problems"]["easy"]}}], 5, [3, 4, 2, 1]),
     (report.by_operations, [RUN, record("RL", [64] * 5, 1)], 3,
      ["75.0 / 62.5", "87.5 / 75.0", "66.7 / 66.7", "50.0 / 50.0"]),
+    (report.by_operations, [record("RL", [16])], 3, 2 * ["25.0 / 25.0", "– / –"]),
     (report.along, [RUN, START], 3, [0, "0.250", "30", "> 50", "tens 60%", "beyond measure"]),
     (report.evaluations, [SHORT], 2, ["base, step 50, --shots 2", 0, "23.4", "60.0", "20.6", "40.0"]),
     (report.evaluations, [SHORT], 11, ["40.0", "", "", "1.0e+00", "1.0"])])
 def test_the_last_row_of_a_table(table, records, column, expected):
     """Gains are on the base of the same seed. The base has sound answers to problems 0, 1 and 4, RL to 1 to 4
     (hard: to 1 and 2, then to 0). Of one operation (0, 2, 4) 96 of 192 samples are right, 48 sound; of two 96
-    and 64 of 128; of a second seed all. Validation counts twice in a row, though .1 + .05 > .15 in floats."""
+    and 64 of 128; of a second seed all; where there are none, nothing. Validation counts twice in a row,
+    though .1 + .05 > .15 in floats."""
     row = list(table(records))[-1]
     assert row[column:column + len(expected)] == expected
 
