@@ -125,7 +125,7 @@ STUDIES = {
                   (*PIPELINES, "continued", "RL gentle", "SFT native", "SFT native→RL", "SFT 30 passes",
                    "self-SFT", "continued 3.2M", "annealed again"),
                   few={"3M": ("RL", "SFT", "continued", "SFT native")}),
-    "raw": Study({"base": ("", KEPT, ("4M", "6M", "8M"))}, ("RL", "SFT", "continued", "SFT native"),
+    "raw": Study({"base": ("", KEPT, ("6M", "8M"))}, ("RL", "SFT", "continued", "SFT native"),
                  anneal=0),
     "dial": Study({"base": ("", KEPT, ("4M", "6M"))},
                   ("SFT native", "SFT", "SFT spoken", "SFT prose", "self-SFT", "RL")),
