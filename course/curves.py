@@ -1,0 +1,81 @@
+"""If your curve looks like this: six runs of rl.py, one of them healthy, each as a small figure.
+
+    python data/prepare.py && python course/curves.py       about 15 minutes, one thread
+
+Trains from the published bases and draws course/curves/NAME.png; course/curves.md says what to do about each.
+`--names healthy,luck` chooses runs. The same call resumes.
+"""
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # so that this file also runs as a script
+
+import numpy as np  # noqa: E402
+from matplotlib import pyplot as plt  # noqa: E402
+
+import rl  # noqa: E402
+from checkpoint import check_fields, main, parse, require  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+WINDOW = 10                          # steps: a point is their mean
+TELLING = ("signal", "entropy", "kl")   # columns of log.jsonl that tell the runs apart
+RUNS = {                             # name -> base, options of rl.py
+    "healthy": ("6M", "--steps 100"),
+    "no-signal": ("3M", "--steps 50 --difficulty hard --reward steps"),
+    "luck": ("3M", "--steps 100"),
+    "collapse": ("6M", "--steps 60 --lr 3e-4 --updates 4 --clip-low 1 --clip-high 1e9"),
+    "learning-rate": ("6M", "--steps 50 --lr 3e-3"),
+    "memorising": ("6M", "--steps 150 --lr 3e-4 --n-train 500"),
+}
+
+
+@dataclass
+class Config:
+    names: tuple[str, ...] = tuple(RUNS)   # of the runs
+    data: str = "data/tiny"                 # folder made by data/prepare.py
+    runs: str = "runs/curves"               # where they go
+    out: str = str(ROOT / "course" / "curves")   # folder for the figures
+
+
+def smooth(lines: list[dict], column: str) -> tuple[Sequence[float], Sequence[float]]:
+    """(steps, values) of a column: means of WINDOW steps; validation's as they are."""
+    points = np.array([(line["step"], line[column]) for line in lines if line.get(column) is not None])
+    if not column.startswith("val_"):
+        points = np.array([points[i:i + WINDOW].mean(0) for i in range(0, len(points), WINDOW)])
+    return points[:, 0], points[:, 1]
+
+
+def draw(lines: list[dict], path: Path) -> None:
+    """Left what RL is for; then the columns that tell what is wrong, each on a scale of its own."""
+    figure, axes = plt.subplots(1, 1 + len(TELLING), figsize=(9, 2), layout="constrained")
+    for column in ("right", "sound", "val_pass@1"):
+        axes[0].plot(*smooth(lines, column), label=column)
+    axes[0].legend(fontsize=7)
+    for axis, column in zip(axes[1:], TELLING):
+        axis.plot(*smooth(lines, column), color="black")
+        axis.set_title(column, fontsize=9)
+    for axis in axes:
+        axis.set_ylim(0, 1 if axis.get_title() == "signal" else None)
+        axis.tick_params(labelsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def run(c: Config) -> None:
+    check_fields(c)
+    unknown = set(c.names) - set(RUNS)
+    require(not unknown, f"{', '.join(sorted(unknown))}: must be of {', '.join(RUNS)}")
+    for name in c.names:
+        base, options = RUNS[name]
+        argv = ["--init", str(ROOT / "results" / "bases" / f"{base}.pt"), "--data", c.data,
+                "--out", str(Path(c.runs, name)), "--threads", "1", *options.split()]
+        log = rl.train(parse(rl.Config, argv)).with_name("log.jsonl")
+        draw([json.loads(line) for line in log.read_text().splitlines()], Path(c.out, f"{name}.png"))
+
+
+if __name__ == "__main__":
+    main(run, Config)
