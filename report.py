@@ -50,6 +50,9 @@ CLAIMS = [Claim(*row) for row in (
     ("C3", "RL beats SFT on pass@1", "RL", "SFT"),
     ("C3", "the same, with native demonstrations", "RL", "SFT native"),
     ("C3", "the same, with 30 passes", "RL", "SFT 30 passes"),
+    # added on 29 November, after their results: the foreign end of the dial
+    ("C3", "the same, with spoken demonstrations", "RL", "SFT spoken"),
+    ("C3", "the same, with prose", "RL", "SFT prose"),
     ("C3", "SFT-Gold beats RL on pass@32", "SFT-Gold", "RL", BOTH_32),
     ("C3", "SFT-Gold→RL beats RL on pass@1", "SFT-Gold→RL", "RL"),
     ("C5", "direct RL lifts pass@1", "RL", "base"),
