@@ -570,7 +570,7 @@ def by_operations(ends: list[dict]) -> Iterator[list]:
                 for kind in ("pass", "sound"):
                     means = []
                     for r in find(ends, recipe, at, base):
-                        chosen = np.array(r["problems"][difficulty]["operations"]) == n
+                        chosen = np.array(list(r["problems"][difficulty]["operations"])) == str(n)
                         if chosen.any():
                             means.append(values(r, f"{difficulty} {kind}@1")[chosen].mean())
                     pair.append(f"{np.mean(means):.1f}" if means else "–")

@@ -450,6 +450,8 @@ def record(x: Cell) -> dict:
     lines = json_lines(x.makes.with_name("log.jsonl"))
     for b in result.get("benchmarks", {}).values():
         b["hits"] = "".join(map(str, b["hits"]))
+    for d in result.get("problems", {}).values():
+        d["operations"] = "".join(map(str, d["operations"]))
     return {
         **{k: getattr(x, k) for k in ("base", "at", "recipe", "seed", "step", "how")},
         "cost": {k: sum(s[k] for s in stages) for k in ("tokens", "updates", "flops", "seconds")},
@@ -507,7 +509,8 @@ def study(c: Config) -> None:
         records = report.with_base([record(x) for x in cells if x.evaluation and x.makes.exists()])
         require(bool(records), failed)                   # earlier results stay
         out.mkdir(parents=True, exist_ok=True)
-        atomic_write(out / "results.jsonl", "".join(json.dumps(r) + "\n" for r in records).encode())
+        lines = [json.dumps(r, separators=(",", ":")) + "\n" for r in records]
+        atomic_write(out / "results.jsonl", "".join(lines).encode())
     claims = report.report(out, stored(out), tuple(RECIPES))
     print(claims, f"\nwritten: {out / 'report.md'}", sep="\n")
     require(not failed, failed)

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -16,7 +17,7 @@ import worlds
 
 import rl
 from checkpoint import UserError
-from course import experiments, grade, handout, leaderboard, make
+from course import curves, experiments, grade, handout, leaderboard, make
 from course.functions import FUNCTIONS, ROOT, blank, definition
 from merge import Config as MergeConfig
 from merge import parallel_round
@@ -263,6 +264,36 @@ def test_experiments_write_numbers_a_figure_and_ranges(tmp_path, monkeypatch, ca
     table = handout.ranges("baseline", json.loads((tmp_path / "ranges.json").read_text()))
     a, b = (row["reward"] for row in rows[:2])
     assert table[2].startswith(f"| with | {(a + b) / 2:.3g} ± {15.6 * abs(a - b) / 2 ** .5:.2g} |")
+
+
+def test_the_page_of_curves_has_each_command_and_figure():
+    page = (ROOT / "course/curves.md").read_text("utf-8")
+    for name, (base, options) in curves.RUNS.items():
+        assert f"python rl.py --init results/bases/{base}.pt {options}\n" in page
+        assert f"](curves/{name}.png)" in page and (ROOT / f"course/curves/{name}.png").is_file()
+
+
+def test_a_curve_is_drawn_from_its_run(tmp_path, monkeypatch):
+    """From a base of the project, again without training; an unknown name is refused."""
+    base = tmp_path / "results/bases/3M.pt"
+    base.parent.mkdir(parents=True)
+    shutil.copy(worlds.parrot(), base)
+    monkeypatch.setattr(curves, "ROOT", tmp_path)
+    monkeypatch.setattr(curves, "RUNS", {"short": ("3M", FAST)})
+    c = curves.Config(("short",), str(worlds.data()), str(tmp_path / "runs"), str(tmp_path / "out"))
+    worlds.quietly(curves.run, c)
+    figure = (tmp_path / "out/short.png").read_bytes()
+    monkeypatch.setattr(rl, "collect", None)
+    worlds.quietly(curves.run, c)
+    assert (tmp_path / "out/short.png").read_bytes() == figure and len(figure) > 5_000
+    with pytest.raises(UserError, match="long: must be of short"):
+        curves.run(curves.Config(("long",)))
+
+
+def test_the_points_of_a_curve_are_means_of_ten_steps():
+    lines = [{"step": step, "right": step / 2} for step in range(1, 16)] + [{"step": 15, "val_pass@1": .5}]
+    assert [list(x) for x in curves.smooth(lines, "right")] == [[5.5, 13], [2.75, 6.5]]
+    assert [list(x) for x in curves.smooth(lines, "val_pass@1")] == [[15], [.5]]
 
 
 def test_the_leaderboard_reruns_and_ranks(tmp_path, capsys):

@@ -74,7 +74,7 @@ def record(recipe: str, right: list[int], seed: int = 0, at: str = "4M", sound: 
     for name, n, rights, sounds in (("easy", 1, right, sound), ("hard", 3, hard or right, hard or sound)):
         problems[name] = {
             "samples": samples, "right_per_problem": rights, "sound_per_problem": sounds or rights,
-            "operations": ([n, n + 1] * 9)[:len(rights)], "guess": {"1": .01, "32": .2}, "unparsed": 0,
+            "operations": (f"{n}{n + 1}" * 9)[:len(rights)], "guess": {"1": .01, "32": .2}, "unparsed": 0,
             "answer_entropy": 1, "distinct_completions": 2, "styles": {"tens": 1.}}
     return {"base": "base", "at": at, "recipe": recipe, "seed": seed, "step": -1, "how": "", "nll": [],
             "cost": {"flops": 1, "seconds": 60}, "curve": [[10, .2, 0., 5, .3, .2]], "noise": [1., 50.],
