@@ -26,7 +26,7 @@ RUNS = {                             # name -> base, options of rl.py
     "healthy": ("6M", "--steps 100"),
     "no-signal": ("3M", "--steps 50 --difficulty hard --reward steps"),
     "luck": ("3M", "--steps 100"),
-    "collapse": ("6M", "--steps 60 --lr 3e-4 --updates 4 --clip-low 1 --clip-high 1e9"),
+    "collapse": ("6M", "--steps 150 --lr 3e-4 --n-train 16 --n-problems 16"),
     "learning-rate": ("6M", "--steps 50 --lr 3e-3"),
     "memorising": ("6M", "--steps 150 --lr 3e-4 --n-train 500"),
 }
