@@ -213,8 +213,11 @@ def train(c: Config) -> Path:
 
             # ---- stop
             run.end_step(step, model, tokenizer, optimizer)
-        return run.finish(model, tokenizer, optimizer,
-                          then=f"python rl.py --data {c.data} --init {run.final} --out runs/rl")
+        then = f"python rl.py --data {c.data} --init {run.final} --out runs/rl"
+        if not (c.init or c.decay):                      # a base for RL has its learning rate lowered first
+            then = (f"python pretrain.py --data {c.data} --init {run.final} --tokens {c.tokens // 10} "
+                    "--decay 1 --warmup 10 --out runs/annealed")
+        return run.finish(model, tokenizer, optimizer, then=then)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Experiments on what the course's functions do: each trains two or three arms that differ in one option.
+"""Experiments on what the course's functions do: each trains two arms that differ in one option.
 
     python course/experiments.py base               once: data, 4M.pt and 6M.pt, in about 10 minutes
     python course/experiments.py std                an experiment: at most 5 minutes

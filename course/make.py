@@ -17,7 +17,8 @@ from checkpoint import main, require  # noqa: E402
 from course.functions import CODE, FUNCTIONS, ROOT, blank, copy_files  # noqa: E402
 
 COPIED = (*CODE, "LICENSE", "*.md", "*.txt", "data/*.md", "beyond/*.md", "beyond/*.txt", "results/**/*.md",
-          "results/**/*.png", "results/benchmark/*.json", "course/*.py", "course/*.md", "course/*.txt")
+          "results/**/*.png", "results/benchmark/*.json", "results/bases/*.pt", "course/*.py", "course/*.md",
+          "course/*.txt", "course/curves/*.png")
 KEPT_BACK = ("course/make.py", "course/handout.py", "tests/test_course.py")
 
 

@@ -121,7 +121,8 @@ def test_a_task(copy):
     replace("data/arithmetic.py", r'^ANSWER = r"[^"]*"', pattern)
     end_with("data/arithmetic.py", "grade", code)
     cat = {"question": "Nora has a pet. Which?", "answer": "cat", "solutions": ["#### Cat"]}
-    Path("my.jsonl").write_text(32 * (json.dumps(cat) + "\n"))
+    for name in ("my.jsonl", "my-test.jsonl"):
+        Path(name).write_text(32 * (json.dumps(cat) + "\n"))
     run(sft, "--init", worlds.base(), *SMALL_SFT)
     run(grpo, *SMALL)
     assert worlds.lines(Path("runs/task/log.jsonl"))[1]["reward"] > 0

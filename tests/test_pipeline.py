@@ -361,7 +361,7 @@ def test_the_command_lines_chained(tmp_path):
     base, finals = tmp_path / "base" / "0.002048M.pt", {}
     said = said_by("pretrain.py", data=data, out=base.parent, threads=1, **BASE)
     assert base.is_file() and str(base) in said
-    assert re.search(rf"^next: python rl\.py .*--data {data}\b", said, re.M)       # not the default folder
+    assert re.search(rf"^next: python pretrain\.py .*--data {data}\b.* --decay 1\b", said, re.M)
     for name, changes in (("sft", SFT), ("rl", RL), ("merge", MERGE)):
         final = finals[name] = tmp_path / name / "final.pt"
         said = said_by(f"{name}.py", init=base, data=data, problem_file=sevens, out=final.parent, threads=1,
