@@ -60,6 +60,7 @@ def draw(lines: list[dict], path: Path) -> None:
     for axis in axes:
         axis.set_ylim(0, 1 if axis.get_title() == "signal" else None)
         axis.tick_params(labelsize=7)
+        axis.set_xlabel("step", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)
     plt.close(figure)
