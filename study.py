@@ -75,7 +75,7 @@ RECIPES = {
     "H=10": "merge.py --init {base} --inner 10",
     "H=all": "merge.py --init {base} --inner 150",
     "linear": "merge.py weights {RL} {SFT} --base {base} --method linear",
-    "task": "merge.py weights {RL} {SFT} --base {base} --method task --weights 1,1 --factor 0.5",
+    "task": "merge.py weights {RL} {SFT} --base {base} --method task --weights 1,1 --factor 0.3",
     "ties": "merge.py weights {RL} {SFT} --base {base} --method ties",
     # few against many rollouts per problem: 153,600 rollouts each
     "G=4": "rl.py --init {base} --rollouts 4 --steps 600 --eval-every 40 --checkpoints-at 38",
