@@ -237,16 +237,12 @@ def judge_claim(records: list[dict], c: Claim, metric: str, candidates: list[str
         return
     if len(ats) > 1:
         yield judged(c.id, c.says, metric, ", ".join(ats), x, c.margin, c.paper)
+    claim, says, paper = ("", "", "") if len(ats) > 1 else (c.id, c.says, c.paper)       # said above, or here
     for at in ats:
         accuracy = np.mean([values(r, PASS_1).mean() for r in find(records, "base", at)])
-        where = f"{at} (base {accuracy:.1f} %)"
-        paper = ""
         if metric in (PASS_1, PASS_32) and not c.paper:
             paper = shown(paper_at(accuracy, c.a, c.b, metric), metric, "+")
-        if len(ats) == 1:
-            yield judged(c.id, c.says, metric, where, alone[at], c.margin, c.paper or paper)
-        else:
-            yield judged("", "", metric, where, alone[at], c.margin, paper)
+        yield judged(claim, says, metric, f"{at} (base {accuracy:.1f} %)", alone[at], c.margin, paper)
 
 
 def judge_composition(records: list[dict]) -> Iterator[list[str]]:
@@ -448,7 +444,7 @@ def dial(_: list[dict], ends: list[dict]) -> Iterator[Panel]:
             if r["at"] == at:
                 nll[r["recipe"]] += r["nll"]
         runs = [(recipe, np.mean(nll[recipe]), r) for recipe in nll for r in find(ends, recipe, at)]
-        edges = (min(x for _, x, _ in runs), max(x for _, x, _ in runs))
+        edges = {min(x for _, x, _ in runs), max(x for _, x, _ in runs)}
         runs += [(name, x, r) for name in ("base", "RL") for r in find(ends, name, at) for x in edges]
         yield from measured((PASS_1, PASS_32, SOUND_32, HARD_SOUND_32, GENERAL, BITS), f"from {at}: ",
                             "demonstrations: nats per token under the base", runs)
@@ -683,8 +679,9 @@ function fill(select, names) {{
   select.replaceChildren(...names.map(name => new Option(name)));
   select.value = names.includes(chosen) ? chosen : names[0];
 }}
+const recipes = () => runs[checkpoint.value] || {{}};
 function show() {{
-  const columns = Object.entries((runs[checkpoint.value] || {{}})[recipe.value] || {{}});
+  const columns = Object.entries(recipes()[recipe.value] || {{}});
   const body = document.getElementById("answers");
   body.replaceChildren();
   if (!columns.length) return;
@@ -699,7 +696,7 @@ function show() {{
     }}
   }});
 }}
-checkpoint.onchange = () => {{ fill(recipe, Object.keys(runs[checkpoint.value] || {{}})); show(); }};
+checkpoint.onchange = () => {{ fill(recipe, Object.keys(recipes())); show(); }};
 recipe.onchange = show;
 fill(checkpoint, Object.keys(runs));
 checkpoint.onchange();

@@ -5,9 +5,7 @@
 Trains from the published bases and draws course/curves/NAME.png; course/curves.md says what to do about each.
 `--names healthy,luck` chooses runs. The same call resumes.
 """
-import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +16,10 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 import rl  # noqa: E402
 from checkpoint import check_fields, main, parse, require  # noqa: E402
+from course.experiments import points  # noqa: E402
+from course.functions import ROOT  # noqa: E402
+from study import json_lines  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
 WINDOW = 10                          # steps: a point is their mean
 TELLING = ("signal", "entropy", "kl")   # columns of log.jsonl that tell the runs apart
 RUNS = {                             # name -> base, options of rl.py
@@ -34,18 +34,18 @@ RUNS = {                             # name -> base, options of rl.py
 
 @dataclass
 class Config:
-    names: tuple[str, ...] = tuple(RUNS)   # of the runs
-    data: str = "data/tiny"                 # folder made by data/prepare.py
-    runs: str = "runs/curves"               # where they go
-    out: str = str(ROOT / "course" / "curves")   # folder for the figures
+    names: tuple[str, ...] = tuple(RUNS)     # of the runs
+    data: str = "data/tiny"                   # folder made by data/prepare.py
+    runs: str = "runs/curves"                 # where they go
+    out: str = str(ROOT / "course/curves")    # folder for the figures
 
 
-def smooth(lines: list[dict], column: str) -> tuple[Sequence[float], Sequence[float]]:
+def smooth(lines: list[dict], column: str) -> tuple[np.ndarray, np.ndarray]:
     """(steps, values) of a column: means of WINDOW steps; validation's as they are."""
-    points = np.array([(line["step"], line[column]) for line in lines if line.get(column) is not None])
+    found = np.array(points(lines, column))
     if not column.startswith("val_"):
-        points = np.array([points[i:i + WINDOW].mean(0) for i in range(0, len(points), WINDOW)])
-    return points[:, 0], points[:, 1]
+        found = np.array([found[i:i + WINDOW].mean(0) for i in range(0, len(found), WINDOW)])
+    return found[:, 0], found[:, 1]
 
 
 def draw(lines: list[dict], path: Path) -> None:
@@ -72,10 +72,10 @@ def run(c: Config) -> None:
     require(not unknown, f"{', '.join(sorted(unknown))}: must be of {', '.join(RUNS)}")
     for name in c.names:
         base, options = RUNS[name]
-        argv = ["--init", str(ROOT / "results" / "bases" / f"{base}.pt"), "--data", c.data,
+        argv = ["--init", str(ROOT / f"results/bases/{base}.pt"), "--data", c.data,
                 "--out", str(Path(c.runs, name)), "--threads", "1", *options.split()]
         log = rl.train(parse(rl.Config, argv)).with_name("log.jsonl")
-        draw([json.loads(line) for line in log.read_text().splitlines()], Path(c.out, f"{name}.png"))
+        draw(json_lines(log), Path(c.out, f"{name}.png"))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import sft  # noqa: E402
 from checkpoint import atomic_write, check_fields, load_model, main, parse, require  # noqa: E402
 from data import prepare  # noqa: E402
 from evaluate import measure_benchmarks  # noqa: E402
+from study import json_lines  # noqa: E402
 from matplotlib import pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -84,6 +85,11 @@ def make_base(c: Config) -> None:
                                    checkpoints_at=(4_000_000,), threads=1))
 
 
+def points(log: list[dict], column: str) -> list[tuple]:
+    """(step, value) of the lines of a log that have the column."""
+    return [(line["step"], line[column]) for line in log if line.get(column) is not None]
+
+
 def run_arm(name: str, arm: str, seed: int, c: Config) -> dict[str, tuple[list, list]]:
     """Train an arm of an experiment; returns (steps, values) of each of its numbers."""
     e = EXPERIMENTS[name]
@@ -97,11 +103,11 @@ def run_arm(name: str, arm: str, seed: int, c: Config) -> dict[str, tuple[list, 
     with mock.patch.object(rl, "advantages", changed), redirect_stdout(sys.stderr):
         final = script.train(parse(script.Config, options))
 
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    log = json_lines(out / "log.jsonl")
     curves = {}
     for number in e.numbers:
-        points = [(line["step"], line[number]) for line in log if line.get(number) is not None]
-        curves[number] = tuple(zip(*points)) if number != "general" else ([0], [general(final, c)])
+        found = [(0, general(final, c))] if number == "general" else points(log, number)
+        curves[number] = tuple(zip(*found))
     return curves
 
 
