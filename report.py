@@ -6,6 +6,7 @@ recipes and studies that they name in study.py.
 """
 import base64
 import html
+import io
 import json
 import re
 from collections import defaultdict
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image  # of matplotlib
 
 from checkpoint import atomic_write, number, require
 from evaluate import general, passes
@@ -32,14 +34,17 @@ class Claim(NamedTuple):
     95 % interval over seeds and problems lies above the margin. Not reproduced: below it. Else undecided."""
     id: str                         # C1: of checkpoints with at most half of the pretraining tokens
     says: str
-    a: str                          # recipe; "G=4@38": after step 38
+    a: str                          # recipe; "G=4@38": after step 38; "RL, T=1": evaluated in that way
     b: str
     metrics: tuple[str, ...] = (PASS_1, SOUND_1)         # a row for each
     margin: float = 0               # points; of bits per byte: bits
     paper: str = ""                 # its figures, %; none: those of its curves, where the base is as accurate
 
 
+HOW = {"T=1": "--temperature 1.0",      # other ways of evaluation than the usual one
+       "512 samples": "--n-problems 100 --n-samples 512 --k 1,8,32,128,512 --no-benchmarks"}
 BOTH_32 = (PASS_32, SOUND_32)
+HARD_BOTH = (HARD_32, HARD_SOUND_32)
 AVERAGING = ("SFT at lr/2", "RL at lr/2", "fused", "alternating", "H=10", "H=all", "linear", "task", "ties")
 CLAIMS = [Claim(*row) for row in (
     ("C1", "RL lifts early checkpoints by 5 points of pass@1", "RL", "base", (PASS_1, SOUND_1), 5),
@@ -57,7 +62,14 @@ CLAIMS = [Claim(*row) for row in (
     ("C3", "SFT-Gold→RL beats RL on pass@1", "SFT-Gold→RL", "RL"),
     ("C5", "direct RL lifts pass@1", "RL", "base"),
     ("C5", "direct RL expands: pass@32 rises", "RL", "base", BOTH_32),
-    ("C5", "the same on hard problems", "RL", "base", (HARD_32, HARD_SOUND_32)),
+    ("C5", "the same on hard problems", "RL", "base", HARD_BOTH),
+    # added on 29 November, after their results: the first edition of this study had one temperature
+    ("C5", "at temperature 1, that of its rollouts, RL lifts pass@1", "RL, T=1", "base, T=1"),
+    ("C5", "at temperature 1 it expands", "RL, T=1", "base, T=1", (*BOTH_32, *HARD_BOTH)),
+    ("C5", "it expands, read at 1, the base at its better 0.6", "RL, T=1", "base", (*BOTH_32, *HARD_BOTH)),
+    ("C5", "it still expands at 512 attempts (100 problems)", "RL, 512 samples", "base, 512 samples",
+     ("easy pass@512", "easy sound@512", "hard pass@512", "hard sound@512")),
+    ("C5", "at temperature 1 RL after SFT sharpens", "SFT, T=1", "SFT→RL, T=1", BOTH_32),
     # added on the same day, after one seed of the search on validation problems had shown that it might
     ("C5", "at a third of its learning rate RL lifts pass@1", "RL gentle", "base"),
     ("C5", "at a third of its learning rate RL expands", "RL gentle", "base", BOTH_32),
@@ -121,11 +133,13 @@ def values(r: dict, metric: str) -> np.ndarray:
     return 100 * passes(r["problems"][difficulty], int(k), "sound" if kind == "sound" else "right")
 
 
-def find(records: list[dict], recipe: str, at: str, base: str = "", how: str = "") -> list[dict]:
-    """Evaluations of a recipe ("G=4@38": after step 38) from a checkpoint, by seed. `base`: or the first."""
+def find(records: list[dict], recipe: str, at: str, base: str = "") -> list[dict]:
+    """Evaluations of a recipe ("G=4@38": after step 38; "RL, T=1": in that way) from a checkpoint, by seed.
+    `base`: or the first."""
+    recipe, _, how = recipe.partition(", ")
     name, _, step = recipe.partition("@")
     base = base or records[0]["base"]
-    wanted = {"base": base, "at": at, "recipe": name, "step": int(step or -1), "how": how}
+    wanted = {"base": base, "at": at, "recipe": name, "step": int(step or -1), "how": HOW.get(how, "")}
     return sorted((r for r in records if wanted.items() <= r.items()), key=lambda r: r["seed"])
 
 
@@ -459,6 +473,13 @@ def composition(records: list[dict], _: list[dict]) -> Iterator[Panel]:
     return measured(("hard pass@1", "hard sound@1", HARD_32, HARD_SOUND_32), "", "", runs)
 
 
+def save(figure: Figure, path: Path) -> None:
+    """As a PNG of 64 colours, a third as large."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=90)
+    Image.open(drawn).convert("RGB").quantize(64).save(path, optimize=True)
+
+
 def spread(x: np.ndarray) -> tuple[float, float, float]:
     """(mean, low, high) of scores (S, N): the interval, or the range over seeds if N = 1."""
     return interval(x) if x.shape[1] > 1 else (x.mean(), x.min(), x.max())
@@ -481,9 +502,11 @@ def plot(panels: list[Panel], order: tuple[str, ...]) -> Figure:
             if panel.unit:                               # numbers on x
                 curve = dict(sorted(curve.items()))
             mean, low, high = np.array([spread(np.array(scores)) for scores in curve.values()]).T
+            bars = np.array([mean - low, high - mean])
+            bars = np.nan_to_num(bars).clip(0)           # a mean of equal numbers may be rounded
             name, _, paper = recipe.partition(", the paper")
             style = "--" if recipe.endswith("the paper") or recipe == "guessing" else panel.style
-            axis.errorbar(list(curve), mean, np.nan_to_num([mean - low, high - mean]), fmt=style, ms=3, lw=1,
+            axis.errorbar(list(curve), mean, bars, fmt=style, ms=3, lw=1,
                           label=recipe, color=colors.get(name), alpha=.5 if style == "--" else 1)
         axis.set_title(panel.title, fontsize=10)
         axis.tick_params("x", rotation=0 if panel.unit else 90)
@@ -623,7 +646,7 @@ def report(out: Path, records: list[dict], order: tuple[str, ...] = ()) -> str:
                      composition):
         panels = [panel for panel in function(records, first) if panel.points]
         if panels:
-            plot(panels, order).savefig(out / f"{function.__name__}.png", dpi=90)
+            save(plot(panels, order), out / f"{function.__name__}.png")
             figures.append(function.__name__)
     metrics = " | ".join(METRICS)
     sections = (                                         # title, words, columns, rows

@@ -113,8 +113,7 @@ def gpu(size: str, width: int, kept: tuple[str, ...], more: str = "") -> Study:
 
 PIPELINES = ("RL", "SFT", "SFT→RL", "parallel", "SFT-Gold", "SFT-Gold→RL")
 EVALUATION = "--split test --n-problems 300"         # the same for every cell: 300 easy, 300 hard problems
-WARM = "--temperature 1.0"
-WIDE = "--n-problems 100 --n-samples 512 --k 1,8,32,128,512 --no-benchmarks"
+WARM, WIDE = report.HOW["T=1"], report.HOW["512 samples"]
 KEPT = "--checkpoints-at 1M,2M,3M,4M,5M,6M,8M"
 STUDIES = {
     "quick": Study({"base": ("--math-fraction 0.6", "--tokens 4M --checkpoints-at 2M,3M,4M", ("4M",))},

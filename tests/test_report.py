@@ -236,7 +236,7 @@ def test_the_curves_are_means_of_ten_steps():
 def drawn(monkeypatch) -> dict[str, report.Figure]:
     """Name -> figure, of those that would be drawn, which is slow."""
     figures = {}
-    monkeypatch.setattr(report.Figure, "savefig", lambda figure, path, **_: (
+    monkeypatch.setattr(report, "save", lambda figure, path: (
         figures.update({path.stem: figure}), path.write_bytes(b"not drawn")))
     monkeypatch.setattr(report.Figure, "tight_layout", lambda _: None)
     return figures
@@ -252,7 +252,8 @@ def test_a_study_has_its_figures(preset, more, tmp_path, drawn):
     for x in study.grid(study.STUDIES[preset], study.Config()):
         if x.evaluation and x.seed == 0:
             nll = [len(x.recipe)] if study.RECIPES.get(x.recipe, "").startswith("sft.py") else []
-            records.append(record(x.recipe, [32, 16], at=x.at, base=x.base, step=x.step, how=x.how, nll=nll))
+            records.append(record(x.recipe, [32, 16], at=x.at, base=x.base, step=x.step, how=x.how, nll=nll,
+                                  samples=512 if x.how == study.WIDE else 64))
     report.report(tmp_path, records, tuple(study.RECIPES))
     assert drawn.keys() == {"main", "matched", "parallel", "forgetting", *more.split()}
     for name, figure in drawn.items():
@@ -263,6 +264,22 @@ def test_a_study_has_its_figures(preset, more, tmp_path, drawn):
             of_many = axis.get_title().endswith(("pass@32 (%)", "pass@k (%)")) and name != "matched"
             assert ("guessing" in curves) == of_many, name
         assert name != "main" or named > {r["recipe"] for r in records if r["base"] == records[0]["base"]}
+
+
+def test_equal_seeds_have_no_bars_though_their_mean_is_rounded():
+    points = [("base", "4M", np.array([.1]))] * 3        # in floating point their mean is more than .1
+    axis, = report.plot([report.Panel("bits per byte", "", points)], ()).axes
+    _, _, (bars,) = axis.containers[0]
+    assert bars.get_segments()[0][:, 1] == pytest.approx(.1)
+
+
+@pytest.mark.parametrize("name, found", [
+    ("RL", 50), ("RL@38", 25), ("RL, T=1", 75), ("RL, 512 samples", 100), ("RL@50", 0), ("SFT, T=1", 0)])
+def test_a_recipe_is_found_by_its_step_and_its_evaluation(name, found):
+    records = [record("RL", [32]), record("RL", [16], step=38), record("RL", [48], how="--temperature 1.0"),
+               record("RL", [64], how=study.WIDE)]
+    scores = [report.values(r, "easy pass@1")[0] for r in report.find(records, name, "4M")]
+    assert scores == pytest.approx([found] if found else [])
 
 
 BOTH = [record("base", [16]), record("RL", [32])]
