@@ -483,3 +483,29 @@ def setup(device: str, threads: int) -> torch.device:
         raise UserError(f"--device {device}: not available ({str(error).splitlines()[0]})") from None
     ranks.join()
     return found.device
+
+
+COMPILING = 30                      # seconds that it takes, at most, before the first step
+
+
+def compile_if_it_pays(model: GPT, choice: str, flops: float, gain: float) -> None:
+    """Set model.compiled if `choice` is on; if it is auto, in a training on a CPU of so many FLOPs that the
+    saved share `gain` of its time is longer than compiling. One line says so. Where no compiler works, auto
+    stays silent; UserError if it was asked for."""
+    seconds = flops / 50e9                       # at the speed of two common cores
+    on_cpu = model.device.type == "cpu"
+    if choice == "off" or choice == "auto" and not on_cpu:
+        return
+    if choice == "auto" and gain * seconds < COMPILING:
+        print(f"about {seconds:.0f} s of training: too few for torch.compile (--compile on)")
+        return
+    try:
+        torch.compile(torch.sin)(torch.zeros(8, device=model.device))
+    except Exception as error:                   # of a dozen types, as compilers fail
+        first_line = f"{error}".strip().partition("\n")[0]
+        require(choice == "auto", "--compile on: torch.compile fails on this machine "
+                                  f"({type(error).__name__}: {first_line[:120]}); leave the option out")
+        return
+    model.compiled = True
+    print(f"about {seconds:.0f} s of training, {gain:.0%} less with torch.compile, which takes up to "
+          f"{COMPILING} s first (--compile off)")

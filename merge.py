@@ -28,8 +28,8 @@ import evaluate
 import rl
 import sft
 from checkpoint import (
-    Run, batch_indices, check_fields, file_sha256, generator, load_model, main, require, save_checkpoint,
-    setup)
+    Run, batch_indices, check_fields, compile_if_it_pays, file_sha256, generator, load_model, main, require,
+    save_checkpoint, setup)
 from data.problems import training_problems
 from data.tokenizer import Tokenizer
 from model import GPT
@@ -73,6 +73,7 @@ class Config:
     seed: int = 0                   # >= 0: of the order of problems, the choice of solutions, the rollouts
     device: str = "auto"            # cpu, cuda, auto
     threads: int = 0                # >= 0, <= 4096: CPU threads, 0 = all cores
+    compile: str = "auto"           # one of auto, on, off: torch.compile; auto: in long runs on a CPU
 
 
 def check(c: Config) -> None:
@@ -166,6 +167,7 @@ def train(c: Config) -> Path:
     steps = c.steps
     optimizers = {name: torch.optim.AdamW(model.parameters(), lr, weight_decay=c.weight_decay, fused=True)
                   for name, lr in learning_rates(c).items()}
+    compile_if_it_pays(model, c.compile, rl.expected_flops(model, rl_config), gain=.07)
     metrics: dict[str, float] = {}
 
     def update(name: str) -> None:               # `run` and `step`, here and below, are those of the loop

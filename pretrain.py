@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from checkpoint import (
-    Run, UserError, batch_indices, check_fields, generator, load_model, main, require, setup)
+    Run, batch_indices, check_fields, compile_if_it_pays, generator, load_model, main, require, setup)
 from data.problems import open_data
 from data.tokenizer import Tokenizer
-from model import GPT, SIZES, ModelConfig, moved, tokens_at_once
+from model import GPT, SIZES, ModelConfig, compilable, moved, tokens_at_once
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Config:
     seed: int = 0                   # >= 0: of the initial weights and of the order of the data
     device: str = "auto"            # cpu, cuda, auto
     threads: int = 0                # >= 0, <= 4096: CPU threads, 0 = all cores
-    compile: bool = False           # torch.compile the model: pays in long runs; needs a C++ compiler
+    compile: str = "auto"           # one of auto, on, off: torch.compile; auto: in long runs on a CPU
 
 
 def check(c: Config) -> None:
@@ -67,6 +67,7 @@ def blocks(shard: np.ndarray, numbers: list[int], context: int) -> Tensor:
     return torch.from_numpy(np.stack(rows).astype(np.int64))
 
 
+@compilable(shapes_vary=False)
 def next_token_loss(model: GPT, sequences: Tensor) -> Tensor:
     """Mean cross-entropy in nats per token of sequences (B, T+1)."""
     logits = model(sequences[:, :-1])
@@ -127,21 +128,6 @@ def new_optimizer(model: GPT, c: Config) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=c.lr, betas=(.9, .95), weight_decay=c.weight_decay, fused=True)
 
 
-def compiled(model: GPT, c: Config) -> torch.nn.Module:
-    """The model in torch.compile's code, tried once: where no compiler works it fails with the first call.
-    UserError says so."""
-    faster = torch.compile(model)
-    ids = torch.zeros(at_once(c, model.device), c.context + 1, dtype=torch.long, device=model.device)
-    try:
-        next_token_loss(faster, ids).backward()
-    except Exception as error:                   # of a dozen types, as compilers fail
-        first_line = f"{error}".strip().partition("\n")[0]
-        raise UserError(f"--compile: torch.compile failed on this machine ({type(error).__name__}: "
-                        f"{first_line[:120]}); leave the option out") from None
-    model.zero_grad(set_to_none=True)
-    return faster
-
-
 # ---- training --------------------------------------------------------------------------------------------
 def train(c: Config) -> Path:
     """Run (or resume) the pretraining; returns the path of the last checkpoint."""
@@ -155,10 +141,10 @@ def train(c: Config) -> Path:
                 f"{c.data}/{name}.bin: has {len(shard)} tokens, --context {c.context} needs more")
     model, parents = first_model(c, tokenizer, device)
     optimizer = new_optimizer(model, c)
-    trained = compiled(model, c) if c.compile else model
     tokens_per_step = c.batch * c.context
     flops_per_step = 3 * model.flops_per_token(c.context) * tokens_per_step
     steps = math.ceil(c.tokens / tokens_per_step)
+    compile_if_it_pays(model, c.compile, steps * flops_per_step, gain=.2)
     kept = c.checkpoints_at or [c.tokens * eighths // 8 for eighths in (1, 2, 3, 4, 6)]
 
     earlier = [stage for stage in parents if stage["script"] == "pretrain.py"]
@@ -177,7 +163,7 @@ def train(c: Config) -> Path:
 
             # ---- evaluate and checkpoint
             if step % c.eval_every == 0 or step == steps:
-                losses = {f"val_{kind}": validation_loss(trained, shards[f"val_{kind}"], c, device)
+                losses = {f"val_{kind}": validation_loss(model, shards[f"val_{kind}"], c, device)
                           for kind in ("general", "arithmetic")}
                 run.log(step, **losses)
             for tokens in kept:
@@ -196,7 +182,7 @@ def train(c: Config) -> Path:
             total = torch.zeros((), device=device)
             for part in sequences.split(at_once(c, device)):
                 part = moved(part, device)
-                loss = next_token_loss(trained, part) * (len(part) / c.batch)
+                loss = next_token_loss(model, part) * (len(part) / c.batch)
                 loss.backward()
                 total += loss.detach()
             ranks.sum_gradients(model)           # over the processes, if there are several

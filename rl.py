@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from checkpoint import Run, batch_indices, check_fields, generator, load_model, main, require, setup
+from checkpoint import (
+    Run, batch_indices, check_fields, compile_if_it_pays, generator, load_model, main, require, setup)
 from data import arithmetic
 from data.problems import prompt_ids, training_problems
 from data.tokenizer import Tokenizer
@@ -67,6 +68,7 @@ class Config:
     seed: int = 0                   # >= 0: of the order of problems and of the rollouts
     device: str = "auto"            # cpu, cuda, auto
     threads: int = 0                # >= 0, <= 4096: CPU threads, 0 = all cores
+    compile: str = "auto"           # one of auto, on, off: torch.compile; auto: in long runs on a CPU
 
 
 def check(c: Config) -> None:
@@ -259,6 +261,12 @@ def grpo_flops(model: GPT, batch: Batch, trained: int, c: Config) -> int:
     return model.flops_per_token(length) * (prompted + sampled + (3 + (c.kl > 0)) * trained)
 
 
+def expected_flops(model: GPT, c: Config) -> int:
+    """FLOPs of the whole run, if its answers have a quarter of their largest length."""
+    tokens = c.steps * c.n_problems * c.rollouts * c.max_new // 4
+    return 4 * model.flops_per_token(c.max_new) * tokens
+
+
 def signal_probability(rewards: list[float], group: int) -> float:
     """Probability that the rewards of a group drawn from these without replacement are not all equal."""
     equal = sum(math.comb(times, group) for times in Counter(rewards).values())
@@ -342,6 +350,7 @@ def train(c: Config) -> Path:
     reference = copy.deepcopy(model).requires_grad_(False) if c.reference else None
     steps = c.steps
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=c.weight_decay, fused=True)
+    compile_if_it_pays(model, c.compile, expected_flops(model, c), gain=.07)
 
     with Run(c, steps, parents, files) as run:
         if run.finished():

@@ -18,7 +18,8 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from checkpoint import Run, batch_indices, check_fields, generator, load_model, main, require, setup
+from checkpoint import (
+    Run, batch_indices, check_fields, compile_if_it_pays, generator, load_model, main, require, setup)
 from data.problems import prompt_ids, training_problems
 from data.tokenizer import Tokenizer
 from evaluate import attempt, validate
@@ -56,6 +57,7 @@ class Config:
     seed: int = 0                   # >= 0: of the choice of solutions and of the order
     device: str = "auto"            # cpu, cuda, auto
     threads: int = 0                # >= 0, <= 4096: CPU threads, 0 = all cores
+    compile: str = "auto"           # one of auto, on, off: torch.compile; auto: in long runs on a CPU
 
 
 Example = tuple[list[int], list[int]]           # ids of the prompt, ids of the solution and EOS
@@ -151,6 +153,9 @@ def train(c: Config) -> Path:
     require_fit(examples, model.config.context)
     steps = math.ceil(c.epochs * len(examples) / c.batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=c.weight_decay, fused=True)
+    tokens = sum(len(prompt) + len(solution) for prompt, solution in examples)
+    flops = 3 * model.flops_per_token(tokens // len(examples)) * tokens * c.epochs
+    compile_if_it_pays(model, c.compile, flops, gain=.1)
 
     with Run(c, steps, parents, files) as run:
         if run.finished():

@@ -90,7 +90,7 @@ def test_a_view_does_not_save_its_whole_storage(gpt, byte_tokenizer, tmp_path):
 
 
 def test_compiled_names_are_stripped(gpt, byte_tokenizer, tmp_path):
-    """The checkpoint must not depend on --compile; torch.compile prefixes every name with _orig_mod."""
+    """torch.compile prefixes every name of a model with _orig_mod: a checkpoint must not depend on it."""
     save_checkpoint(tmp_path / "a.pt", torch.compile(gpt), byte_tokenizer, [])
     assert weights(tmp_path / "a.pt").keys() == gpt.state_dict().keys()
 

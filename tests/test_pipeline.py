@@ -21,7 +21,7 @@ import merge
 import pretrain
 import rl
 import sft
-from checkpoint import UserError, batch_indices, generator, load_checkpoint, load_model
+from checkpoint import batch_indices, generator, load_checkpoint, load_model
 from data.problems import load_problems
 from data.tokenizer import EOS
 from test_faults import command_line
@@ -132,22 +132,6 @@ def test_pretraining_reads_every_block_once(tmp_path):
     read = sum((some for some in numbers if isinstance(some, list)), [])     # validation asks for a range
     assert len(read) == tokens // 64 and sorted(read) == list(range(len(read)))
     assert read == batch_indices(len(read), len(read), 0, 0, "text")
-
-
-@pytest.mark.parametrize("asked", [False, True])
-def test_the_model_is_compiled_only_if_asked(tmp_path, asked):
-    """Where no compiler works --compile says in one line to leave it out, before the run folder exists; the
-    default, which once compiled on every GPU, never asks for one."""
-    broken = mock.Mock(side_effect=RuntimeError("no working C++ compiler\nsecond line"))
-    options = BASE | dict(out=str(tmp_path / "run"), compile=asked)
-    with mock.patch.object(torch, "compile", return_value=broken) as compiler:
-        if asked:
-            with pytest.raises(UserError, match="--compile: .*no working C.. compiler.*leave the option out"):
-                run(pretrain, **options)
-            assert not (tmp_path / "run").exists()
-        else:
-            assert run(pretrain, **options).exists()
-    assert compiler.called == asked
 
 
 def test_pretraining_logs_what_it_promises():

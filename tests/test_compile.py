@@ -1,0 +1,106 @@
+"""torch.compile: when it is used, and its gradients: the plain ones (skipped where no compiler works)."""
+import functools
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+
+import model
+import pretrain
+from checkpoint import UserError, compile_if_it_pays, generator
+from test_pipeline import BASE, run
+
+
+@functools.cache
+def compiler_works() -> bool:
+    try:
+        torch.compile(torch.cos)(torch.zeros(8))
+    except Exception:                            # of a dozen types, as compilers fail
+        return False
+    return True
+
+
+needs_compiler = pytest.mark.skipif("not compiler_works()", reason="torch.compile finds no compiler")
+
+
+def gradient(gpt: model.GPT, compiled: bool, backward) -> torch.Tensor:
+    gpt.compiled = compiled
+    gpt.zero_grad()
+    backward()
+    return torch.cat([p.grad.flatten() for p in gpt.parameters()])
+
+
+def agree(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return bool(0 < a.norm() and (a - b).norm() < 1e-5 * a.norm())
+
+
+@pytest.mark.parametrize("T", [64, 192])
+def test_blocks_of_queries_are_causal_attention(T):
+    q, k, v = torch.randn(3, 2, 3, T, 8, generator=generator(0, "weights"))
+    assert torch.allclose(model.causal_blocks(q, k, v), model.attention(q, k, v, None), atol=1e-6)
+
+
+@needs_compiler
+def test_compiled_pretraining_has_the_plain_gradient(make_gpt):
+    gpt = make_gpt(n_layers=1, context=128)
+    sequences = torch.randint(0, 61, (2, 129), generator=generator(0, "weights"))
+    loss = functools.partial(pretrain.next_token_loss, gpt, sequences)
+    plain, compiled = (gradient(gpt, c, lambda: loss().backward()) for c in (False, True))
+    assert agree(plain, compiled) and not torch.equal(plain, compiled)
+    with torch.no_grad():                        # a measurement runs in plain PyTorch
+        compiled = loss()
+        gpt.compiled = False
+        assert torch.equal(loss(), compiled)
+
+
+def backward(gpt: model.GPT, prompts: model.Ids, rows: list[int], answers: model.Ids) -> None:
+    """Of a loss of answers to prompts that are computed once, as in rl.py."""
+    shared = model.SharedPrompts(gpt, prompts, 0)
+    model.shared_logprobs(gpt, shared, rows, answers, 0, .7).sin().sum().backward()
+    shared.backward()
+
+
+@needs_compiler
+def test_one_code_has_the_plain_gradient_for_rollouts_of_all_shapes(make_gpt):
+    """Any number of prompts, of rows and of tokens (the first unlike the model's sizes: equal ones are taken
+    for one)."""
+    gpt = make_gpt(n_layers=1)
+    graphs = []
+    for batch in (([[1, 2], [3, 4, 5], [6] * 7] * 2, [0, 0, 1, 5, 4], [[6, 7, 8], [9, 10], [11], [1], [2]]),
+                  ([[1] * 9, [3, 4, 5], [7, 7]], [2, 1, 0, 0, 1], [[6] * 12, [9], [11], [5, 4], [7, 7, 7]]),
+                  ([[8] * 20, [9, 8]] * 4, [7, 0, 0, 3], [[1] * 30, [2] * 31, [5] * 7, [1, 2]])):
+        rollouts = functools.partial(backward, gpt, *batch)
+        assert agree(*(gradient(gpt, compiled, rollouts) for compiled in (False, True)))
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] == graphs[2]
+
+
+LONG, SHORT = 1e13, 1e12
+
+
+@pytest.mark.parametrize("choice, device, flops, works, expected", [
+    ("auto", "cpu", LONG, True, "about 200 s of training, 20% less with torch.compile"),
+    ("auto", "cpu", SHORT, True, "about 20 s of training: too few for torch.compile"),
+    ("auto", "cuda", LONG, True, ""), ("auto", "cpu", LONG, False, ""), ("off", "cpu", LONG, True, ""),
+    ("on", "cpu", SHORT, True, "20% less"), ("on", "cuda", SHORT, True, "20% less")])
+def test_it_is_used_where_it_pays_and_works(choice, device, flops, works, expected, capsys):
+    """One line says so; a machine without a compiler stays silent, and a short training asks for none."""
+    gpt = SimpleNamespace(device=SimpleNamespace(type=device), compiled=False)
+    broken = None if works else RuntimeError("no compiler")
+    with (mock.patch.object(torch, "compile", return_value=mock.Mock(side_effect=broken)) as compiler,
+          mock.patch.object(torch, "zeros")):
+        compile_if_it_pays(gpt, choice, flops, gain=.2)
+    said = capsys.readouterr().out
+    assert said.count("\n") == bool(expected) and expected in said
+    assert gpt.compiled == ("less" in expected)
+    assert compiler.called == (gpt.compiled or not works)
+
+
+def test_no_compiler_is_an_error_where_it_was_asked_for(tmp_path):
+    """One line says to leave the option out, before the run folder exists."""
+    broken = mock.Mock(side_effect=RuntimeError("no working C++ compiler\nsecond line"))
+    with mock.patch.object(torch, "compile", return_value=broken):
+        with pytest.raises(UserError, match="--compile on: .*no working C.. compiler.*leave the option out"):
+            run(pretrain, **BASE | dict(out=str(tmp_path / "run"), compile="on"))
+    assert not (tmp_path / "run").exists()
