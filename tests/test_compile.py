@@ -63,11 +63,11 @@ def backward(gpt: model.GPT, prompts: model.Ids, rows: list[int], answers: model
 
 @needs_compiler
 def test_one_code_has_the_plain_gradient_for_rollouts_of_all_shapes(make_gpt):
-    """Any number of prompts, of rows and of tokens (the first unlike the model's sizes: equal ones are taken
-    for one)."""
+    """Any number of prompts, of rows and of tokens (sizes that are equal in the first are taken
+    for one, so none are)."""
     gpt = make_gpt(n_layers=1)
     graphs = []
-    for batch in (([[1, 2], [3, 4, 5], [6] * 7] * 2, [0, 0, 1, 5, 4], [[6, 7, 8], [9, 10], [11], [1], [2]]),
+    for batch in (([[1, 2], [3, 4, 5], [6] * 12] * 2, [0, 0, 1, 5, 4], [[6, 7, 8], [9, 10], [11], [1], [2]]),
                   ([[1] * 9, [3, 4, 5], [7, 7]], [2, 1, 0, 0, 1], [[6] * 12, [9], [11], [5, 4], [7, 7, 7]]),
                   ([[8] * 20, [9, 8]] * 4, [7, 0, 0, 3], [[1] * 30, [2] * 31, [5] * 7, [1, 2]])):
         rollouts = functools.partial(backward, gpt, *batch)
