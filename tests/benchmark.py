@@ -186,29 +186,31 @@ def machine(c: Config, size: str) -> dict:
 def pretraining(c: Config, size: str, compiled: bool = False) -> list[Row]:
     """Forward, backward, AdamW with the batches of pretrain.py; three updates at a time."""
     (model, optimizer), p = build(size), pretrain.Config()
+    model.compiled = compiled
     sequences = torch.tensor(random_ids(p.batch, p.context + 1))
-    forward = torch.compile(model) if compiled else model
 
     def work(updates: int = 3) -> None:
         for _ in range(updates):
             for part in ranks.my_part(sequences).split(pretrain.at_once(p, model.device)):
-                (pretrain.next_token_loss(forward, part) * (len(part) / p.batch)).backward()
+                (pretrain.next_token_loss(model, part) * (len(part) / p.batch)).backward()
             update(model, optimizer)
     work(1)
     tokens = 3 * p.batch * p.context
-    return [Row("the same, --compile" if compiled else "pretraining", tokens, "tokens",
+    return [Row("pretraining, compiled" if compiled else "pretraining", tokens, "tokens",
                 tokens * 3 * model.flops_per_token(p.context), repeat(work, c))]
 
 
-def learning(c: Config, size: str) -> list[Row]:
+def learning(c: Config, size: str, compiled: bool = False) -> list[Row]:
     """Rounds of parallel averaging, of which one arm is a GRPO step, of which sampling is a part."""
     (model, optimizer), (reference, _) = build(size), build(size)
+    model.compiled = compiled
     sft_optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     config, n_examples = rl.Config(max_new=c.max_new, rollouts=c.rollouts), merge.Config.batch
     examples = list(zip(random_ids(n_examples, PROMPT), random_ids(n_examples, c.max_new)))
     clock, steps = Counter(), []                 # seconds of the parts of a GRPO step; those of every step
-    model.hidden = watched(clock, lambda ids, cache=None: "prefill" if isinstance(cache, Cache)
-                           and ids.shape[1] > 1 else "other", model.hidden)
+    if not compiled:                             # a clock would interrupt the code
+        model.hidden = watched(clock, lambda ids, cache=None: "prefill" if isinstance(cache, Cache)
+                               and ids.shape[1] > 1 else "other", model.hidden)
     for owner, name in ((ranks, "sample_together"), (rl, "collect"), (rl, "kl_to_reference"),
                         (rl, "policy_gradient"), (torch.Tensor, "backward")):
         setattr(owner, name, watched(clock, lambda *_, name=name: name, getattr(owner, name)))
@@ -236,6 +238,9 @@ def learning(c: Config, size: str) -> list[Row]:
     row, sampled = (length * model.flops_per_token(length),
                     sampling_flops(model, c.n_problems, c.rollouts, c.max_new))
     whole = 4 * sampled + min(64, B) * row       # sampling, an update of three times that, scoring of 64 rows
+    if compiled:
+        return [Row("update, compiled", B, "rollouts", 3 * sampled, [t["policy_gradient"] for t in steps]),
+                Row("GRPO step, compiled", B, "rollouts", whole, [t["step"] for t in steps])]
     return [
         Row("sampling", B * c.max_new, "tokens", sampled, [t["sample_together"] for t in steps]),
         Row("update, prompts shared", B, "rollouts", 3 * sampled, [t["policy_gradient"] for t in steps]),
@@ -266,8 +271,9 @@ def stages(c: Config, where: dict, result: dict) -> None:
     print("\n" + ", ".join(f"{name} {value}" for name, value in where.items()) + ". Limits: "
           + ", ".join(f"{name} {rate:.1f}" for name, rate in limit.items())
           + f"\n{'':44s} seconds  GFLOP/s  of limit  peak MB  repeats")
-    compiled = [partial(pretraining, compiled=True)] * bool(shutil.which(os.environ.get("CXX", "g++")))
-    for workload in (pretraining, *compiled, learning, evaluation):
+    compiled = [partial(work, compiled=True) for work in (pretraining, learning)]
+    compiled *= bool(shutil.which(os.environ.get("CXX", "g++")))
+    for workload in (pretraining, learning, evaluation, *compiled):
         rows, peak_mb, _ = alone(workload, c, **where)
         for what, amount, unit, flops, each, parts in rows:
             seconds = median(each)
