@@ -476,7 +476,7 @@ def decode(model: GPT, prompts: Ids, u: Tensor,
     longest = max(map(len, prompts))
     ids, padding = pad_left(prompts, longest, pad, device)               # (P, T)
     whole = 16 * -(-(longest + max_new) // 16)
-    capacity = max(16, longest) if on_cpu else whole
+    capacity = longest + 16 if on_cpu else whole
     cache = Cache(model.config, padding, capacity)
     rows = torch.arange(P, device=device).repeat_interleave(group, output_size=B)
     hidden = model.hidden(ids, cache)[rows, -1]                          # (B, d_model)

@@ -1,6 +1,6 @@
 """Speed and memory of every stage beside the limits of this machine. A script, not a timed test; Linux, CPU.
 
-    python tests/benchmark.py               every number, on a quiet machine: about 12 minutes on two cores
+    python tests/benchmark.py               every number, on a quiet machine: about 16 minutes on two cores
     python tests/benchmark.py --quick       tiny workloads: does it run at all? The numbers mean nothing
 
 Writes results/benchmark/benchmark.json and, beside it, scaling.png: cost against rollouts and answer length.
@@ -272,7 +272,7 @@ def stages(c: Config, where: dict, result: dict) -> None:
           + ", ".join(f"{name} {rate:.1f}" for name, rate in limit.items())
           + f"\n{'':44s} seconds  GFLOP/s  of limit  peak MB  repeats")
     compiled = [partial(work, compiled=True) for work in (pretraining, learning)]
-    compiled *= bool(shutil.which(os.environ.get("CXX", "g++")))
+    compiled *= bool(shutil.which(os.environ.get("CXX", "g++")) and not c.quick)
     for workload in (pretraining, learning, evaluation, *compiled):
         rows, peak_mb, _ = alone(workload, c, **where)
         for what, amount, unit, flops, each, parts in rows:
