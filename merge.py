@@ -164,7 +164,6 @@ def train(c: Config) -> Path:
     reference = copy.deepcopy(model).requires_grad_(False) if c.reference else None
     rl_config = arm_config(rl.Config, c)
     sft_config = arm_config(sft.Config, c)
-    steps = c.steps
     optimizers = {name: torch.optim.AdamW(model.parameters(), lr, weight_decay=c.weight_decay, fused=True)
                   for name, lr in learning_rates(c).items()}
     compile_if_it_pays(model, c.compile, rl.expected_flops(model, rl_config), gain=.07)
@@ -193,7 +192,7 @@ def train(c: Config) -> Path:
         add_sft(h)
         update("sft")
 
-    with Run(c, steps, parents, files) as run:
+    with Run(c, c.steps, parents, files) as run:
         if run.finished():
             return run.final
         step = run.restore(model, *optimizers.values())
@@ -202,13 +201,13 @@ def train(c: Config) -> Path:
         while True:
             # ---- learning rate: constant
             # ---- evaluate and checkpoint
-            if step % c.eval_every == 0 or step == steps:
+            if step % c.eval_every == 0 or step == c.steps:
                 attempts = evaluate.validate(model, tokenizer, validation, c)
                 run.log(step, **{"val_pass@1": attempts.score})
                 run.write(f"======== step {step}\n{attempts.transcript(validation)}")
             if step in c.checkpoints_at:
                 run.keep(f"step{step}.pt", model, tokenizer)
-            if step == steps:
+            if step == c.steps:
                 break
 
             # ---- collect and update
