@@ -490,13 +490,13 @@ COMPILING = 30                      # seconds that it takes, at most, before the
 
 def compile_if_it_pays(model: GPT, choice: str, flops: float, gain: float) -> None:
     """Set model.compiled if `choice` is on; if it is auto, in a training on a CPU of so many FLOPs that the
-    saved share `gain` of its time is longer than compiling. One line says so. Where no compiler works, auto
+    saved share `gain` of its time is twice that of compiling. One line says so. Where no compiler works, auto
     stays silent; UserError if it was asked for."""
     seconds = flops / 50e9                       # at the speed of two common cores
     on_cpu = model.device.type == "cpu"
     if choice == "off" or choice == "auto" and not on_cpu:
         return
-    if choice == "auto" and gain * seconds < COMPILING:
+    if choice == "auto" and gain * seconds < 2 * COMPILING:
         print(f"about {seconds:.0f} s of training: too few for torch.compile (--compile on)")
         return
     try:
