@@ -124,8 +124,7 @@ STUDIES = {
                   (*PIPELINES, "continued", "RL gentle", "SFT native", "SFT native→RL", "SFT 30 passes",
                    "self-SFT", "continued 3.2M", "annealed again"),
                   few={"3M": ("RL", "SFT", "continued", "SFT native")}),
-    "raw": Study({"base": ("", KEPT, ("6M", "8M"))}, ("RL", "SFT", "continued", "SFT native"),
-                 anneal=0),
+    "raw": Study({"base": ("", KEPT, ("6M",))}, ("RL", "SFT", "continued", "SFT native"), anneal=0),
     "dial": Study({"base": ("", KEPT, ("4M", "6M"))},
                   ("SFT native", "SFT", "SFT spoken", "SFT prose", "self-SFT", "RL")),
     "luck": Study({"base": ("", KEPT, ("3M", "4M", "6M"))}, ("RL", "RL steps", "RL random")),
@@ -139,9 +138,9 @@ STUDIES = {
                        "ties")),
     "rollouts": Study({"base": ("", KEPT, ("6M",))}, ("G=4", "RL", "G=64"), trace={"G=4": (38,)}),
     # 30 % arithmetic against 60 %, and 0.5M against 1M parameters: 2.1 times the FLOPs per token
-    "composition": Study({"0.5M, 30 %": ("", KEPT, ("8M",)),
-                          "0.5M, 60 %": ("--math-fraction 0.6", "--checkpoints-at 8M", ("8M",)),
-                          "1M, 30 %": ("", "--size 1M --checkpoints-at 3.8M,8M", ("3.8M", "8M"))},
+    "composition": Study({"0.5M, 30 %": ("", KEPT, ("6M",)),
+                          "0.5M, 60 %": ("--math-fraction 0.6", "--tokens 6M --checkpoints-at 6M", ("6M",)),
+                          "1M, 30 %": ("", "--size 1M --tokens 6M --checkpoints-at 6M", ("6M",))},
                          ("RL on hard",)),
     "gpu-8": gpu("10M", 320, ("100M", "200M", "400M"), "--micro-tokens 8192"),       # 8, 12 and 24 GB
     "gpu-12": gpu("30M", 512, ("300M", "600M", "1200M")),

@@ -124,12 +124,12 @@ def alike(reward: float, *ahead: list[int]) -> list[dict]:
     return records
 
 
-def mix(larger: int, fewer: int) -> list[dict]:
+def mix(larger: int, usual: int) -> list[dict]:
     """RL on hard problems gains 16 of 64 samples from a base with more arithmetic; so many from one of twice
-    the size, and from that at fewer tokens."""
+    the size, and from the usual one."""
     records = []
-    for base, at, gain in (("0.5M, 60 %", "8M", 16), ("1M, 30 %", "8M", larger), ("1M, 30 %", "3.8M", fewer)):
-        records += three("base", at=at, base=base) + three("RL on hard", gain, at=at, base=base)
+    for base, gain in (("0.5M, 60 %", 16), ("1M, 30 %", larger), ("0.5M, 30 %", usual)):
+        records += three("base", at="6M", base=base) + three("RL on hard", gain, at="6M", base=base)
     return records
 
 
@@ -139,8 +139,10 @@ def mix(larger: int, fewer: int) -> list[dict]:
     (three("RL", 4, unsound=1), "RL lifts early", "easy sound@1", "not reproduced"),
     (three("RL") + three("SFT→RL", 3), "direct RL is at most 5", "easy pass@1", "reproduced"),
     (three("RL") + three("SFT→RL", 4), "direct RL is at most 5", "easy pass@1", "not reproduced"),
-    (mix(15, 17), "RL gains more on hard", "hard sound@1", "reproduced, not reproduced"),
-    (mix(17, 15), "RL gains more on hard", "hard sound@1", "not reproduced, reproduced"),
+    (mix(15, 17), "RL gains more on hard", "hard sound@1",
+     "reproduced, not reproduced, not reproduced"),
+    (mix(17, 15), "RL gains more on hard", "hard sound@1",
+     "not reproduced, reproduced, reproduced"),
     (three("RL gentle", 1), "at a third of its learning rate RL lifts", "easy pass@1", "reproduced"),
     (three("SFT→RL", 1) + three("SFT"), "RL after SFT lifts", "easy pass@1", "reproduced"),
     (three("SFT"), "SFT costs more than 2", "general", "not reproduced"),
