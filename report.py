@@ -104,8 +104,8 @@ CLAIMS = [Claim(*row) for row in (
     ("luck", "RL learns more where luck is not rewarded", "RL steps", "RL", (SOUND_1, SOUND_32)),
     ("luck", "RL learns from its rewards, not from its updates alone", "RL", "RL random", (PASS_1, SOUND_1)),
 )]
-# C4: gain of RL on hard problems, a's minus b's: the data mix must beat the scale; then each alone. (Changed on
-# 29 November, before the runs, for time: all from 6M tokens instead of 8M, and no 1M model at equal FLOPs.)
+# C4: gain of RL on hard problems from 6M tokens, a's minus b's: the data mix must beat the scale; then each
+# alone. (Until 29 November, before the runs, it said: from 8M, and the 1M model at equal FLOPs too.)
 COMPOSITION = (("0.5M, 60 %", "1M, 30 %"), ("0.5M, 60 %", "0.5M, 30 %"), ("1M, 30 %", "0.5M, 30 %"))
 # C9: at the earliest checkpoint where RL gains 5 points, two seeds whose training rewards (last 10 steps)
 # differ by less than .03 differ by more than 3 points in the gain of test pass@1. The interval is over
