@@ -134,7 +134,8 @@ STUDIES = {
                         WIDE: ("base", "RL", "SFT", "SFT→RL")}),
     "controls": Study({"base": ("", KEPT, ("6M",))},
                       ("RL", "SFT", "parallel", "parallel native", "parallel at RL's lr", "SFT at RL's lr",
-                       "RL at lr/2", "SFT at lr/2", "fused", "alternating", "H=10", "linear", "task", "ties")),
+                       "RL at lr/2", "SFT at lr/2", "fused", "alternating", "H=10", "linear", "task",
+                       "ties")),
     "rollouts": Study({"base": ("", KEPT, ("6M",))}, ("G=4", "RL", "G=64"), trace={"G=4": (38,)}),
     # 30 % arithmetic against 60 %, and 0.5M against 1M parameters: 2.1 times the FLOPs per token
     "composition": Study({"0.5M, 30 %": ("", KEPT, ("6M",)),
