@@ -167,10 +167,12 @@ def test_ctrl_c_saves_and_says_how_to_go_on(script, sign, start, tmp_path):
 def test_a_second_ctrl_c_stops_at_once(start, tmp_path):
     """Whoever presses Ctrl-C twice does not wait for the step; the state saved before is whole."""
     out = tmp_path / "run"
-    config = replace(config_of("rl.py", out), n_problems=8, rollouts=48, eval_every=99)
+    config = replace(config_of("rl.py", out), n_problems=64, rollouts=64, eval_every=99, decode_rows=64,
+                     micro_tokens=256)           # a step of many seconds, of operations of milliseconds
     process = start("rl.py", command_line(config))
     os.kill(process.pid, signal.SIGINT)
-    time.sleep(.05)
+    while process.is_alive() and "once more" not in (tmp_path / "output").read_text():
+        time.sleep(.005)
     os.kill(process.pid, signal.SIGINT)
     assert finish(process) == 130
     said = (tmp_path / "output").read_text()
