@@ -139,9 +139,9 @@ def mix(larger: int, usual: int) -> list[dict]:
     (three("RL", 4, unsound=1), "RL lifts early", "easy sound@1", "not reproduced"),
     (three("RL") + three("SFT→RL", 3), "direct RL is at most 5", "easy pass@1", "reproduced"),
     (three("RL") + three("SFT→RL", 4), "direct RL is at most 5", "easy pass@1", "not reproduced"),
-    (mix(15, 17), "RL gains more on hard", "hard sound@1",
+    (mix(15, 17), "RL from", "hard sound@1",
      "reproduced, not reproduced, not reproduced"),
-    (mix(17, 15), "RL gains more on hard", "hard sound@1",
+    (mix(17, 15), "RL from", "hard sound@1",
      "not reproduced, reproduced, reproduced"),
     (three("RL gentle", 1), "at a third of its learning rate RL lifts", "easy pass@1", "reproduced"),
     (three("SFT→RL", 1) + three("SFT"), "RL after SFT lifts", "easy pass@1", "reproduced"),
@@ -244,11 +244,15 @@ def drawn(monkeypatch) -> dict[str, report.Figure]:
     return figures
 
 
-@pytest.mark.parametrize("preset, more", [
-    *((name, "early styles dial") for name in ("main", "raw", "dial", "controls")),
-    ("quick", "early styles"), ("luck", "early styles luck"), ("wide", "early styles steps wide"),
-    ("rollouts", "early styles steps"), ("composition", "composition")])
-def test_a_study_has_its_figures(preset, more, tmp_path, drawn):
+ALWAYS = "main matched parallel forgetting"
+
+
+@pytest.mark.parametrize("preset, names", [
+    *((name, f"{ALWAYS} early styles dial") for name in ("main", "raw", "dial", "controls")),
+    ("quick", f"{ALWAYS} early styles"), ("luck", f"{ALWAYS} early styles luck"),
+    ("wide", f"{ALWAYS} early styles steps wide"), ("rollouts", f"{ALWAYS} early styles steps"),
+    ("composition", "composition")])
+def test_a_study_has_its_figures(preset, names, tmp_path, drawn):
     """Each names all that it draws, the first every recipe; guesses are beside pass@32."""
     records = []
     for x in study.grid(study.STUDIES[preset], study.Config()):
@@ -257,7 +261,7 @@ def test_a_study_has_its_figures(preset, more, tmp_path, drawn):
             records.append(record(x.recipe, [32, 16], at=x.at, base=x.base, step=x.step, how=x.how, nll=nll,
                                   samples=512 if x.how == study.WIDE else 64))
     report.report(tmp_path, records, tuple(study.RECIPES))
-    assert drawn.keys() == {"main", "matched", "parallel", "forgetting", *more.split()}
+    assert drawn.keys() == set(names.split())
     for name, figure in drawn.items():
         named = {text.get_text() for text in figure.axes[0].get_legend().get_texts()}
         labels = [{curve.get_label() for curve in axis.containers} for axis in figure.axes]
