@@ -285,18 +285,18 @@ def fast_code(function: Callable, shapes_vary: bool) -> Callable:
 
 # ---- sampling --------------------------------------------------------------------------------------------
 class Cache:
-    """Keys and values decoded so far: two tensors (L, B·H, capacity, D), filled up to `length`. No query sees
-    the first `padding` (B,) columns of a row. Decoding attends over the whole capacity, unfilled columns
-    masked: CPUs multiply contiguous tensors several times faster than slices. So on a CPU it grows in small
-    steps. `length` is a tensor (1,) because a CUDA graph repeats the numbers of Python, but reads tensors."""
+    """Keys and values decoded so far, filled up to `length`. No query sees the first `padding` (B,) columns
+    of a row. Decoding attends over the whole capacity, unfilled columns masked: CPUs multiply contiguous
+    tensors several times faster than slices. So on a CPU it grows in small steps, one tensor after the other:
+    fresh memory is slow. `length` is a tensor (1,) because a CUDA graph repeats the numbers of Python, but
+    reads tensors."""
 
     def __init__(self, c: ModelConfig, padding: Tensor, capacity: int):
         self.config = c
         self.padding = padding
         self.capacity = capacity
         self.length = torch.zeros(1, dtype=torch.long, device=padding.device)
-        self.k: Tensor | None = None             # made with the first keys, which have the dtype of products
-        self.v: Tensor | None = None
+        self.keys_values: list[Tensor] = []      # of layer 0, of layer 1, ...: (B·H, capacity, D)
 
     def keys(self, T: int) -> int:
         """How many keys T new positions have before them, their own and unfilled ones included."""
@@ -311,22 +311,21 @@ class Cache:
     def grow(self, capacity: int) -> None:
         """Make room for so many columns, and for a few more."""
         missing = capacity - self.capacity
-        if missing > 0:                          # k first, then v, so that only one is held twice
-            layers, rows, _, size = self.k.shape
-            new = self.k.new_zeros(layers, rows, max(16, missing), size)
-            self.k = torch.cat((self.k, new), dim=2)
-            self.v = torch.cat((self.v, new), dim=2)
-            self.capacity = self.k.shape[2]
+        if missing > 0:
+            rows, _, size = self.keys_values[0].shape
+            new = self.keys_values[0].new_zeros(rows, max(16, missing), size)
+            for i, old in enumerate(self.keys_values):
+                self.keys_values[i] = torch.cat((old, new), dim=1)
+            self.capacity += new.shape[1]
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> KV:
         """Append a layer's k, v (B, H, T, D); returns all of them (B, H, capacity, D). GPT.hidden advances
         `length`, after the last layer."""
         B, H, T, D = k.shape
-        if self.k is None:
-            self.k = k.new_zeros(self.config.n_layers, B * H, self.capacity, D)
-            self.v = torch.zeros_like(self.k)
-        all_k = self.k[layer].unflatten(0, (B, H))
-        all_v = self.v[layer].unflatten(0, (B, H))
+        if len(self.keys_values) == 2 * layer:   # its first keys, which have the dtype of products
+            empty = k.new_zeros(B * H, self.capacity, D)
+            self.keys_values += [empty, empty.clone()]
+        all_k, all_v = (x.unflatten(0, (B, H)) for x in self.keys_values[2 * layer:2 * layer + 2])
         columns = self.columns(T)
         if k.device.type == "cpu":               # a slice is faster, but must know the number
             columns = slice(int(columns[0]), int(columns[0]) + T)
@@ -337,12 +336,9 @@ class Cache:
     def select(self, rows: Tensor) -> None:
         """Keep (or repeat) these rows, in this order."""
         self.padding = self.padding[rows]
-        self.k = self.selected(self.k, rows)
-        self.v = self.selected(self.v, rows)
-
-    def selected(self, x: Tensor, rows: Tensor) -> Tensor:
-        by_row = x.unflatten(1, (-1, self.config.n_kv_heads))            # (L, B, H, capacity, D)
-        return by_row.index_select(1, rows).flatten(1, 2)
+        for i, old in enumerate(self.keys_values):
+            by_row = old.unflatten(0, (-1, self.config.n_kv_heads))      # (B, H, capacity, D)
+            self.keys_values[i] = by_row.index_select(0, rows).flatten(0, 1)
 
 
 def visible(cache: Cached, T: int) -> Tensor:
