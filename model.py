@@ -100,15 +100,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q kᵀ / √D) v, (B, H, T, D), where `mask` (B, 1, T, keys) is True; without a mask, causal."""
     T = q.shape[2]
-    if mask is None and T % QUERIES == 0 and q.device.type == "cpu" and torch.compiler.is_compiling():
+    on_cpu = q.device.type == "cpu"
+    compiling = on_cpu and torch.compiler.is_compiling()
+    if mask is None and compiling and T % QUERIES == 0:
         return causal_blocks(q, k, v)
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
-    if q.device.type == "cuda" or q.device.type == "cpu" and T > 1:
+    if q.device.type == "cuda" or on_cpu and T > 1 and not compiling:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    # the fused kernel of a CPU is slow for a single query, and slower than compiled products; that of Apple's
+    # GPUs is wrong with masks like ours (PyTorch issues 174861, 182285, 184180)
+    return by_products(q, k, v, mask)
 
-    # the fused kernel of a CPU is slow for a single query; that of Apple's GPUs is wrong with masks like ours
-    # (PyTorch issues 174861, 182285, 184180)
+
+def by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """The same of a mask, with one product for the scores and one for the values."""
     heads = q.shape[:2]                                                  # B, H
     scale = q.shape[-1] ** -.5
     scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT)
@@ -122,19 +128,15 @@ QUERIES = 64
 
 
 def causal_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same causal attention, a block of queries at a time with the keys up to its last one: nearly half
-    of the scores are left out. torch.compile's code for it is faster than PyTorch's own kernel on a CPU."""
-    heads = q.shape[:2]                                                  # B, H
-    q, k, v = (x.flatten(0, 1) for x in (q * q.shape[-1] ** -.5, k, v))  # (B·H, T, D)
-    position = torch.arange(q.shape[1], device=q.device)
+    """The same without a mask, a block of queries at a time with the keys up to its last one: nearly half of
+    the scores are left out."""
+    position = torch.arange(q.shape[2], device=q.device)
     parts = []
-    for start in range(0, q.shape[1], QUERIES):
+    for start in range(0, q.shape[2], QUERIES):
         end = start + QUERIES
-        scores = torch.bmm(q[:, start:end], k[:, :end].mT)               # (B·H, QUERIES, end)
-        later = position[:end] > position[start:end, None]
-        weights = scores.masked_fill(later, -torch.inf).softmax(-1)
-        parts.append(torch.bmm(weights, v[:, :end]))
-    return torch.cat(parts, dim=1).unflatten(0, heads)
+        known = position[:end] <= position[start:end, None]              # (QUERIES, end)
+        parts.append(by_products(q[:, :, start:end], k[:, :, :end], v[:, :, :end], known))
+    return torch.cat(parts, dim=2)
 
 
 class Block(nn.Module):
@@ -581,12 +583,18 @@ def targets(ids: Tensor, at: Tensor) -> Tensor:
     return ids[:, 1:].flatten().index_select(0, at)
 
 
-@compilable(shapes_vary=True)
 def completion_logprobs(model: GPT, ids: Tensor, at: Tensor,
                         temperature: float = 1.0, cache: Cached = None) -> Tensor:
     """Log-probabilities (N,) of `pack`'s N completion tokens, under softmax(logits / temperature)."""
+    return logprobs_of(model, targets(ids, at), ids, at, temperature, cache)
+
+
+@compilable(shapes_vary=True)
+def logprobs_of(model: GPT, tokens: Tensor, ids: Tensor, at: Tensor,
+                temperature: float, cache: Cached) -> Tensor:
+    """The same of tokens (N,) looked up before: torch.compile would look them up again for every logit."""
     logits = target_logits(model, ids, at, temperature, cache)
-    return -F.cross_entropy(logits, targets(ids, at), reduction="none")
+    return -F.cross_entropy(logits, tokens, reduction="none")
 
 
 def row_logprobs(model: GPT, prompts: Ids, completions: Ids,
@@ -650,6 +658,8 @@ class SharedPrompts:
         view = copy.copy(self)
         view.prompt_of_row = moved(torch.tensor(prompt_of_row), self.padding.device)
         view.padding = self.padding[view.prompt_of_row]
+        # here, not in compiled code, whose backward pass would add one number at a time
+        view.keys_values = [x.index_select(0, view.prompt_of_row) for x in self.keys_values]
         return view
 
     def keys(self, T: int) -> int:
@@ -664,8 +674,7 @@ class SharedPrompts:
             if self.keys_values is None:         # else `recompute` computes the prompts once more
                 self.graph += (k, v)
             return k, v
-        prompt_k = self.keys_values[2 * layer].index_select(0, self.prompt_of_row)
-        prompt_v = self.keys_values[2 * layer + 1].index_select(0, self.prompt_of_row)
+        prompt_k, prompt_v = self.keys_values[2 * layer:2 * layer + 2]
         all_k = torch.cat((prompt_k, k), dim=2)
         all_v = torch.cat((prompt_v, v), dim=2)
         return all_k, all_v

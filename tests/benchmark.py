@@ -226,7 +226,7 @@ def learning(c: Config, size: str, compiled: bool = False) -> list[Row]:
             step(model, reference, optimizer, n, config)
             steps.append(clock.copy())
         merge.parallel_round(model, [rl_arm, sft_arm], [.5, .5])
-    work(4)
+    work(c.n_problems if compiled else 4)        # code is made for new shapes
     steps.clear()
     seconds = repeat(work, c)
     parts = [{"prefill": t["prefill"], "decode": t["sample_together"] - t["prefill"],
