@@ -166,7 +166,7 @@ def train(c: Config) -> Path:
     sft_config = arm_config(sft.Config, c)
     optimizers = {name: torch.optim.AdamW(model.parameters(), lr, weight_decay=c.weight_decay, fused=True)
                   for name, lr in learning_rates(c).items()}
-    compile_if_it_pays(model, c.compile, rl.expected_flops(model, rl_config), gain=.07)
+    compile_if_it_pays(model, c.compile, rl.expected_flops(model, rl_config), gain=.1)
     metrics: dict[str, float] = {}
 
     def update(name: str) -> None:               # `run` and `step`, here and below, are those of the loop

@@ -350,7 +350,7 @@ def train(c: Config) -> Path:
     reference = copy.deepcopy(model).requires_grad_(False) if c.reference else None
     steps = c.steps
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=c.weight_decay, fused=True)
-    compile_if_it_pays(model, c.compile, expected_flops(model, c), gain=.07)
+    compile_if_it_pays(model, c.compile, expected_flops(model, c), gain=.1)
 
     with Run(c, steps, parents, files) as run:
         if run.finished():

@@ -81,6 +81,10 @@ RECIPES = {
     "G=64": "rl.py --init {base} --rollouts 64 --steps 38 --eval-every 5",
     # composition: judged on hard problems, so trained on hard ones
     "RL on hard": "rl.py --init {base} --difficulty hard",
+    # controls of controls: as many updates as averaging's; the native teacher; pretraining's own rate
+    "SFT at lr/2 short": "sft.py --init {base} --lr 5e-4 --decay 0 --n-train 1600",
+    "SFT native at lr/2": "sft.py --init {base} --teacher native --lr 5e-4 --decay 0",
+    "continued at its lr": "pretrain.py --init {base} --tokens 614400 --lr 3e-3 --warmup 0",
 }
 
 
@@ -123,8 +127,8 @@ STUDIES = {
                   (*PIPELINES, "continued", "RL gentle", "SFT native", "SFT native→RL", "SFT 30 passes",
                    "self-SFT", "continued 3.2M", "annealed again"),
                   few={"3M": ("RL", "SFT", "continued", "SFT native")}),
-    "raw": Study({"base": ("", KEPT, ("6M",))}, ("RL", "SFT", "continued", "SFT native", "continued 3.2M"),
-                 anneal=0),
+    "raw": Study({"base": ("", KEPT, ("6M",))}, ("RL", "SFT", "continued", "SFT native", "continued 3.2M",
+                                                 "continued at its lr", "RL random"), anneal=0),
     "dial": Study({"base": ("", KEPT, ("4M", "6M"))},
                   ("SFT native", "SFT", "SFT spoken", "SFT prose", "self-SFT", "RL")),
     "luck": Study({"base": ("", KEPT, ("3M", "4M", "6M"))}, ("RL", "RL steps", "RL random")),
@@ -135,7 +139,7 @@ STUDIES = {
     "controls": Study({"base": ("", KEPT, ("6M",))},
                       ("RL", "SFT", "parallel", "parallel native", "parallel at RL's lr", "SFT at RL's lr",
                        "RL at lr/2", "SFT at lr/2", "fused", "alternating", "H=10", "linear", "task",
-                       "ties")),
+                       "ties", "SFT at lr/2 short", "SFT native at lr/2")),
     "rollouts": Study({"base": ("", KEPT, ("6M",))}, ("G=4", "RL", "G=64"), trace={"G=4": (38,)}),
     # 30 % arithmetic against 60 %, and 0.5M against 1M parameters: 2.1 times the FLOPs per token
     "composition": Study({"0.5M, 30 %": ("", KEPT, ("6M",)),
