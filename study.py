@@ -147,7 +147,7 @@ STUDIES = {
                           "1M, 30 %": ("", "--size 1M --tokens 6M --checkpoints-at 6M", ("6M",))},
                          ("RL on hard",)),
     "gpu-8": gpu("10M", 320, ("100M", "200M", "400M"), "--micro-tokens 8192"),       # 8, 12 and 24 GB
-    "gpu-12": gpu("30M", 512, ("300M", "600M", "1200M")),
+    "gpu-12": gpu("30M", 512, ("300M", "600M", "1200M"), "--micro-tokens 8192"),
     "gpu-24": gpu("124M", 768, ("600M", "1200M", "2400M"), "--micro-tokens 8192"),
 }
 

@@ -57,6 +57,9 @@ def plan(m: ModelConfig, c: Any, prompt: int) -> dict[str, dict[str, int]]:
     columns = 16 * -(-(prompt + c.max_new) // 16)        # of the cache, which a GPU allocates once
     keys = rows * columns * m.n_layers * m.kv_width * size
     copied = int(max(.8, 1 / c.eval_samples) * keys / m.n_layers)        # by Cache.select, one by one
+    started = max(min(problems, max(1, c.decode_rows // group)) for group, problems in groups)   # prompts
+    temporaries = started * prompt * (4 * size * m.d_ff + 12 * m.d_model)        # of a layer of them, when
+    temporaries -= 2 * keys * (rows - started) // rows   # their answers have no keys yet
 
     # update: if answers are a quarter as long as allowed, four times the rows have a copy of a prompt's keys
     micro_tokens = tokens_at_once(c.micro_tokens, GPU)
@@ -81,7 +84,8 @@ def plan(m: ModelConfig, c: Any, prompt: int) -> dict[str, dict[str, int]]:
         "always": {"parameters": 4 * weights, "reference": 4 * weights * reference,
                    "moments": 8 * trained * (2 if mode in ("parallel", "alternating") else 1),
                    "snapshots": 8 * trained * (mode == "parallel")},
-        "sampling": {"weights in bf16": converted, "keys and values": 2 * keys, "copied": copied,
+        "sampling": {"weights in bf16": converted, "keys and values": 2 * keys,
+                     "copied": max(copied, temporaries),
                      "distributions": 2 * 20 * m.n_vocab * rows},         # one of them in the CUDA graph
         "update": {"gradients": 4 * trained, "newest gradient": 8 * largest,     # as it comes, and converted
                    "weights in bf16": converted,          # and in the graph of the prompts once more
