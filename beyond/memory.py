@@ -53,31 +53,30 @@ def plan(m: ModelConfig, c: Any, prompt: int) -> dict[str, dict[str, int]]:
     groups = [(c.eval_samples, c.eval_problems)]         # answers to a problem, problems: of a validation
     if sampled:                                          # of rl.collect, of rl.probe
         groups += [(c.rollouts, c.n_problems), (2 * c.rollouts, c.n_problems)]
-    rows = max(group * min(problems, max(1, c.decode_rows // group)) for group, problems in groups)
+    started = [min(problems, max(1, c.decode_rows // group)) for group, problems in groups]      # at once
+    rows = max(group * n for (group, _), n in zip(groups, started))
     columns = 16 * -(-(prompt + c.max_new) // 16)        # of the cache, which a GPU allocates once
     keys = rows * columns * m.n_layers * m.kv_width * size
     copied = int(max(.8, 1 / c.eval_samples) * keys / m.n_layers)        # by Cache.select, one by one
-    started = max(min(problems, max(1, c.decode_rows // group)) for group, problems in groups)   # prompts
-    temporaries = started * prompt * (4 * size * m.d_ff + 12 * m.d_model)        # of a layer of them, when
-    temporaries -= 2 * keys * (rows - started) // rows   # their answers have no keys yet
+    temporaries = max(started) * prompt * (4 * size * m.d_ff + 12 * m.d_model)   # of a layer of prompts, when
+    temporaries -= 2 * keys * (rows - max(started)) // rows      # their answers have no keys yet
 
     # update: if answers are a quarter as long as allowed, four times the rows have a copy of a prompt's keys
     micro_tokens = tokens_at_once(c.micro_tokens, GPU)
     tokens = max(micro_tokens, prompt + c.max_new)
-    prompts = attended = copies = 0
+    prompts = repeated = 0
     if sampled:
         tokens = min(max(micro_tokens, c.max_new), sampled * c.max_new)
         prompts = prompt * min(max(1, micro_tokens // prompt), c.n_problems)
-        answers = min(max(1, 4 * tokens // c.max_new), sampled)
-        attended = 2 * size * m.d_model * prompt * answers
-        copies = 2 * size * m.kv_width * prompt * answers
+        repeated = prompt * min(max(1, 4 * tokens // c.max_new), sampled)        # positions of such copies
+    attended = 2 * size * m.d_model * repeated   # with the keys and values repeated for all heads
     kept = (42 + 4 * size) * m.d_model + 4 * size * m.d_ff + 4 * m.n_heads + 16      # by a layer, a token
     activations = m.n_layers * ((tokens + prompts) * kept + attended)
     backward = max(tokens, prompts) * kept       # temporaries of a layer
     if c.recompute:                              # every block's input; one layer computed again
         activations = m.n_layers * 4 * m.d_model * (tokens + prompts)
         backward = 2 * backward + attended
-    shared = m.n_layers * (copies + 6 * size * m.kv_width * prompts)     # of SharedPrompts: and gradients
+    shared = 2 * size * m.n_layers * m.kv_width * (repeated + 3 * prompts)   # of SharedPrompts; and gradients
     converted = 2 * matrices * (size == 2)
     largest = max(2 * m.d_model * m.d_ff, 0 if c.freeze_embeddings else m.vocab_size * m.d_model)
     return {
