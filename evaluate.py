@@ -26,7 +26,7 @@ from checkpoint import atomic_write, check_fields, generator, load_model, main, 
 from data.arithmetic import numbers_of, read_answer, sound, style_shares
 from data.problems import load_problems, open_data, prompt_ids, solved_examples
 from data.tokenizer import Tokenizer
-from model import GPT, Ids, packed, target_logits, targets
+from model import GPT, Ids, packed, target_logits
 
 
 @dataclass
@@ -209,7 +209,7 @@ def kl_divergence(model: GPT, reference: GPT, tokenizer: Tokenizer, problems: li
 
     total = 0.0
     at_once = min(8192, 2 ** 26 // model.config.n_vocab)                 # tokens: logits of a quarter GiB
-    for _, ids, at in packed(prompts, answers, tokenizer.pad, at_once, model.device):
+    for _, ids, at, _ in packed(prompts, answers, tokenizer.pad, at_once, model.device):
         logp = target_logits(model, ids, at).log_softmax(-1)
         other = target_logits(reference, ids, at).log_softmax(-1)
         total += float(F.kl_div(other, logp, log_target=True, reduction="sum"))
@@ -246,9 +246,8 @@ def score_rows(model: GPT, contexts: Ids, continuations: Ids, pad: int,
             f"a benchmark item has {longest} tokens, more than the model's context of {model.config.context}")
     sums = [0.0] * len(contexts)
     exact = [False] * len(contexts)
-    for rows, ids, at in packed(contexts, continuations, pad, tokens, model.device):
+    for rows, ids, at, wanted in packed(contexts, continuations, pad, tokens, model.device):
         logits = target_logits(model, ids, at)
-        wanted = targets(ids, at)
         logp = logits.log_softmax(-1).gather(-1, wanted[:, None]).squeeze(-1)
         hit = (logits.argmax(-1) == wanted).float()
         logp, hit = torch.stack((logp, hit)).cpu()                       # one wait

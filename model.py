@@ -225,7 +225,7 @@ class GPT(nn.Module):
         cos = self.cos[columns]
         sin = self.sin[columns]
 
-        x = self.embed(ids)
+        x = F.embedding(ids, self.embed.weight)  # torch.compile traces twice where nn.Embedding is called
         recompute = self.recompute and torch.is_grad_enabled()
         with precision(self):
             for layer, block in enumerate(self.blocks):
@@ -554,54 +554,44 @@ def finished_at_eos(tokens: Tensor, logprobs: Tensor, entropy: Tensor,
 
 # ---- scoring ---------------------------------------------------------------------------------------------
 def pack(prompts: Ids, completions: Ids, pad: int,
-         device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Rows of prompt + completion, padded on the right: ids (B, T), and the places `at` (N,) in ids[:, :-1],
-    laid flat, from which the N completion tokens are predicted. Those come from lengths, not from comparing
-    ids with padding: EOS is a target like any other."""
+         device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of prompt + completion but for their last token, padded on the right, (B, T); the places (N,) in
+    them, laid flat, from which the N completion tokens are predicted; those tokens (N,). The places come from
+    lengths, not from comparing tokens with padding: EOS is a target like any other."""
     rows = [a + b for a, b in zip(prompts, completions)]
     width = max(map(len, rows))
-    padded = [row + [pad] * (width - len(row)) for row in rows]
+    padded = [row[:-1] + [pad] * (width - len(row)) for row in rows]
     ids = torch.tensor(padded)
+    wanted = torch.tensor([token for completion in completions for token in completion])
 
     start = torch.tensor(list(map(len, prompts)))
     end = torch.tensor(list(map(len, rows)))
     column = torch.arange(1, width)
     target = (column >= start[:, None]) & (column < end[:, None])
     at = target.flatten().nonzero().squeeze(1)                           # on the CPU, where it costs no wait
-    return moved(ids, device), moved(at, device)
+    return moved(ids, device), moved(at, device), moved(wanted, device)
 
 
 def target_logits(model: GPT, ids: Tensor, at: Tensor,
                   temperature: float = 1.0, cache: Cached = None) -> Tensor:
     """Logits / temperature (N, V) from which `pack`'s N completion tokens are predicted."""
-    hidden = model.hidden(ids[:, :-1], cache).flatten(0, 1)
+    hidden = model.hidden(ids, cache).flatten(0, 1)
     return model.logits(hidden.index_select(0, at) / temperature)        # divided before: fewer divisions
 
 
-def targets(ids: Tensor, at: Tensor) -> Tensor:
-    """The N completion tokens themselves."""
-    return ids[:, 1:].flatten().index_select(0, at)
-
-
-def completion_logprobs(model: GPT, ids: Tensor, at: Tensor,
+@compilable(shapes_vary=True)
+def completion_logprobs(model: GPT, ids: Tensor, at: Tensor, wanted: Tensor,
                         temperature: float = 1.0, cache: Cached = None) -> Tensor:
     """Log-probabilities (N,) of `pack`'s N completion tokens, under softmax(logits / temperature)."""
-    return logprobs_of(model, targets(ids, at), ids, at, temperature, cache)
-
-
-@compilable(shapes_vary=True)
-def logprobs_of(model: GPT, tokens: Tensor, ids: Tensor, at: Tensor,
-                temperature: float, cache: Cached) -> Tensor:
-    """The same of tokens (N,) looked up before: torch.compile would look them up again for every logit."""
     logits = target_logits(model, ids, at, temperature, cache)
-    return -F.cross_entropy(logits, tokens, reduction="none")
+    return -F.cross_entropy(logits, wanted, reduction="none")
 
 
 def row_logprobs(model: GPT, prompts: Ids, completions: Ids,
                  pad: int, temperature: float = 1.0) -> Tensor:
     """Log-probabilities (N,) of the completions' tokens, row after row, each after its prompt."""
-    ids, at = pack(prompts, completions, pad, model.device)
-    return completion_logprobs(model, ids, at, temperature)
+    rows = pack(prompts, completions, pad, model.device)
+    return completion_logprobs(model, *rows, temperature)
 
 
 def tokens_at_once(asked: int, device: torch.device) -> int:
@@ -626,13 +616,12 @@ def micro_batches(lengths: list[int], tokens: int,
 
 def packed(prompts: Ids, completions: Ids, pad: int,
            tokens: int, device: torch.device) -> Iterator[tuple]:
-    """(row numbers, ids, at) of micro-batches of up to `tokens` tokens, as `pack` makes them."""
+    """(row numbers, ids, at, wanted) of micro-batches of up to `tokens` tokens, as `pack` makes them."""
     lengths = [len(a) + len(b) for a, b in zip(prompts, completions)]
     for rows in micro_batches(lengths, tokens, device):
         chosen = [prompts[r] for r in rows]
         following = [completions[r] for r in rows]
-        ids, at = pack(chosen, following, pad, device)
-        yield rows, ids, at
+        yield rows, *pack(chosen, following, pad, device)
 
 
 # ---- a prompt computed once for its group ----------------------------------------------------------------
@@ -689,5 +678,5 @@ def shared_logprobs(model: GPT, prompts: SharedPrompts,
                     pad: int, temperature: float = 1.0) -> Tensor:
     """The same (N,) as `completion_logprobs`, for completions of the shared prompts with these numbers."""
     last = [[prompts.last[p]] for p in prompt_of_row]
-    ids, at = pack(last, completions, pad, model.device)
-    return completion_logprobs(model, ids, at, temperature, prompts.of(prompt_of_row))
+    rows = pack(last, completions, pad, model.device)
+    return completion_logprobs(model, *rows, temperature, prompts.of(prompt_of_row))

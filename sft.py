@@ -102,7 +102,7 @@ def surprise(model: GPT, examples: list[Example], c: Config, pad: int) -> float:
     prompts = [prompt for prompt, _ in examples]
     solutions = [solution for _, solution in examples]
     parts = packed(prompts, solutions, pad, c.micro_tokens, model.device)
-    sums = [completion_logprobs(model, ids, at).sum() for _, ids, at in parts]
+    sums = [completion_logprobs(model, *rows).sum() for _, *rows in parts]
     return -float(torch.stack(sums).sum()) / sum(map(len, solutions))
 
 
@@ -128,8 +128,8 @@ def sft_gradient(model: GPT, examples: list[Example], c: Config, pad: int) -> di
     mine = ranks.my_part(examples)
     prompts = [prompt for prompt, _ in mine]
     solutions = [solution for _, solution in mine]
-    for _, ids, at in packed(prompts, solutions, pad, c.micro_tokens, model.device):
-        loss = -completion_logprobs(model, ids, at).sum() / total
+    for _, *rows in packed(prompts, solutions, pad, c.micro_tokens, model.device):
+        loss = -completion_logprobs(model, *rows).sum() / total
         loss.backward()
         losses.append(loss.detach())             # a number only at the end: reading one waits for the GPU
 

@@ -157,9 +157,9 @@ def test_the_contract_of_a_model():
         gpt.head.weight.mul_(10)                 # lively: else a mistake hardly shows
         out = model.sample(gpt, prompts, 4, 9, 7, 60, generator(0, "rollouts"))
         answers = out.completions()
-        ids, at = model.pack([prompts[p] for p in rows], answers, 60)
+        ids, *where = model.pack([prompts[p] for p in rows], answers, 60)
         shared = model.shared_logprobs(gpt, model.SharedPrompts(gpt, prompts, 60), rows, answers, 60)
-        plain = model.completion_logprobs(gpt, ids, at)
+        plain = model.completion_logprobs(gpt, ids, *where)
         assert gpt(ids).shape == (*ids.shape, 61) and gpt.flops_per_token(8) > 0 and plain.std() > .1
     recorded = torch.cat([logp[:len(answer)] for logp, answer in zip(out.logprobs, answers)])
     assert torch.allclose(plain, recorded, atol=1e-5) and torch.allclose(shared, recorded, atol=1e-5)

@@ -62,7 +62,13 @@ def draw_alone(model, prompt, u, temperature):
 def spy_on_hidden(model):
     """Lets the test see the shape of every batch that runs through the model."""
     shapes = []
-    model.embed.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
+    hidden = model.hidden
+
+    def spy(ids: torch.Tensor, cache=None) -> torch.Tensor:
+        shapes.append(tuple(ids.shape))
+        return hidden(ids, cache)
+
+    model.hidden = spy
     return shapes
 
 
@@ -138,8 +144,8 @@ def test_recorded_logprobs_are_the_trainers(small_gpt, temperature):
     prompts = [prompts_of_all_lengths(8)[i] for i in (2, 4, 0, 1, 7, 3, 6, 5)]       # not its own inverse
     small_gpt.decode_rows = 10
     out = rollouts(small_gpt, prompts, 5, 12, temperature)
-    ids, at = pack([p for p in prompts for _ in range(5)], out.completions(), PAD, small_gpt.device)
-    trainer = completion_logprobs(small_gpt, ids, at, temperature).cpu()
+    rows = pack([p for p in prompts for _ in range(5)], out.completions(), PAD, small_gpt.device)
+    trainer = completion_logprobs(small_gpt, *rows, temperature).cpu()
     recorded = torch.cat([row[:n] for row, n in zip(out.logprobs, out.lengths)])
     assert len(trainer) == len(recorded)
     assert (recorded - trainer).abs().max() < 1e-5
@@ -259,13 +265,14 @@ def test_a_token_of_probability_zero_is_never_drawn(bigram, u, expected):
 
 def test_pack_goes_by_lengths():
     """Targets come from recorded lengths; completions that hold the pad id lose no target. Their places are
-    those of the tokens before them, in rows of width - 1."""
+    those of the tokens before them, in rows without their last token."""
     pad = 0
     prompts, completions = [[5, 0, 6], [7], [8, 8]], [[0, 9], [0, 0, 0, 9], []]
-    ids, at = pack(prompts, completions, pad)
-    assert ids.tolist() == [[5, 0, 6, 0, 9], [7, 0, 0, 0, 9], [8, 8, 0, 0, 0]]
+    ids, at, wanted = pack(prompts, completions, pad)
+    assert ids.tolist() == [[5, 0, 6, 0], [7, 0, 0, 0], [8, 0, 0, 0]]
     assert at.tolist() == [0 * 4 + 2, 0 * 4 + 3, 1 * 4 + 0, 1 * 4 + 1, 1 * 4 + 2, 1 * 4 + 3]
-    assert at.dtype == ids.dtype == torch.int64
+    assert wanted.tolist() == [0, 9, 0, 0, 0, 9]
+    assert at.dtype == ids.dtype == wanted.dtype == torch.int64
 
 
 @on_every_device

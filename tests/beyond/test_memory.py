@@ -261,8 +261,8 @@ def test_sampled_and_scored_logprobs_agree_in_bf16(gpu):
         model.head.weight.mul_(5)
     prompts = [[1, 2, 3], [4, 5, 6]]
     out = sample(model, prompts, 2, 8, 510, 511, generator(0, "u"))
-    ids, at = pack([prompts[row // 2] for row in range(4)], out.tokens.tolist(), 511, gpu)
-    scored = completion_logprobs(model, ids, at).detach().cpu()
+    ids, *where = pack([prompts[row // 2] for row in range(4)], out.tokens.tolist(), 511, gpu)
+    scored = completion_logprobs(model, ids, *where).detach().cpu()
     assert model.logits(model.hidden(ids)).dtype == torch.float32
     assert 1e-5 < float((out.logprobs.flatten() - scored).abs().max()) < .05
 
