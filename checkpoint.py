@@ -458,8 +458,9 @@ def main(function: Callable, cls: type) -> None:
     sys.exit(status)
 
 
-def setup(device: str, threads: int) -> torch.device:
-    """Choose the device and the number of threads (0: all cores); keep big memory blocks in the process."""
+def setup(device: str, threads: int, compile: str = "auto") -> torch.device:
+    """Choose the device and the number of threads (0: all cores); keep big memory blocks in the process.
+    UserError if there is no such device, or torch.compile is asked for (on) and fails on it."""
     if threads:
         torch.set_num_threads(threads)
     if platform.libc_ver()[0] == "glibc":
@@ -481,31 +482,40 @@ def setup(device: str, threads: int) -> torch.device:
                 torch.cuda.set_per_process_memory_fraction(float(share))
     except (RuntimeError, AssertionError, ImportError, ValueError) as error:
         raise UserError(f"--device {device}: not available ({str(error).splitlines()[0]})") from None
+    if compile == "on":
+        fault = compiler_fault(found.device)
+        require(not fault, f"--compile on: torch.compile fails here ({fault}); leave the option out")
     ranks.join()
     return found.device
 
 
-COMPILING = 30                      # seconds that it takes, at most, before the first step
+# ---- torch.compile ---------------------------------------------------------------------------------------
+COMPILING = 40                      # seconds that it takes, at most, before the first step
 
 
 def compile_if_it_pays(model: GPT, choice: str, flops: float, gain: float) -> None:
-    """Set model.compiled if `choice` is on; if it is auto, in a training on a CPU of so many FLOPs that the
-    saved share `gain` of its time is twice that of compiling. One line says so. Where no compiler works, auto
-    stays silent; UserError if it was asked for."""
+    """Set model.compiled if `choice` is on; if it is auto, where the FLOPs still to be trained on a CPU take
+    so long that the saved share `gain` of that time is twice that of compiling. One line says so; where no
+    compiler works, auto stays silent."""
     seconds = flops / 50e9                       # at the speed of two common cores
     on_cpu = model.device.type == "cpu"
     if choice == "off" or choice == "auto" and not on_cpu:
         return
     if choice == "auto" and gain * seconds < 2 * COMPILING:
-        print(f"about {seconds:.0f} s of training: too few for torch.compile (--compile on)")
+        tqdm.write(f"about {seconds:.0f} s of training: too few for torch.compile (--compile on)")
         return
-    try:
-        torch.compile(torch.sin)(torch.zeros(8, device=model.device))
-    except Exception as error:                   # of a dozen types, as compilers fail
-        first_line = f"{error}".strip().partition("\n")[0]
-        require(choice == "auto", "--compile on: torch.compile fails on this machine "
-                                  f"({type(error).__name__}: {first_line[:120]}); leave the option out")
+    if choice == "auto" and compiler_fault(model.device):
         return
     model.compiled = True
-    print(f"about {seconds:.0f} s of training, {gain:.0%} less with torch.compile, which takes up to "
-          f"{COMPILING} s first (--compile off)")
+    tqdm.write(f"about {seconds:.0f} s of training, {gain:.0%} less with torch.compile, which takes up to "
+               f"{COMPILING} s first (--compile off)")
+
+
+def compiler_fault(device: torch.device) -> str:
+    """Why torch.compile fails on this device, in a line; empty where it works."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(8, device=device))
+    except Exception as error:                   # of a dozen types, as compilers fail
+        first_line = f"{error}".strip().partition("\n")[0]
+        return f"{type(error).__name__}: {first_line[:120]}"
+    return ""

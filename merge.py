@@ -155,7 +155,7 @@ def sft_gradient(model: GPT, tokenizer: Tokenizer, examples: list[sft.Example], 
 def train(c: Config) -> Path:
     """Run (or resume) the training; returns the path of the last checkpoint."""
     check(c)
-    device = setup(c.device, c.threads)
+    device = setup(c.device, c.threads, c.compile)
     model, tokenizer, parents = load_model(c.init, device)
     model.set_memory(c)
     problems, validation, files = training_problems(c, model, tokenizer, solutions=True)
@@ -166,7 +166,6 @@ def train(c: Config) -> Path:
     sft_config = arm_config(sft.Config, c)
     optimizers = {name: torch.optim.AdamW(model.parameters(), lr, weight_decay=c.weight_decay, fused=True)
                   for name, lr in learning_rates(c).items()}
-    compile_if_it_pays(model, c.compile, rl.expected_flops(model, rl_config), gain=.1)
     metrics: dict[str, float] = {}
 
     def update(name: str) -> None:               # `run` and `step`, here and below, are those of the loop
@@ -196,6 +195,7 @@ def train(c: Config) -> Path:
         if run.finished():
             return run.final
         step = run.restore(model, *optimizers.values())
+        compile_if_it_pays(model, c.compile, rl.expected_flops(model, rl_config, c.steps - step), gain=.1)
         if step == 0:
             rl.probe(model, tokenizer, problems[:c.n_problems], rl_config)
         while True:

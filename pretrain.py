@@ -132,7 +132,7 @@ def new_optimizer(model: GPT, c: Config) -> torch.optim.Optimizer:
 def train(c: Config) -> Path:
     """Run (or resume) the pretraining; returns the path of the last checkpoint."""
     check(c)
-    device = setup(c.device, c.threads)
+    device = setup(c.device, c.threads, c.compile)
     require(c.batch >= ranks.world_size(),
             f"--batch {c.batch}: fewer sequences than the {ranks.world_size()} processes")
     manifest, tokenizer, shards = open_data(c.data)
@@ -144,7 +144,6 @@ def train(c: Config) -> Path:
     tokens_per_step = c.batch * c.context
     flops_per_step = 3 * model.flops_per_token(c.context) * tokens_per_step
     steps = math.ceil(c.tokens / tokens_per_step)
-    compile_if_it_pays(model, c.compile, steps * flops_per_step, gain=.2)
     kept = c.checkpoints_at or [c.tokens * eighths // 8 for eighths in (1, 2, 3, 4, 6)]
 
     earlier = [stage for stage in parents if stage["script"] == "pretrain.py"]
@@ -156,6 +155,7 @@ def train(c: Config) -> Path:
         if run.finished():
             return run.final
         step = run.restore(model, optimizer)
+        compile_if_it_pays(model, c.compile, (steps - step) * flops_per_step, gain=.2)
         while True:
             # ---- learning rate
             for group in optimizer.param_groups:

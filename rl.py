@@ -261,9 +261,9 @@ def grpo_flops(model: GPT, batch: Batch, trained: int, c: Config) -> int:
     return model.flops_per_token(length) * (prompted + sampled + (3 + (c.kl > 0)) * trained)
 
 
-def expected_flops(model: GPT, c: Config) -> int:
-    """FLOPs of the whole run, if its answers have a quarter of their largest length."""
-    tokens = c.steps * c.n_problems * c.rollouts * c.max_new // 4
+def expected_flops(model: GPT, c: Config, steps: int) -> int:
+    """FLOPs of `steps` steps, if their answers have a quarter of their largest length."""
+    tokens = steps * c.n_problems * c.rollouts * c.max_new // 4
     return 4 * model.flops_per_token(c.max_new) * tokens
 
 
@@ -343,19 +343,19 @@ def learning_rate(c: Config, step: int, steps: int) -> float:
 def train(c: Config) -> Path:
     """Run (or resume) RL; returns the path of the last checkpoint."""
     check(c)
-    device = setup(c.device, c.threads)
+    device = setup(c.device, c.threads, c.compile)
     model, tokenizer, parents = load_model(c.init, device)
     model.set_memory(c)
     problems, validation, files = training_problems(c, model, tokenizer)
     reference = copy.deepcopy(model).requires_grad_(False) if c.reference else None
     steps = c.steps
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=c.weight_decay, fused=True)
-    compile_if_it_pays(model, c.compile, expected_flops(model, c), gain=.1)
 
     with Run(c, steps, parents, files) as run:
         if run.finished():
             return run.final
         step = run.restore(model, optimizer)
+        compile_if_it_pays(model, c.compile, expected_flops(model, c, steps - step), gain=.1)
         if step == 0:
             probe(model, tokenizer, problems[:c.n_problems], c)
         while True:

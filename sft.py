@@ -142,7 +142,7 @@ def sft_gradient(model: GPT, examples: list[Example], c: Config, pad: int) -> di
 def train(c: Config) -> Path:
     """Run (or resume) SFT; returns the path of the last checkpoint."""
     check_fields(c)
-    device = setup(c.device, c.threads)
+    device = setup(c.device, c.threads, c.compile)
     model, tokenizer, parents = load_model(c.init, device)
     model.set_memory(c)
     problems, validation, files = training_problems(c, model, tokenizer, solutions=True)
@@ -155,12 +155,12 @@ def train(c: Config) -> Path:
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=c.weight_decay, fused=True)
     tokens = sum(len(prompt) + len(solution) for prompt, solution in examples)
     flops = 3 * model.flops_per_token(tokens // len(examples)) * tokens * c.epochs
-    compile_if_it_pays(model, c.compile, flops, gain=.1)
 
     with Run(c, steps, parents, files) as run:
         if run.finished():
             return run.final
         step = run.restore(model, optimizer)
+        compile_if_it_pays(model, c.compile, flops * (steps - step) / steps, gain=.1)
         if step == 0:
             nll = surprise(model, examples[:512], c, tokenizer.pad)
             run.count(**cost)

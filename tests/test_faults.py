@@ -28,7 +28,7 @@ import merge
 import pretrain
 import rl
 import sft
-from checkpoint import UserError, load_checkpoint
+from checkpoint import Run, UserError, load_checkpoint
 
 KILLS = 25 if worlds.LONG else 2
 LONGER = 6 if worlds.LONG else 1        # more steps, so that there is something left to kill
@@ -198,6 +198,18 @@ def test_a_run_killed_while_it_writes_is_completed(script, tmp_path):
     for path in keep:
         path.unlink()
     worlds.assert_same_run(out, reference)
+
+
+@pytest.mark.parametrize("script", TRAINERS)
+def test_torch_compile_is_decided_by_the_steps_left(script, tmp_path):
+    """All of a new run, none of one that lacks but its end; a finished one asks no more."""
+    c, flops = config_of(script, tmp_path / "run"), []
+    with mock.patch.object(TRAINERS[script][0], "compile_if_it_pays", lambda *a, **_: flops.append(a[2])):
+        with mock.patch.object(Run, "finish", side_effect=RuntimeError), pytest.raises(RuntimeError):
+            train(script, c)
+        train(script, c)
+        train(script, c)
+    assert flops[0] > 0 and flops[1:] == [0]
 
 
 def eights() -> Path:
