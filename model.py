@@ -102,8 +102,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     T = q.shape[2]
     on_cpu = q.device.type == "cpu"
     compiling = on_cpu and torch.compiler.is_compiling()
-    if mask is None and compiling and T % QUERIES == 0:
-        return causal_blocks(q, k, v)
+    if mask is None and compiling:
+        return causal_products(q, k, v)
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
     if q.device.type == "cuda" or on_cpu and T > 1 and not compiling:
@@ -127,12 +127,16 @@ def by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 QUERIES = 64
 
 
-def causal_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same without a mask, a block of queries at a time with the keys up to its last one: nearly half of
-    the scores are left out."""
-    position = torch.arange(q.shape[2], device=q.device)
+def causal_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same without a mask: a block of queries at a time with the keys up to its last one, so that nearly
+    half of the scores are left out; of lengths that vary from call to call, all at once."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true         # takes a second
+    T = q.shape[2]
+    position = torch.arange(T, device=q.device)
+    if not statically_known_true(T % QUERIES == 0):
+        return by_products(q, k, v, position <= position[:, None])
     parts = []
-    for start in range(0, q.shape[2], QUERIES):
+    for start in range(0, T, QUERIES):
         end = start + QUERIES
         known = position[:end] <= position[start:end, None]              # (QUERIES, end)
         parts.append(by_products(q[:, :, start:end], k[:, :, :end], v[:, :, :end], known))

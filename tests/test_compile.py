@@ -35,10 +35,11 @@ def agree(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool(0 < a.norm() and (a - b).norm() < 1e-5 * a.norm())
 
 
-@pytest.mark.parametrize("T", [64, 192])
-def test_blocks_of_queries_are_causal_attention(T):
+@pytest.mark.parametrize("T", [1, 64, 100, 192])
+def test_causal_products_are_causal_attention(T):
+    """In blocks of queries and all at once."""
     q, k, v = torch.randn(3, 2, 3, T, 8, generator=generator(0, "weights"))
-    assert torch.allclose(model.causal_blocks(q, k, v), model.attention(q, k, v, None), atol=1e-6)
+    assert torch.allclose(model.causal_products(q, k, v), model.attention(q, k, v, None), atol=1e-6)
 
 
 @needs_compiler
@@ -74,6 +75,26 @@ def test_one_code_has_the_plain_gradient_for_rollouts_of_all_shapes(make_gpt):
         assert agree(*(gradient(gpt, compiled, rollouts) for compiled in (False, True)))
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[0] == graphs[1] == graphs[2]
+
+
+@needs_compiler
+def test_one_code_has_the_plain_gradient_for_examples_of_all_shapes(make_gpt):
+    """Also for a length that could be cut into blocks of queries."""
+    gpt = make_gpt(n_layers=1, context=128)
+
+    def score(examples: tuple) -> None:
+        model.completion_logprobs(gpt, *examples).sin().sum().backward()
+
+    graphs = []
+    for width, more in ((71, 1), (64, 3), (100, 2), (128, 0), (5, 9)):
+        prompts = [[1, 2], [3]] + [[4]] * more
+        solutions = [[5] * (width - 1), [6]] + [[7, 8]] * more
+        examples = model.pack(prompts, solutions, 0)
+        assert examples[0].shape == (2 + more, width)
+        work = functools.partial(score, examples)
+        assert agree(*(gradient(gpt, compiled, work) for compiled in (False, True)))
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert len(set(graphs)) == 1
 
 
 LONG, SHORT = 2.01e13, 1.99e13
