@@ -105,7 +105,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None and compiling:
         return causal_products(q, k, v)
     if mask is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     if q.device.type == "cuda" or on_cpu and T > 1 and not compiling:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     # the fused kernel of a CPU is slow for a single query, and slower than compiled products; that of Apple's
