@@ -355,7 +355,8 @@ def train(c: Config) -> Path:
         if run.finished():
             return run.final
         step = run.restore(model, optimizer)
-        compile_if_it_pays(model, c.compile, expected_flops(model, c, steps - step), gain=.1)
+        flops_left = expected_flops(model, c, steps - step)
+        compile_if_it_pays(model, c.compile, flops_left, gain=.1)
         if step == 0:
             probe(model, tokenizer, problems[:c.n_problems], c)
         while True:

@@ -160,7 +160,8 @@ def train(c: Config) -> Path:
         if run.finished():
             return run.final
         step = run.restore(model, optimizer)
-        compile_if_it_pays(model, c.compile, flops * (steps - step) / steps, gain=.1)
+        flops_left = flops * (steps - step) / steps
+        compile_if_it_pays(model, c.compile, flops_left, gain=.1)
         if step == 0:
             nll = surprise(model, examples[:512], c, tokenizer.pad)
             run.count(**cost)
