@@ -130,7 +130,8 @@ QUERIES = 64
 def causal_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The same without a mask: a block of queries at a time with the keys up to its last one, so that nearly
     half of the scores are left out; of lengths that vary from call to call, all at once."""
-    from torch.fx.experimental.symbolic_shapes import statically_known_true         # takes a second
+    from torch.fx.experimental.symbolic_shapes import statically_known_true         # imports sympy
+
     T = q.shape[2]
     position = torch.arange(T, device=q.device)
     if not statically_known_true(T % QUERIES == 0):
@@ -559,9 +560,9 @@ def finished_at_eos(tokens: Tensor, logprobs: Tensor, entropy: Tensor,
 # ---- scoring ---------------------------------------------------------------------------------------------
 def pack(prompts: Ids, completions: Ids, pad: int,
          device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of prompt + completion but for their last token, padded on the right, (B, T); the places (N,) in
-    them, laid flat, from which the N completion tokens are predicted; those tokens (N,). The places come from
-    lengths, not from comparing tokens with padding: EOS is a target like any other."""
+    """ids (B, T): rows of prompt + completion but for their last token, padded on the right; at (N,): the
+    places in them, laid flat, from which the N completion tokens are predicted; wanted (N,): those tokens.
+    Places come from lengths, not from comparing tokens with padding: EOS is a target like any other."""
     rows = [a + b for a, b in zip(prompts, completions)]
     width = max(map(len, rows))
     padded = [row[:-1] + [pad] * (width - len(row)) for row in rows]
