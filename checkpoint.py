@@ -490,25 +490,27 @@ def setup(device: str, threads: int, compile: str = "auto") -> torch.device:
 
 
 # ---- torch.compile ---------------------------------------------------------------------------------------
-COMPILING = 40                      # seconds that it takes, at most, before the first step
+COMPILING = 40                      # seconds that a code takes before the first step (0.5M, two cores)
 
 
-def compile_if_it_pays(model: GPT, choice: str, flops: float, gain: float) -> None:
-    """Set model.compiled if `choice` is on; if it is auto, where the FLOPs still to be trained on a CPU take
-    so long that the saved share `gain` of that time is twice that of compiling. One line says so; where no
-    compiler works, auto stays silent."""
+def compile_if_it_pays(model: GPT, choice: str, flops: float, gain: float, codes: int = 1) -> None:
+    """Set model.compiled: always if `choice` is on, never if it is off; if it is auto, on a CPU where the
+    share `gain` (measured: results/benchmark) of the time of so many FLOPs is twice what the codes cost. One
+    line says so; where no compiler works, auto stays silent. By the whole run: when resumed, as at first."""
     seconds = flops / 50e9                       # at the speed of two common cores
+    cost = codes * COMPILING
     on_cpu = model.device.type == "cpu"
     if choice == "off" or choice == "auto" and not on_cpu:
         return
-    if choice == "auto" and gain * seconds < 2 * COMPILING:
+    if choice == "on":
+        model.compiled = True
+        tqdm.write(f"torch.compile: takes about {cost} s before the first step")
+    elif gain * seconds < 2 * cost:
         tqdm.write(f"about {seconds:.0f} s of training: too few for torch.compile (--compile on)")
-        return
-    if choice == "auto" and compiler_fault(model.device):
-        return
-    model.compiled = True
-    tqdm.write(f"about {seconds:.0f} s of training, {gain:.0%} less with torch.compile, which takes up to "
-               f"{COMPILING} s first (--compile off)")
+    elif not compiler_fault(model.device):
+        model.compiled = True
+        tqdm.write(f"about {seconds:.0f} s of training, {gain:.0%} less with torch.compile, which takes "
+                   f"about {cost} s first (--compile off)")
 
 
 def compiler_fault(device: torch.device) -> str:

@@ -195,7 +195,7 @@ def train(c: Config) -> Path:
         if run.finished():
             return run.final
         step = run.restore(model, *optimizers.values())
-        compile_if_it_pays(model, c.compile, rl.expected_flops(model, rl_config, c.steps - step), gain=.1)
+        compile_if_it_pays(model, c.compile, rl.expected_flops(model, rl_config), gain=.1, codes=2)
         if step == 0:
             rl.probe(model, tokenizer, problems[:c.n_problems], rl_config)
         while True:

@@ -128,9 +128,10 @@ QUERIES = 64
 
 
 def causal_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same without a mask: a block of queries at a time with the keys up to its last one, so that nearly
-    half of the scores are left out; of lengths that vary from call to call, all at once."""
-    from torch.fx.experimental.symbolic_shapes import statically_known_true         # imports sympy
+    """The same without a mask. A length known to be a multiple of QUERIES: a block of queries at a time with
+    the keys up to its last one, so that nearly half of the scores are left out. Any other length: at once."""
+    # imported here: plain runs do without its sympy. A plain condition would fix a length that varies
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     T = q.shape[2]
     position = torch.arange(T, device=q.device)
@@ -230,7 +231,7 @@ class GPT(nn.Module):
         cos = self.cos[columns]
         sin = self.sin[columns]
 
-        x = F.embedding(ids, self.embed.weight)  # torch.compile traces twice where nn.Embedding is called
+        x = F.embedding(ids, self.embed.weight)  # in nn.Embedding a float makes torch.compile trace twice
         recompute = self.recompute and torch.is_grad_enabled()
         with precision(self):
             for layer, block in enumerate(self.blocks):
@@ -273,14 +274,16 @@ class GPT(nn.Module):
 
 # ---- torch.compile ---------------------------------------------------------------------------------------
 def compilable(shapes_vary: bool) -> Callable:
-    """Decorates a function of (model, ...): with gradients and a model whose `compiled` is set it runs in
-    torch.compile's code, equal within rounding; made at the first call, once for all shapes if they vary."""
+    """Decorates a function of (model, ids, ...): with gradients and a model whose `compiled` is set it runs
+    in torch.compile's code, equal within rounding; made at the first call, once for all shapes if they vary
+    (but for a single row or column, which would have a code of its own: it runs as it is)."""
     def decorate(function: Callable) -> Callable:
         @wraps(function)
-        def chosen(model: GPT, *inputs: typing.Any) -> Tensor:
+        def chosen(model: GPT, ids: Tensor, *inputs: typing.Any, **options: typing.Any) -> Tensor:
             training = torch.is_grad_enabled() and getattr(model, "compiled", False)
-            code = fast_code(function, shapes_vary) if training else function
-            return code(model, *inputs)
+            one_code = not shapes_vary or min(ids.shape) > 1
+            code = fast_code(function, shapes_vary) if training and one_code else function
+            return code(model, ids, *inputs, **options)
         return chosen
     return decorate
 
@@ -566,8 +569,8 @@ def pack(prompts: Ids, completions: Ids, pad: int,
     rows = [a + b for a, b in zip(prompts, completions)]
     width = max(map(len, rows))
     padded = [row[:-1] + [pad] * (width - len(row)) for row in rows]
-    ids = torch.tensor(padded)
-    wanted = torch.tensor([token for completion in completions for token in completion])
+    ids = torch.tensor(padded, dtype=torch.long)
+    wanted = torch.tensor([token for completion in completions for token in completion], dtype=torch.long)
 
     start = torch.tensor(list(map(len, prompts)))
     end = torch.tensor(list(map(len, rows)))
@@ -595,8 +598,8 @@ def completion_logprobs(model: GPT, ids: Tensor, at: Tensor, wanted: Tensor,
 def row_logprobs(model: GPT, prompts: Ids, completions: Ids,
                  pad: int, temperature: float = 1.0) -> Tensor:
     """Log-probabilities (N,) of the completions' tokens, row after row, each after its prompt."""
-    rows = pack(prompts, completions, pad, model.device)
-    return completion_logprobs(model, *rows, temperature)
+    inputs = pack(prompts, completions, pad, model.device)
+    return completion_logprobs(model, *inputs, temperature)
 
 
 def tokens_at_once(asked: int, device: torch.device) -> int:
@@ -683,5 +686,5 @@ def shared_logprobs(model: GPT, prompts: SharedPrompts,
                     pad: int, temperature: float = 1.0) -> Tensor:
     """The same (N,) as `completion_logprobs`, for completions of the shared prompts with these numbers."""
     last = [[prompts.last[p]] for p in prompt_of_row]
-    rows = pack(last, completions, pad, model.device)
-    return completion_logprobs(model, *rows, temperature, prompts.of(prompt_of_row))
+    inputs = pack(last, completions, pad, model.device)
+    return completion_logprobs(model, *inputs, temperature, prompts.of(prompt_of_row))

@@ -155,7 +155,7 @@ def train(c: Config) -> Path:
         if run.finished():
             return run.final
         step = run.restore(model, optimizer)
-        compile_if_it_pays(model, c.compile, (steps - step) * flops_per_step, gain=.2)
+        compile_if_it_pays(model, c.compile, steps * flops_per_step, gain=.2)
         while True:
             # ---- learning rate
             for group in optimizer.param_groups:

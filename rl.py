@@ -261,9 +261,9 @@ def grpo_flops(model: GPT, batch: Batch, trained: int, c: Config) -> int:
     return model.flops_per_token(length) * (prompted + sampled + (3 + (c.kl > 0)) * trained)
 
 
-def expected_flops(model: GPT, c: Config, steps: int) -> int:
-    """FLOPs of `steps` steps, if their answers have a quarter of their largest length."""
-    tokens = steps * c.n_problems * c.rollouts * c.max_new // 4
+def expected_flops(model: GPT, c: Config) -> int:
+    """FLOPs of the whole run, if its answers have a quarter of their largest length."""
+    tokens = c.steps * c.n_problems * c.rollouts * c.max_new // 4
     return 4 * model.flops_per_token(c.max_new) * tokens
 
 
@@ -355,8 +355,7 @@ def train(c: Config) -> Path:
         if run.finished():
             return run.final
         step = run.restore(model, optimizer)
-        flops_left = expected_flops(model, c, steps - step)
-        compile_if_it_pays(model, c.compile, flops_left, gain=.1)
+        compile_if_it_pays(model, c.compile, expected_flops(model, c), gain=.1)
         if step == 0:
             probe(model, tokenizer, problems[:c.n_problems], c)
         while True:

@@ -102,7 +102,7 @@ def surprise(model: GPT, examples: list[Example], c: Config, pad: int) -> float:
     prompts = [prompt for prompt, _ in examples]
     solutions = [solution for _, solution in examples]
     parts = packed(prompts, solutions, pad, c.micro_tokens, model.device)
-    sums = [completion_logprobs(model, *rows).sum() for _, *rows in parts]
+    sums = [completion_logprobs(model, *inputs).sum() for _, *inputs in parts]
     return -float(torch.stack(sums).sum()) / sum(map(len, solutions))
 
 
@@ -128,8 +128,8 @@ def sft_gradient(model: GPT, examples: list[Example], c: Config, pad: int) -> di
     mine = ranks.my_part(examples)
     prompts = [prompt for prompt, _ in mine]
     solutions = [solution for _, solution in mine]
-    for _, *rows in packed(prompts, solutions, pad, c.micro_tokens, model.device):
-        loss = -completion_logprobs(model, *rows).sum() / total
+    for _, *inputs in packed(prompts, solutions, pad, c.micro_tokens, model.device):
+        loss = -completion_logprobs(model, *inputs).sum() / total
         loss.backward()
         losses.append(loss.detach())             # a number only at the end: reading one waits for the GPU
 
@@ -160,8 +160,7 @@ def train(c: Config) -> Path:
         if run.finished():
             return run.final
         step = run.restore(model, optimizer)
-        flops_left = flops * (steps - step) / steps
-        compile_if_it_pays(model, c.compile, flops_left, gain=.1)
+        compile_if_it_pays(model, c.compile, flops, gain=.15)
         if step == 0:
             nll = surprise(model, examples[:512], c, tokenizer.pad)
             run.count(**cost)

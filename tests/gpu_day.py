@@ -149,8 +149,8 @@ def parity(c: Config) -> Iterator[dict]:
         equal = [a == b for a, b in zip(truth.completions, batch.completions)]
         rows = range(len(equal))
         prompts = [batch.prompts[row // GROUP] for row in rows]
-        packed = pack(prompts, batch.completions, tokenizer.pad, there.device)
-        gaps = completion_logprobs(there, *packed).detach().cpu() - rl.sampled_logprobs(batch, rows)
+        inputs = pack(prompts, batch.completions, tokenizer.pad, there.device)
+        gaps = completion_logprobs(there, *inputs).detach().cpu() - rl.sampled_logprobs(batch, rows)
         here = gradient(there)
         yield {f"{dtype}: equal answers": sum(equal) / len(equal),
                f"{dtype}: sampler against scorer, nats": float(gaps.abs().max()),

@@ -144,8 +144,8 @@ def test_recorded_logprobs_are_the_trainers(small_gpt, temperature):
     prompts = [prompts_of_all_lengths(8)[i] for i in (2, 4, 0, 1, 7, 3, 6, 5)]       # not its own inverse
     small_gpt.decode_rows = 10
     out = rollouts(small_gpt, prompts, 5, 12, temperature)
-    rows = pack([p for p in prompts for _ in range(5)], out.completions(), PAD, small_gpt.device)
-    trainer = completion_logprobs(small_gpt, *rows, temperature).cpu()
+    inputs = pack([p for p in prompts for _ in range(5)], out.completions(), PAD, small_gpt.device)
+    trainer = completion_logprobs(small_gpt, *inputs, temperature).cpu()
     recorded = torch.cat([row[:n] for row, n in zip(out.logprobs, out.lengths)])
     assert len(trainer) == len(recorded)
     assert (recorded - trainer).abs().max() < 1e-5
@@ -273,6 +273,8 @@ def test_pack_goes_by_lengths():
     assert at.tolist() == [0 * 4 + 2, 0 * 4 + 3, 1 * 4 + 0, 1 * 4 + 1, 1 * 4 + 2, 1 * 4 + 3]
     assert wanted.tolist() == [0, 9, 0, 0, 0, 9]
     assert at.dtype == ids.dtype == wanted.dtype == torch.int64
+    assert [x.tolist() for x in pack([[7]], [[]], pad)] == [[[]], [], []]
+    assert {x.dtype for x in pack([[7]], [[]], pad)} == {torch.int64}
 
 
 @on_every_device
@@ -318,8 +320,8 @@ def test_banned_rows_are_neither_sampled_nor_scored(gpt):
         gpt.head.weight[61:] = 100 * gpt.hidden(torch.tensor([[1, 2]], device=gpt.device))[0, -1]
     after = rollouts(gpt, [[1, 2]], 300, 3)
     assert int(after.tokens.max()) < 61 and torch.equal(after.tokens, before.tokens)
-    rows = pack([[1, 2]] * 61, [[token] for token in range(61)], 0, gpt.device)
-    p = completion_logprobs(gpt, *rows).exp()
+    inputs = pack([[1, 2]] * 61, [[token] for token in range(61)], 0, gpt.device)
+    p = completion_logprobs(gpt, *inputs).exp()
     assert abs(p.sum().item() - 1) < 1e-5                                # the tokens in use share all of it
 
 
