@@ -355,7 +355,8 @@ def train(c: Config) -> Path:
         if run.finished():
             return run.final
         step = run.restore(model, optimizer)
-        compile_if_it_pays(model, c.compile, expected_flops(model, c), gain=.1)
+        flops = expected_flops(model, c)
+        compile_if_it_pays(model, c.compile, flops, gain=.1)
         if step == 0:
             probe(model, tokenizer, problems[:c.n_problems], c)
         while True:
