@@ -1,6 +1,6 @@
 """Speed and memory of every stage beside the limits of this machine. A script, not a timed test; Linux, CPU.
 
-    python tests/benchmark.py               every number, on a quiet machine: about 16 minutes on two cores
+    python tests/benchmark.py               every number, on a quiet machine: about 15 minutes on two cores
     python tests/benchmark.py --quick       tiny workloads: does it run at all? The numbers mean nothing
 
 Writes results/benchmark/benchmark.json and, beside it, scaling.png: cost against rollouts and answer length.
