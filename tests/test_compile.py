@@ -64,41 +64,42 @@ def backward(gpt: model.GPT, prompts: model.Ids, rows: list[int], answers: model
     shared.backward()
 
 
-def codes() -> int:
-    """The number of codes made until now."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+def check_one_code(gpt: model.GPT, works: list) -> None:
+    """Each has the plain gradient when it is compiled, and the first makes the only code."""
+    made = torch._dynamo.utils.counters["stats"]
+    before = made["unique_graphs"]
+    for work in works:
+        assert agree(*(gradient(gpt, compiled, work) for compiled in (False, True)))
+        assert made["unique_graphs"] == before + 1
 
 
 @needs_compiler
 def test_one_code_has_the_plain_gradient_for_rollouts_of_all_shapes(make_gpt):
     """Any number of prompts, of rows and of tokens (sizes that are equal in the first are taken for one, so
     none are); one row, or one token, runs as it is."""
-    gpt, before = make_gpt(n_layers=1), codes()
-    for batch in (([[1, 2], [3, 4, 5], [6] * 12] * 2, [0, 0, 1, 5, 4], [[6, 7, 8], [9, 10], [11], [1], [2]]),
-                  ([[1] * 9, [3, 4, 5], [7, 7]], [2, 1, 0, 0, 1], [[6] * 12, [9], [11], [5, 4], [7, 7, 7]]),
-                  ([[8] * 20, [9, 8]] * 4, [7, 0, 0, 3], [[1] * 30, [2] * 31, [5] * 7, [1, 2]]),
-                  ([[8] * 20, [9, 8]], [1], [[1] * 30]), ([[8] * 20, [9, 8]], [1, 1, 0], [[1], [2], [3]])):
-        rollouts = functools.partial(backward, gpt, *batch)
-        assert agree(*(gradient(gpt, compiled, rollouts) for compiled in (False, True)))
-        assert codes() == before + 1
+    gpt = make_gpt(n_layers=1)
+    check_one_code(gpt, [functools.partial(backward, gpt, *batch) for batch in (
+        ([[1, 2], [3, 4, 5], [6] * 12] * 2, [0, 0, 1, 5, 4], [[6, 7, 8], [9, 10], [11], [1], [2]]),
+        ([[1] * 9, [3, 4, 5], [7, 7]], [2, 1, 0, 0, 1], [[6] * 12, [9], [11], [5, 4], [7, 7, 7]]),
+        ([[8] * 20, [9, 8]] * 4, [7, 0, 0, 3], [[1] * 30, [2] * 31, [5] * 7, [1, 2]]),
+        ([[8] * 20, [9, 8]], [1], [[1] * 30]),
+        ([[8] * 20, [9, 8]], [1, 1, 0], [[1], [2], [3]]))])
 
 
 @needs_compiler
 def test_one_code_has_the_plain_gradient_for_examples_of_all_shapes(make_gpt):
     """Also for a length that could be cut into blocks of queries."""
-    gpt, before = make_gpt(n_layers=1, context=128), codes()
+    gpt = make_gpt(n_layers=1, context=128)
 
-    def score(examples: tuple) -> None:
-        model.completion_logprobs(gpt, *examples, temperature=.7).sin().sum().backward()
-
-    for width, more in ((71, 2), (64, 4), (100, 3), (128, 1), (5, 9), (64, 0)):
+    def score(width: int, more: int) -> None:
         prompts = [[1, 2]] + [[3]] * more
         solutions = [[5] * (width - 1)] + [[7, 8]] * more
         examples = model.pack(prompts, solutions, 0)
         assert examples[0].shape == (1 + more, width)
-        work = functools.partial(score, examples)
-        assert agree(*(gradient(gpt, compiled, work) for compiled in (False, True)))
-        assert codes() == before + 1
+        model.completion_logprobs(gpt, *examples, temperature=.7).sin().sum().backward()
+
+    check_one_code(gpt, [functools.partial(score, *shape) for shape in (
+        (71, 2), (64, 4), (100, 3), (128, 1), (5, 9), (64, 0))])
 
 
 LONG, SHORT = 2.01e13, 1.99e13

@@ -202,7 +202,7 @@ def test_a_run_killed_while_it_writes_is_completed(script, tmp_path):
 
 @pytest.mark.parametrize("script", TRAINERS)
 def test_torch_compile_is_decided_by_the_whole_run(script, tmp_path):
-    """Also when it is resumed, that it goes on in the same code; a finished one asks no more."""
+    """Also when it is resumed, so that it goes on in the same code; a finished one asks no more."""
     c, flops = config_of(script, tmp_path / "run"), []
     with mock.patch.object(TRAINERS[script][0], "compile_if_it_pays", lambda *a, **_: flops.append(a[2])):
         with mock.patch.object(Run, "finish", side_effect=RuntimeError), pytest.raises(RuntimeError):
